@@ -1,0 +1,10 @@
+//! What exists: plain data, its encoding and its checks. No IO, no clock, no randomness.
+
+pub mod events;
+pub mod ids;
+pub mod records;
+pub mod vector;
+pub mod wire;
+
+pub use ids::{InstanceId, MigrationId, NodeId, OpId, ShardId, Term};
+pub use vector::{Consistency, DistanceMetric, Payload, SearchQuery, SearchResult, VectorEntry};

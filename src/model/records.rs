@@ -1,0 +1,500 @@
+//! The JSON records of the key-value buckets: what operators read with `nats kv watch`.
+//!
+//! Each record checks itself with `check()` when it is read and before it is written, so garbage under
+//! a key is counted and dropped instead of being acted on.
+
+use super::{DistanceMetric, InstanceId, MigrationId, NodeId, ShardId, Term, ids::validate_name};
+use crate::error::{Error, Result};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use uuid::Uuid;
+
+/// Version of every stored form. A node refuses a cluster whose version is higher than its own.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// How keys become numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KeyHash {
+    /// XXH3-64, seed 0, over the raw bytes of the key.
+    #[default]
+    Xxh3,
+}
+
+/// Which nodes a shard prefers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Placement {
+    /// Weighted consistent-hash ring.
+    #[default]
+    Ketama,
+    /// Jump consistent hash over the sorted nodes.
+    Jump,
+}
+
+/// Key `config` of `ruvector_cluster`: what all nodes must agree on, created once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// Identity of this cluster's data; a data folder belongs to one.
+    pub cluster_id: Uuid,
+    /// Number of shards, 1 to 65,536, fixed at creation.
+    pub num_shards: u32,
+    /// Wanted replicas of each shard, 1 to 7.
+    pub replication_factor: u32,
+    /// Key hash.
+    #[serde(default)]
+    pub hash: KeyHash,
+    /// Placement strategy.
+    #[serde(default)]
+    pub placement: Placement,
+    /// Dimensions of every vector.
+    pub dimensions: usize,
+    /// What searches rank by.
+    pub metric: DistanceMetric,
+    /// Replicas of every stream and bucket in JetStream: 1, 3 or 5.
+    #[serde(default = "one")]
+    pub log_replicas: usize,
+    /// Most bytes of one shard's log; when it is full, writes are refused.
+    #[serde(default = "gibibyte")]
+    pub log_max_bytes: i64,
+    /// See [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// When the cluster was created.
+    pub created_at: DateTime<Utc>,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn gibibyte() -> i64 {
+    1 << 30
+}
+
+/// Most shards of a cluster.
+pub const MAX_SHARDS: u32 = 65_536;
+/// Most replicas of a shard.
+pub const MAX_REPLICATION_FACTOR: u32 = 7;
+
+impl ClusterRecord {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names the first bad one.
+    pub fn check(&self) -> Result<()> {
+        let range = |what: &str, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::Invalid(format!("{what} is {value}, use {low} to {high}")))
+            }
+        };
+        range("num_shards", self.num_shards.into(), 1, MAX_SHARDS.into())?;
+        range("replication_factor", self.replication_factor.into(), 1, MAX_REPLICATION_FACTOR.into())?;
+        range("dimensions", self.dimensions as u64, 1, super::vector::MAX_DIMENSIONS as u64)?;
+        range("log_replicas", self.log_replicas as u64, 1, 5)?;
+        range("log_max_bytes", self.log_max_bytes.max(0) as u64, 1 << 20, 1 << 50)?;
+        if self.format_version > FORMAT_VERSION {
+            return Err(Error::Invalid(format!(
+                "the cluster's format_version is {}, this program knows up to {FORMAT_VERSION}: upgrade it",
+                self.format_version
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Key `leader` of `ruvector_cluster`: the lease.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaderRecord {
+    /// Holder, `null` after a graceful release.
+    pub node: Option<NodeId>,
+    /// The holder's process.
+    pub instance: Option<InstanceId>,
+    /// Number of this leadership; only ever grows.
+    pub term: Term,
+    /// When this term began (for people; no decision compares clocks).
+    pub acquired_at: DateTime<Utc>,
+    /// When it was last renewed (for people).
+    pub renewed_at: DateTime<Utc>,
+    /// How long a contender must watch the record unchanged before it takes over.
+    pub ttl_ms: u64,
+}
+
+/// What the cluster thinks of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum NodeStatus {
+    /// Heartbeats arrive.
+    Up,
+    /// Heartbeats are late; being probed.
+    Suspect,
+    /// Gone, or back but not yet steady. Its replicas do not count as live.
+    Down,
+    /// Every replica is being moved off it.
+    Draining,
+    /// It said goodbye.
+    Left,
+}
+
+impl NodeStatus {
+    /// Whether its replicas count as live.
+    pub fn is_live(self) -> bool {
+        match self {
+            NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining => true,
+            NodeStatus::Down | NodeStatus::Left => false,
+        }
+    }
+}
+
+impl std::fmt::Display for NodeStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            NodeStatus::Up => "up",
+            NodeStatus::Suspect => "suspect",
+            NodeStatus::Down => "down",
+            NodeStatus::Draining => "draining",
+            NodeStatus::Left => "left",
+        })
+    }
+}
+
+/// Key `<node>` of `ruvector_nodes`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// The node.
+    pub node: NodeId,
+    /// Its running process; another one under the same name is fenced.
+    pub instance: InstanceId,
+    /// Its HTTP address.
+    pub addr: SocketAddr,
+    /// Failure domain; empty: each such node is its own.
+    #[serde(default)]
+    pub rack: String,
+    /// Share of replicas relative to other nodes, 1 to 1,000,000.
+    #[serde(default = "weight_one")]
+    pub weight: u32,
+    /// Status.
+    pub status: NodeStatus,
+    /// Since when it has this status.
+    pub since: DateTime<Utc>,
+    /// Version of its program.
+    #[serde(default)]
+    pub version: String,
+}
+
+fn weight_one() -> u32 {
+    1
+}
+
+/// Largest weight of a node.
+pub const MAX_WEIGHT: u32 = 1_000_000;
+
+impl NodeRecord {
+    /// Checks names and numbers, and that the record stands under its own key.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names what is wrong.
+    pub fn check(&self, key: &str) -> Result<()> {
+        validate_name("node id", &self.node)?;
+        if !self.rack.is_empty() {
+            validate_name("rack", &self.rack)?;
+        }
+        if self.weight == 0 || self.weight > MAX_WEIGHT {
+            return Err(Error::Invalid(format!(
+                "weight of node {} is {}, use 1 to {MAX_WEIGHT}",
+                self.node, self.weight
+            )));
+        }
+        same_key(key, &self.node)
+    }
+}
+
+fn same_key(key: &str, name: &str) -> Result<()> {
+    if key == name {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!("the record of {name:?} stands under key {key:?}")))
+}
+
+/// Whether a shard can serve, and as safely as asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum ShardStatus {
+    /// It has all replicas that the nodes allow.
+    Full,
+    /// It serves, with fewer replicas than it should have.
+    Degraded,
+    /// No live replica.
+    Offline,
+}
+
+impl std::fmt::Display for ShardStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            ShardStatus::Full => "full",
+            ShardStatus::Degraded => "degraded",
+            ShardStatus::Offline => "offline",
+        })
+    }
+}
+
+/// Key `<shard>` of `ruvector_shards`: who holds a shard. Written by the leader only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardRecord {
+    /// The shard.
+    pub shard: ShardId,
+    /// The holder that coordinates it: source of migrations, truncates the log.
+    pub primary: NodeId,
+    /// All holders, the primary first.
+    pub replicas: Vec<NodeId>,
+    /// Nodes that are building a replica; the log is not truncated under them.
+    #[serde(default)]
+    pub joining: Vec<NodeId>,
+    /// Status.
+    pub status: ShardStatus,
+    /// Term of the leader that wrote this.
+    pub term: Term,
+    /// The migration under way.
+    #[serde(default)]
+    pub migration: Option<MigrationId>,
+    /// Which stream is this shard's log: the stream's metadata must name the same id.
+    pub log_id: Uuid,
+    /// First sequence of that log (above 1 after the log had to be rebuilt).
+    #[serde(default = "first")]
+    pub log_first_seq: u64,
+    /// When it was written.
+    pub updated_at: DateTime<Utc>,
+}
+
+fn first() -> u64 {
+    1
+}
+
+impl ShardRecord {
+    /// Checks the record against itself and its key.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a wrong key, no or doubled holders, or a primary that is no holder.
+    pub fn check(&self, key: &str) -> Result<()> {
+        same_key(key, &self.shard.token())?;
+        for (at, node) in self.holders().enumerate() {
+            validate_name("node id", node)?;
+            if self.holders().take(at).any(|other| other == node) {
+                return Err(Error::Invalid(format!("shard {} names node {node} twice", self.shard)));
+            }
+        }
+        if self.replicas.first() != Some(&self.primary) {
+            return Err(Error::Invalid(format!("the primary of shard {} is not its first replica", self.shard)));
+        }
+        Ok(())
+    }
+
+    /// Replicas and joining nodes.
+    pub fn holders(&self) -> impl Iterator<Item = &NodeId> {
+        self.replicas.iter().chain(&self.joining)
+    }
+
+    /// Whether `node` serves this shard.
+    pub fn has_replica(&self, node: &str) -> bool {
+        self.replicas.iter().any(|n| n == node)
+    }
+
+    /// Whether `node` is building a replica.
+    pub fn is_joining(&self, node: &str) -> bool {
+        self.joining.iter().any(|n| n == node)
+    }
+
+    /// Makes a holder the primary, keeping "primary first".
+    pub fn promote(&mut self, node: &str) {
+        if let Some(at) = self.replicas.iter().position(|n| n == node) {
+            let node = self.replicas.remove(at);
+            self.primary.clone_from(&node);
+            self.replicas.insert(0, node);
+        }
+    }
+}
+
+/// Where a migration is. The order is the order of events.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationPhase {
+    /// The target opens a store and joins the shard record.
+    Prepare,
+    /// Chunks stream from a source.
+    Snapshot,
+    /// The target applies the log until it is close behind, then compares digests.
+    CatchUp,
+    /// The target serves; the leader may swap.
+    Cutover,
+    /// Swapped; the old copy waits for its grace period.
+    Cleanup,
+    /// The old copy is gone.
+    Completed,
+    /// Given up; the old replicas keep serving.
+    Failed,
+    /// Called off; the old replicas keep serving.
+    Cancelled,
+}
+
+impl MigrationPhase {
+    /// Every phase, in order.
+    pub const ALL: [MigrationPhase; 8] = [
+        MigrationPhase::Prepare,
+        MigrationPhase::Snapshot,
+        MigrationPhase::CatchUp,
+        MigrationPhase::Cutover,
+        MigrationPhase::Cleanup,
+        MigrationPhase::Completed,
+        MigrationPhase::Failed,
+        MigrationPhase::Cancelled,
+    ];
+
+    /// Whether the target still has work to do or to have confirmed.
+    pub fn is_running(self) -> bool {
+        match self {
+            MigrationPhase::Prepare
+            | MigrationPhase::Snapshot
+            | MigrationPhase::CatchUp
+            | MigrationPhase::Cutover => true,
+            MigrationPhase::Cleanup
+            | MigrationPhase::Completed
+            | MigrationPhase::Failed
+            | MigrationPhase::Cancelled => false,
+        }
+    }
+
+    /// Whether the replica arrived.
+    pub fn is_success(self) -> bool {
+        matches!(self, MigrationPhase::Cleanup | MigrationPhase::Completed)
+    }
+}
+
+impl std::fmt::Display for MigrationPhase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            MigrationPhase::Prepare => "prepare",
+            MigrationPhase::Snapshot => "snapshot",
+            MigrationPhase::CatchUp => "catch-up",
+            MigrationPhase::Cutover => "cutover",
+            MigrationPhase::Cleanup => "cleanup",
+            MigrationPhase::Completed => "completed",
+            MigrationPhase::Failed => "failed",
+            MigrationPhase::Cancelled => "cancelled",
+        })
+    }
+}
+
+/// Key `<id>` of `ruvector_migrations`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationRecord {
+    /// The migration.
+    pub id: MigrationId,
+    /// Which shard.
+    pub shard: ShardId,
+    /// Replica that goes away at the end; `null`: a replica is added.
+    pub from: Option<NodeId>,
+    /// Node that gets a replica, and drives the migration.
+    pub to: NodeId,
+    /// Why, for people.
+    pub reason: String,
+    /// Phase.
+    pub phase: MigrationPhase,
+    /// Snapshot bytes stored by the target.
+    #[serde(default)]
+    pub bytes_done: u64,
+    /// Bytes of the source's content when the snapshot began.
+    #[serde(default)]
+    pub bytes_total: u64,
+    /// Snapshot chunks stored by the target.
+    #[serde(default)]
+    pub chunks: u64,
+    /// Log entries still to apply.
+    #[serde(default)]
+    pub lag: u64,
+    /// When the leader wrote it first.
+    pub started_at: DateTime<Utc>,
+    /// Last progress.
+    pub updated_at: DateTime<Utc>,
+    /// What went wrong last.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+impl MigrationRecord {
+    /// Checks names and key.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names what is wrong.
+    pub fn check(&self, key: &str) -> Result<()> {
+        validate_name("migration id", &self.id)?;
+        validate_name("node id", &self.to)?;
+        if let Some(from) = &self.from {
+            validate_name("node id", from)?;
+        }
+        same_key(key, &self.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn shard(primary: &str, others: &[&str]) -> ShardRecord {
+        let mut replicas = vec![primary.to_owned()];
+        replicas.extend(others.iter().map(|n| (*n).to_owned()));
+        ShardRecord {
+            shard: ShardId(7),
+            primary: primary.to_owned(),
+            replicas,
+            joining: vec![],
+            status: ShardStatus::Full,
+            term: 3,
+            migration: None,
+            log_id: Uuid::nil(),
+            log_first_seq: 1,
+            updated_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn a_shard_record_reads_as_the_contract_says() {
+        let json = serde_json::to_value(shard("a", &["b"])).unwrap();
+        for key in ["shard", "primary", "replicas", "joining", "status", "term", "migration", "updated_at"] {
+            assert!(json.get(key).is_some(), "{key}");
+        }
+        assert_eq!(json["shard"], 7);
+        assert_eq!(json["status"], "full");
+    }
+
+    #[test]
+    fn records_that_contradict_themselves_are_refused() {
+        shard("a", &["b"]).check("00007").unwrap();
+        assert!(shard("a", &["b"]).check("00008").is_err());
+        assert!(shard("a", &["a"]).check("00007").is_err());
+        assert!(shard("a.b", &[]).check("00007").is_err());
+        let mut no_primary = shard("a", &["b"]);
+        no_primary.primary = "b".into();
+        assert!(no_primary.check("00007").is_err());
+    }
+
+    #[test]
+    fn promote_puts_the_new_primary_first() {
+        let mut record = shard("a", &["b", "c"]);
+        record.promote("c");
+        assert_eq!((record.primary.as_str(), record.replicas.join("")), ("c", "cab".to_owned()));
+        record.promote("nobody");
+        assert_eq!(record.primary, "c");
+    }
+
+    #[test]
+    fn phases_are_spelled_as_in_the_contract() {
+        let text = MigrationPhase::ALL.map(|p| serde_json::to_value(p).unwrap());
+        for (phase, json) in MigrationPhase::ALL.iter().zip(text) {
+            assert_eq!(json, phase.to_string());
+        }
+    }
+}

@@ -1,0 +1,368 @@
+//! Vectors, queries and results, with the limits that every entry point enforces.
+//!
+//! The names are those of ruvector-core. In MessagePack a vector is one `bin` of little-endian f32;
+//! in JSON it is an array of numbers.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+/// What a vector carries besides its numbers: one JSON object.
+pub type Payload = serde_json::Map<String, serde_json::Value>;
+
+/// Longest id, in bytes of UTF-8.
+pub const MAX_ID_BYTES: usize = 512;
+/// Largest payload, in bytes of compact JSON.
+pub const MAX_PAYLOAD_BYTES: usize = 64 * 1024;
+/// Most dimensions of a vector: 64 Ki numbers are 256 KiB, half of a migration chunk.
+pub const MAX_DIMENSIONS: usize = 65_536;
+/// Most results that one search may ask for.
+pub const MAX_K: usize = 10_000;
+
+/// One stored vector.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VectorEntry {
+    /// Unique in the cluster; decides the shard. 1 to [`MAX_ID_BYTES`] bytes.
+    pub id: String,
+    /// As many finite numbers as the cluster has dimensions.
+    #[serde(with = "vector_bytes")]
+    pub vector: Vec<f32>,
+    /// Anything else, at most [`MAX_PAYLOAD_BYTES`]; searches filter on equality of its fields.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Payload>,
+}
+
+impl VectorEntry {
+    /// An entry without payload.
+    pub fn new(id: impl Into<String>, vector: Vec<f32>) -> Self {
+        VectorEntry { id: id.into(), vector, payload: None }
+    }
+
+    /// Checks everything that a store may rely on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an empty or over-long id, a wrong dimension, NaN or infinity, a zero
+    /// vector under cosine, or a payload above its limit.
+    pub fn validate(&self, dimensions: usize, metric: DistanceMetric) -> Result<()> {
+        validate_id(&self.id)?;
+        validate_vector(&self.vector, dimensions, metric).map_err(|e| e.context(format!("vector {:?}", self.id)))?;
+        if let Some(payload) = &self.payload {
+            let bytes = payload_json(payload).len();
+            if bytes > MAX_PAYLOAD_BYTES {
+                return Err(Error::Invalid(format!(
+                    "payload of {:?} has {bytes} bytes, the limit is {MAX_PAYLOAD_BYTES}",
+                    self.id
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// 128-bit XXH3 of id, vector bits and canonical payload. A shard's content digest is the
+    /// wrapping sum of these, so it does not depend on order and can be kept up to date in place.
+    pub fn content_hash(&self) -> u128 {
+        let mut hash = Xxh3::new();
+        hash.update(&(self.id.len() as u64).to_le_bytes());
+        hash.update(self.id.as_bytes());
+        for number in &self.vector {
+            hash.update(&number.to_le_bytes());
+        }
+        if let Some(payload) = &self.payload {
+            hash.update(&payload_json(payload));
+        }
+        hash.digest128()
+    }
+
+    /// Rough size on the wire, in bytes: what batches and chunks are cut by.
+    pub fn wire_bytes(&self) -> usize {
+        let payload = self.payload.as_ref().map_or(0, |p| payload_json(p).len());
+        self.id.len() + self.vector.len() * 4 + payload + 32
+    }
+}
+
+/// A payload as compact JSON with its keys in order (the map is sorted).
+pub fn payload_json(payload: &Payload) -> Vec<u8> {
+    serde_json::to_vec(payload).unwrap_or_default()
+}
+
+/// Checks an id: not empty, at most [`MAX_ID_BYTES`] bytes.
+///
+/// # Errors
+/// [`Error::Invalid`] that says which limit was passed.
+pub fn validate_id(id: &str) -> Result<()> {
+    if id.is_empty() {
+        return Err(Error::Invalid("the id of a vector is empty".into()));
+    }
+    if id.len() > MAX_ID_BYTES {
+        let start: String = id.chars().take(32).collect();
+        return Err(Error::Invalid(format!(
+            "id {start:?}… has {} bytes, the limit is {MAX_ID_BYTES}",
+            id.len()
+        )));
+    }
+    Ok(())
+}
+
+/// Checks the numbers of a vector or of a query.
+///
+/// # Errors
+/// [`Error::Invalid`] for a wrong dimension, NaN or infinity, or a zero vector under cosine.
+pub fn validate_vector(vector: &[f32], dimensions: usize, metric: DistanceMetric) -> Result<()> {
+    if vector.len() != dimensions {
+        return Err(Error::Invalid(format!(
+            "{} dimensions, the cluster has {dimensions}",
+            vector.len()
+        )));
+    }
+    if let Some(at) = vector.iter().position(|x| !x.is_finite()) {
+        return Err(Error::Invalid(format!("number {at} is {}, only finite numbers can be stored", vector[at])));
+    }
+    if metric == DistanceMetric::Cosine {
+        // Squares of tiny numbers underflow, so look at the norm that the search will divide by.
+        let norm = vector.iter().map(|x| x * x).sum::<f32>();
+        if norm == 0.0 || !norm.is_finite() {
+            return Err(Error::Invalid("its length is zero or too large to have a direction, which cosine needs".into()));
+        }
+    }
+    Ok(())
+}
+
+/// How near two vectors are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DistanceMetric {
+    /// Cosine similarity, −1 to 1: higher is nearer.
+    #[default]
+    Cosine,
+    /// Euclidean distance: lower is nearer.
+    Euclidean,
+    /// Dot product: higher is nearer.
+    #[serde(alias = "dot")]
+    DotProduct,
+}
+
+impl DistanceMetric {
+    /// Whether score `a` is nearer than score `b`.
+    pub fn nearer(self, a: f32, b: f32) -> bool {
+        match self {
+            DistanceMetric::Cosine | DistanceMetric::DotProduct => a > b,
+            DistanceMetric::Euclidean => a < b,
+        }
+    }
+
+    /// Total order of results: nearest first, the id decides between equal scores.
+    pub fn order(self, a: &SearchResult, b: &SearchResult) -> std::cmp::Ordering {
+        let by_score = match self {
+            DistanceMetric::Cosine | DistanceMetric::DotProduct => b.score.total_cmp(&a.score),
+            DistanceMetric::Euclidean => a.score.total_cmp(&b.score),
+        };
+        by_score.then_with(|| a.id.cmp(&b.id))
+    }
+}
+
+impl std::fmt::Display for DistanceMetric {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DistanceMetric::Cosine => "cosine",
+            DistanceMetric::Euclidean => "euclidean",
+            DistanceMetric::DotProduct => "dot_product",
+        })
+    }
+}
+
+impl std::str::FromStr for DistanceMetric {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text.to_ascii_lowercase().replace('-', "_").as_str() {
+            "cosine" => Ok(DistanceMetric::Cosine),
+            "euclidean" | "l2" => Ok(DistanceMetric::Euclidean),
+            "dot_product" | "dot" => Ok(DistanceMetric::DotProduct),
+            _ => Err(Error::Invalid(format!("{text:?} is no metric: use cosine, euclidean or dot_product"))),
+        }
+    }
+}
+
+/// What to look for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SearchQuery {
+    /// As many finite numbers as the cluster has dimensions.
+    #[serde(with = "vector_bytes")]
+    pub vector: Vec<f32>,
+    /// How many results, 1 to [`MAX_K`].
+    pub k: usize,
+    /// Only vectors whose payload has every one of these fields with an equal value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<Payload>,
+}
+
+impl SearchQuery {
+    /// The `k` nearest of all vectors.
+    pub fn new(vector: Vec<f32>, k: usize) -> Self {
+        SearchQuery { vector, k, filter: None }
+    }
+
+    /// Checks the query against the cluster's settings.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a bad vector or `k` outside of 1 to [`MAX_K`].
+    pub fn validate(&self, dimensions: usize, metric: DistanceMetric) -> Result<()> {
+        if self.k == 0 || self.k > MAX_K {
+            return Err(Error::Invalid(format!("k is {}, use 1 to {MAX_K}", self.k)));
+        }
+        validate_vector(&self.vector, dimensions, metric).map_err(|e| e.context("query"))
+    }
+}
+
+/// One hit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SearchResult {
+    /// The vector's id.
+    pub id: String,
+    /// Similarity (cosine, dot product: higher is nearer) or distance (Euclidean: lower is nearer).
+    pub score: f32,
+    /// The vector's payload.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Payload>,
+}
+
+/// How fresh a read must be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    /// Whatever the replica has: fastest, works while the log is away.
+    Eventual,
+    /// At least what this client has written or seen.
+    #[default]
+    Session,
+    /// Every write acknowledged before the read began.
+    Linearizable,
+}
+
+impl std::str::FromStr for Consistency {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "eventual" => Ok(Consistency::Eventual),
+            "session" => Ok(Consistency::Session),
+            "linearizable" => Ok(Consistency::Linearizable),
+            _ => Err(Error::Invalid(format!("{text:?} is no consistency: use eventual, session or linearizable"))),
+        }
+    }
+}
+
+/// Vectors as `bin` in binary formats, as arrays in human-readable ones.
+pub(crate) mod vector_bytes {
+    use serde::de::{Deserializer, Error, SeqAccess, Visitor};
+    use serde::ser::Serializer;
+
+    pub(crate) fn serialize<S: Serializer>(vector: &[f32], out: S) -> Result<S::Ok, S::Error> {
+        if out.is_human_readable() {
+            return out.collect_seq(vector);
+        }
+        let mut bytes = Vec::with_capacity(vector.len() * 4);
+        for number in vector {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        out.serialize_bytes(&bytes)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<f32>, D::Error> {
+        if input.is_human_readable() {
+            input.deserialize_seq(VectorVisitor)
+        } else {
+            // `any`, so that other languages may send an array of numbers too.
+            input.deserialize_any(VectorVisitor)
+        }
+    }
+
+    struct VectorVisitor;
+
+    impl<'de> Visitor<'de> for VectorVisitor {
+        type Value = Vec<f32>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("little-endian f32 bytes or an array of numbers")
+        }
+
+        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<f32>, E> {
+            if bytes.len() % 4 != 0 {
+                return Err(E::custom(format!("{} bytes are no whole number of f32", bytes.len())));
+            }
+            let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            Ok(bytes.chunks_exact(4).map(number).collect())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<f32>, A::Error> {
+            // A hostile length prefix must not allocate.
+            let mut vector = Vec::with_capacity(seq.size_hint().unwrap_or(0).min(super::MAX_DIMENSIONS));
+            while let Some(number) = seq.next_element::<f32>()? {
+                if vector.len() == super::MAX_DIMENSIONS {
+                    return Err(A::Error::custom(format!("more than {} dimensions", super::MAX_DIMENSIONS)));
+                }
+                vector.push(number);
+            }
+            Ok(vector)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> VectorEntry {
+        let payload = serde_json::json!({"b": 1, "a": [true, null, "x"]});
+        VectorEntry {
+            id: "ö-1".into(),
+            vector: vec![0.5, -1.25, f32::MIN_POSITIVE],
+            payload: payload.as_object().cloned(),
+        }
+    }
+
+    #[test]
+    fn a_vector_is_one_bin_in_messagepack_and_an_array_in_json() {
+        let packed = rmp_serde::to_vec_named(&entry()).unwrap();
+        assert_eq!(rmp_serde::from_slice::<VectorEntry>(&packed).unwrap(), entry());
+        let value: serde_json::Value = serde_json::from_str(&serde_json::to_string(&entry()).unwrap()).unwrap();
+        assert_eq!(value["vector"][1], -1.25);
+        assert_eq!(serde_json::from_value::<VectorEntry>(value).unwrap(), entry());
+        let plain = VectorEntry::new("a", vec![1.0; 100]);
+        assert!(rmp_serde::to_vec_named(&plain).unwrap().len() < 430);
+    }
+
+    #[test]
+    fn each_bad_entry_is_refused_with_its_reason() {
+        let check = |change: fn(&mut VectorEntry), word: &str| {
+            let mut bad = entry();
+            change(&mut bad);
+            let error = bad.validate(3, DistanceMetric::Cosine).unwrap_err();
+            assert!(matches!(&error, Error::Invalid(text) if text.contains(word)), "{error}");
+        };
+        check(|e| e.id.clear(), "empty");
+        check(|e| e.id = "x".repeat(513), "512");
+        check(|e| e.vector.push(0.0), "4 dimensions");
+        check(|e| e.vector[0] = f32::NAN, "NaN");
+        check(|e| e.vector[2] = f32::INFINITY, "inf");
+        check(|e| e.vector = vec![0.0; 3], "zero");
+        check(
+            |e| e.payload = serde_json::json!({"x": "y".repeat(70_000)}).as_object().cloned(),
+            "payload",
+        );
+        entry().validate(3, DistanceMetric::Cosine).unwrap();
+        VectorEntry::new("0", vec![0.0; 3]).validate(3, DistanceMetric::Euclidean).unwrap();
+    }
+
+    #[test]
+    fn content_hash_sees_every_part() {
+        let base = entry().content_hash();
+        let mut other = entry();
+        other.vector[0] = 0.25;
+        assert_ne!(other.content_hash(), base);
+        other = entry();
+        other.id.push('x');
+        assert_ne!(other.content_hash(), base);
+        other = entry();
+        other.payload = None;
+        assert_ne!(other.content_hash(), base);
+    }
+}

@@ -1,0 +1,351 @@
+//! MessagePack messages between machines, and the log entry.
+//!
+//! Named fields, unknown ones ignored, so that a node of the next version may add some. The bytes of a
+//! log entry and of a snapshot chunk are covered by a checksum in a header: see [`checksum`].
+
+use super::{Consistency, InstanceId, NodeId, OpId, SearchQuery, SearchResult, ShardId, VectorEntry};
+use crate::error::{Error, Result, WireError};
+use crate::model::events::ReplicaState;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use uuid::Uuid;
+
+/// Encodes as MessagePack with named fields.
+///
+/// # Errors
+/// [`Error::Internal`]: our own types always encode.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>> {
+    rmp_serde::to_vec_named(message).map_err(|e| Error::Internal(format!("encoding failed: {e}")))
+}
+
+/// Decodes MessagePack.
+///
+/// # Errors
+/// [`Error::Invalid`] when the bytes do not have the form.
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    rmp_serde::from_slice(bytes).map_err(|e| Error::Invalid(format!("the message does not parse: {e}")))
+}
+
+/// XXH3-64 of the bytes as 16 hex digits: value of the `Ruvector-Checksum` header.
+pub fn checksum(bytes: &[u8]) -> String {
+    format!("{:016x}", xxhash_rust::xxh3::xxh3_64(bytes))
+}
+
+/// A change to a shard's content.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WriteOp {
+    /// Insert or replace.
+    Upsert(Vec<VectorEntry>),
+    /// Remove by id.
+    Delete(Vec<String>),
+}
+
+/// One operation of a log entry.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogOp {
+    /// A client's write.
+    Write {
+        /// The client's id for it.
+        op_id: OpId,
+        /// What it does.
+        op: WriteOp,
+    },
+    /// Nothing: its sequence is what a linearizable read waits for.
+    Barrier,
+    /// Each replica remembers its content digest right here, under this id.
+    Checkpoint(Uuid),
+}
+
+/// One message of a shard's log: operations that were waiting together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// In order.
+    pub ops: Vec<LogOp>,
+}
+
+/// `ruvector.shard.<shard>.write`, `ruvector.node.<node>.write`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WriteRequest {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Same id, same write: a repetition takes effect once.
+    pub op_id: OpId,
+    /// What to do.
+    pub op: WriteOp,
+    /// How long the sender waits.
+    pub timeout_ms: u64,
+}
+
+/// Answer to [`WriteRequest`]: JetStream has acknowledged the write.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WriteReply {
+    /// Log sequence; what a session read waits for.
+    pub seq: u64,
+    /// How many ids a delete found.
+    #[serde(default)]
+    pub deleted: u64,
+}
+
+/// `ruvector.shard.<shard>.read`, `ruvector.node.<node>.read`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReadRequest {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Which vector.
+    pub id: String,
+    /// How fresh.
+    pub consistency: Consistency,
+    /// At least this sequence (session).
+    #[serde(default)]
+    pub after: u64,
+    /// How long the sender waits.
+    pub timeout_ms: u64,
+}
+
+/// Answer to [`ReadRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ReadReply {
+    /// The vector, if present.
+    pub entry: Option<VectorEntry>,
+    /// The replica had applied the log up to here.
+    pub seq: u64,
+}
+
+/// One shard of a [`SearchRequest`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardCut {
+    /// Which shard.
+    pub shard: ShardId,
+    /// At least this sequence (session).
+    #[serde(default)]
+    pub after: u64,
+}
+
+/// `ruvector.node.<node>.search`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SearchRequest {
+    /// Where to look.
+    pub shards: Vec<ShardCut>,
+    /// What to look for; `None` only counts.
+    pub query: Option<SearchQuery>,
+    /// How fresh.
+    pub consistency: Consistency,
+    /// How long the sender waits.
+    pub timeout_ms: u64,
+}
+
+/// One shard of a [`SearchReply`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardAnswer {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Applied up to here.
+    pub seq: u64,
+    /// Vectors in it.
+    pub vectors: u64,
+}
+
+/// A shard that could not be searched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardFailure {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Why.
+    pub error: WireError,
+}
+
+/// Answer to [`SearchRequest`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SearchReply {
+    /// The nearest of all answered shards, best first.
+    pub hits: Vec<SearchResult>,
+    /// Shards that were searched.
+    pub shards: Vec<ShardAnswer>,
+    /// Shards that were not.
+    #[serde(default)]
+    pub failed: Vec<ShardFailure>,
+}
+
+/// `ruvector.node.<node>.ping`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PingRequest {
+    /// Report on these shards.
+    #[serde(default)]
+    pub shards: Vec<ShardId>,
+}
+
+/// One replica in a [`PingReply`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaReport {
+    /// Which shard.
+    pub shard: ShardId,
+    /// What it can do.
+    pub state: ReplicaState,
+    /// Highest sequence applied.
+    pub applied: u64,
+    /// Highest sequence that survives a crash; the log may be truncated up to the lowest of all holders.
+    pub durable: u64,
+    /// Vectors.
+    pub vectors: u64,
+    /// Bytes of content.
+    pub bytes: u64,
+    /// Which log it follows.
+    pub log_id: Uuid,
+}
+
+/// Answer to [`PingRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PingReply {
+    /// Who answers.
+    pub node: NodeId,
+    /// Which process.
+    pub instance: InstanceId,
+    /// The shards asked for that it holds.
+    #[serde(default)]
+    pub replicas: Vec<ReplicaReport>,
+}
+
+/// `ruvector.node.<node>.digest`: what was the content at this checkpoint?
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DigestRequest {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Id in the log's [`LogOp::Checkpoint`].
+    pub checkpoint: Uuid,
+    /// How long to wait for the replica to reach it.
+    pub timeout_ms: u64,
+}
+
+/// `ruvector.node.<node>.snapshot`: start streaming a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Token of the subjects `ruvector.migration.<transfer>.chunk` and `.ack`.
+    pub transfer: String,
+    /// This try; chunks of other tries are ignored.
+    pub attempt: Uuid,
+    /// Entries after this id; `None`: from the first, window of operation ids included.
+    #[serde(default)]
+    pub cursor: Option<String>,
+    /// Most bytes of one chunk.
+    pub chunk_bytes: usize,
+    /// Chunks that may be under way unacknowledged.
+    pub credits: u64,
+}
+
+/// Answer to [`SnapshotRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReply {
+    /// The window of operation ids that follows is that of this sequence; so is every entry or later.
+    pub seq: u64,
+    /// Which log the sequence belongs to.
+    pub log_id: Uuid,
+    /// Vectors now.
+    pub vectors: u64,
+    /// Bytes now.
+    pub bytes: u64,
+}
+
+/// What a chunk carries.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChunkBody {
+    /// Part of the window of operation ids, as the replica stores it: key, bytes.
+    Window(Vec<(u64, serde_bytes::ByteBuf)>),
+    /// Entries in order of ids.
+    Entries(Vec<VectorEntry>),
+}
+
+/// `ruvector.migration.<transfer>.chunk`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Chunk {
+    /// Which try.
+    pub attempt: Uuid,
+    /// Counts from 0 within the try.
+    pub index: u64,
+    /// The body was read at this sequence.
+    pub seq: u64,
+    /// What it carries.
+    pub body: ChunkBody,
+    /// Nothing follows.
+    pub last: bool,
+}
+
+/// `ruvector.migration.<transfer>.ack`: credits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChunkAck {
+    /// Which try.
+    pub attempt: Uuid,
+    /// Chunks stored, all below this index.
+    pub stored: u64,
+    /// Stop sending.
+    #[serde(default)]
+    pub stop: bool,
+}
+
+/// Every reply is one of these.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply<T> {
+    /// It worked.
+    Ok(T),
+    /// It did not.
+    Error(WireError),
+}
+
+impl<T> From<Result<T>> for Reply<T> {
+    fn from(result: Result<T>) -> Self {
+        match result {
+            Ok(value) => Reply::Ok(value),
+            Err(error) => Reply::Error((&error).into()),
+        }
+    }
+}
+
+impl<T> From<Reply<T>> for Result<T> {
+    fn from(reply: Reply<T>) -> Self {
+        match reply {
+            Reply::Ok(value) => Ok(value),
+            Reply::Error(wire) => Err(wire.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_entry_reads_back_and_its_vectors_are_compact() {
+        let entry = LogEntry {
+            ops: vec![
+                LogOp::Write {
+                    op_id: Uuid::from_u128(7),
+                    op: WriteOp::Upsert(vec![VectorEntry::new("a", vec![1.5; 128])]),
+                },
+                LogOp::Write { op_id: Uuid::from_u128(8), op: WriteOp::Delete(vec!["b".into()]) },
+                LogOp::Barrier,
+                LogOp::Checkpoint(Uuid::from_u128(9)),
+            ],
+        };
+        let bytes = encode(&entry).unwrap();
+        assert!(bytes.len() < 512 + 200, "{}", bytes.len());
+        assert_eq!(decode::<LogEntry>(&bytes).unwrap(), entry);
+    }
+
+    #[test]
+    fn garbage_does_not_parse_and_does_not_panic() {
+        for bytes in [&b""[..], b"\xc1", b"\xdf\xff\xff\xff\xff", b"{\"ops\":[]}", &[0xdd; 64]] {
+            assert!(matches!(decode::<LogEntry>(bytes), Err(Error::Invalid(_))));
+        }
+    }
+
+    #[test]
+    fn an_error_crosses_as_a_reply() {
+        let reply: Reply<WriteReply> = Err(Error::Busy("queue of shard 3 is full".into())).into();
+        let back: Reply<WriteReply> = decode(&encode(&reply).unwrap()).unwrap();
+        assert_eq!(Result::from(back), Err(Error::Busy("queue of shard 3 is full".into())));
+    }
+}

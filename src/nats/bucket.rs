@@ -1,0 +1,235 @@
+//! A key-value bucket: reads from the stream's leader, changes by compare-and-set, one watch.
+//!
+//! async-nats reads keys from any server (a read after a write may be stale) and knows only one of the
+//! two errors of a lost compare-and-set, so both are done here on the stream below the bucket.
+
+use super::connect::Nats;
+use super::{API_TIMEOUT, api_code, unavailable};
+use crate::error::{Error, Result};
+use async_nats::HeaderMap;
+use async_nats::jetstream::{self, context::PublishErrorKind, kv};
+use bytes::Bytes;
+use futures::StreamExt;
+use std::collections::BTreeMap;
+use std::time::Duration;
+use tracing::debug;
+
+/// Errors of JetStream that mean "the revision is another one": before and since server 2.11.
+const WRONG_LAST_SEQUENCE: [u64; 2] = [10_071, 10_164];
+
+/// What became of a compare-and-set.
+#[derive(Debug)]
+pub(crate) enum Cas {
+    /// It is the record now, at this revision.
+    Applied(u64),
+    /// The record has another revision; this attempt did not apply.
+    Lost,
+    /// No answer, or one that says nothing: it may have applied, or may do so later.
+    Unknown(Error),
+}
+
+/// One value with its revision.
+#[derive(Debug, Clone)]
+pub(crate) struct Versioned {
+    pub(crate) revision: u64,
+    pub(crate) value: Bytes,
+}
+
+/// A change seen by a watch.
+#[derive(Debug, Clone)]
+pub(crate) struct Change {
+    pub(crate) key: String,
+    pub(crate) revision: u64,
+    /// `None`: deleted.
+    pub(crate) value: Option<Bytes>,
+}
+
+/// One bucket.
+#[derive(Debug, Clone)]
+pub(crate) struct Bucket {
+    nats: Nats,
+    name: String,
+}
+
+impl Bucket {
+    pub(crate) fn new(nats: &Nats, name: String) -> Self {
+        Bucket { nats: nats.clone(), name }
+    }
+
+    /// Creates the bucket if it is missing. Idempotent: an existing one is left as it is.
+    pub(crate) async fn ensure(&self, replicas: usize) -> Result<()> {
+        match self.store().await {
+            Ok(_) => return Ok(()),
+            Err(Error::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+        let config = kv::Config {
+            bucket: self.name.clone(),
+            history: 1,
+            num_replicas: replicas,
+            storage: jetstream::stream::StorageType::File,
+            max_value_size: 256 * 1024,
+            ..Default::default()
+        };
+        match self.nats.jetstream.create_key_value(config).await {
+            Ok(_) => Ok(()),
+            // Somebody else was faster, perhaps with other replicas.
+            Err(_) if self.store().await.is_ok() => Ok(()),
+            Err(error) => Err(creation_error(&self.name, replicas, &error)),
+        }
+    }
+
+    async fn store(&self) -> Result<kv::Store> {
+        self.nats.jetstream.get_key_value(&self.name).await.map_err(|e| {
+            if api_code(&e) == Some(10_059) {
+                Error::NotFound(format!("bucket {} does not exist", self.name))
+            } else {
+                unavailable(format!("bucket {}", self.name), e)
+            }
+        })
+    }
+
+    fn stream(&self) -> String {
+        format!("KV_{}", self.name)
+    }
+
+    fn subject(&self, key: &str) -> String {
+        format!("$KV.{}.{key}", self.name)
+    }
+
+    /// The value as the stream's leader has it; `None` if the key is missing or deleted.
+    pub(crate) async fn get(&self, key: &str) -> Result<Option<Versioned>> {
+        Ok(self.get_raw(key).await?.filter(|(_, deleted)| !deleted).map(|(found, _)| found))
+    }
+
+    /// With deleted keys, whose marker has a revision too.
+    async fn get_raw(&self, key: &str) -> Result<Option<(Versioned, bool)>> {
+        let stream = self.nats.jetstream.get_stream_no_info(self.stream()).await;
+        let stream = stream.map_err(|e| unavailable(format!("bucket {}", self.name), e))?;
+        match stream.get_last_raw_message_by_subject(&self.subject(key)).await {
+            Ok(message) => {
+                let deleted = message.headers.get("KV-Operation").is_some();
+                Ok(Some((Versioned { revision: message.sequence, value: message.payload }, deleted)))
+            }
+            Err(error) if api_code(&error) == Some(10_037) || matches!(error.kind(), jetstream::stream::LastRawMessageErrorKind::NoMessageFound) => Ok(None),
+            Err(error) => Err(unavailable(format!("reading {key:?} of bucket {}", self.name), error)),
+        }
+    }
+
+    /// Writes `value` if the key's revision is `expected` (0: the key must not exist). Never waits longer
+    /// than [`API_TIMEOUT`]. A lost message, a doubled one (it fails at the changed revision) and a late
+    /// one are all covered by the three outcomes.
+    pub(crate) async fn cas(&self, key: &str, value: Vec<u8>, expected: u64) -> Cas {
+        let mut headers = HeaderMap::new();
+        headers.insert("Nats-Expected-Last-Subject-Sequence", expected.to_string().as_str());
+        let sent = async {
+            let ack = self.nats.jetstream.publish_with_headers(self.subject(key), headers, value.into()).await?;
+            ack.await
+        };
+        let what = || format!("writing {key:?} of bucket {}", self.name);
+        match tokio::time::timeout(API_TIMEOUT, sent).await {
+            Ok(Ok(ack)) => Cas::Applied(ack.sequence),
+            Ok(Err(error)) => {
+                let lost = matches!(error.kind(), PublishErrorKind::WrongLastSequence)
+                    || api_code(&error).is_some_and(|code| WRONG_LAST_SEQUENCE.contains(&code));
+                if lost { Cas::Lost } else { Cas::Unknown(unavailable(what(), error)) }
+            }
+            Err(_) => Cas::Unknown(Error::Unavailable(format!("{}: no answer in time", what()))),
+        }
+    }
+
+    /// Creates the key, also over a deletion marker. `Lost` if it exists.
+    pub(crate) async fn create(&self, key: &str, value: Vec<u8>) -> Result<Cas> {
+        let expected = match self.get_raw(key).await? {
+            None => 0,
+            Some((marker, true)) => marker.revision,
+            Some((_, false)) => return Ok(Cas::Lost),
+        };
+        Ok(self.cas(key, value, expected).await)
+    }
+
+    /// Deletes the key at any revision.
+    pub(crate) async fn delete(&self, key: &str) -> Result<()> {
+        let store = self.store().await?;
+        store.purge(key).await.map_err(|e| unavailable(format!("deleting {key:?} of bucket {}", self.name), e))
+    }
+
+    /// All present keys, from the stream's leader (consumers live there).
+    pub(crate) async fn list(&self) -> Result<BTreeMap<String, Versioned>> {
+        let mut all = BTreeMap::new();
+        let mut watch = self.watch().await?;
+        while !watch.current {
+            let next = tokio::time::timeout(API_TIMEOUT, watch.next()).await;
+            let change = next.map_err(|_| Error::Unavailable(format!("listing bucket {} took too long", self.name)))??;
+            if let Some(Change { key, revision, value: Some(value) }) = change {
+                all.insert(key, Versioned { revision, value });
+            }
+        }
+        Ok(all)
+    }
+
+    /// Last revision in the bucket: whether a watch has missed anything.
+    pub(crate) async fn last_revision(&self) -> Result<u64> {
+        let stream = self.nats.jetstream.get_stream(self.stream()).await;
+        let stream = stream.map_err(|e| unavailable(format!("bucket {}", self.name), e))?;
+        Ok(stream.cached_info().state.last_sequence)
+    }
+
+    /// Every present key once, then every change.
+    pub(crate) async fn watch(&self) -> Result<Watch> {
+        let store = self.store().await?;
+        let watching = tokio::time::timeout(API_TIMEOUT, store.watch_with_history(">")).await;
+        let entries = watching
+            .map_err(|_| Error::Unavailable(format!("watching bucket {}: no answer in time", self.name)))?
+            .map_err(|e| unavailable(format!("watching bucket {}", self.name), e))?;
+        // An empty bucket never delivers the entry that says "that was all".
+        let current = store.status().await.map(|s| s.values() == 0).unwrap_or(false);
+        Ok(Watch { entries, current, name: self.name.clone() })
+    }
+}
+
+/// A running watch of one bucket.
+pub(crate) struct Watch {
+    entries: kv::Watch,
+    /// Everything that was there at the start has been delivered.
+    pub(crate) current: bool,
+    name: String,
+}
+
+impl Watch {
+    /// The next change; `None` for something to ignore. Not bounded in time: use it in a `select!`.
+    ///
+    /// # Errors
+    /// `Unavailable` when the watch has ended and must be started again.
+    pub(crate) async fn next(&mut self) -> Result<Option<Change>> {
+        match self.entries.next().await {
+            Some(Ok(entry)) => {
+                self.current |= entry.delta == 0;
+                let value = (entry.operation == kv::Operation::Put).then_some(entry.value);
+                Ok(Some(Change { key: entry.key, revision: entry.revision, value }))
+            }
+            // A missed idle heartbeat: the watch recreates itself, if it is polled on.
+            Some(Err(error)) => {
+                debug!(bucket = self.name, "watch: {error}");
+                Ok(None)
+            }
+            None => Err(Error::Unavailable(format!("the watch of bucket {} ended", self.name))),
+        }
+    }
+}
+
+/// Why a stream could not be created, with what to do.
+pub(crate) fn creation_error(name: &str, replicas: usize, error: &(dyn std::error::Error + 'static)) -> Error {
+    match api_code(error) {
+        Some(10_074 | 10_005) => Error::Invalid(format!(
+            "{name} cannot have {replicas} replicas: NATS has fewer JetStream servers; start more, or set log_replicas"
+        )),
+        Some(10_023 | 10_047) => Error::Full(format!("NATS has no room for {name}: raise JetStream's max_file_store")),
+        _ => unavailable(format!("creating {name}"), error),
+    }
+}
+
+/// Pause before a watch is started again: 0.2 s to 5 s, so that reconnect storms do not pile up consumers.
+pub(crate) fn rewatch_pause(attempt: u32) -> Duration {
+    Duration::from_millis(200 * 2u64.pow(attempt.min(5))).min(Duration::from_secs(5))
+}

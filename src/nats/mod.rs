@@ -1,0 +1,36 @@
+//! How we talk to NATS: the only module that imports `async_nats`.
+//!
+//! It turns subjects, headers, revisions and acknowledgements into typed calls that have a bound in time
+//! and an [`Error`](crate::Error) that says what may have happened. It decides nothing.
+
+pub(crate) mod bucket;
+pub(crate) mod bus;
+pub(crate) mod connect;
+pub(crate) mod log;
+pub(crate) mod subjects;
+
+pub use connect::NatsOptions;
+
+use crate::error::Error;
+use async_nats::jetstream;
+use std::time::Duration;
+
+/// Bound on one JetStream API call or acknowledgement.
+pub(crate) const API_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The JetStream error code inside a foreign error, if the server sent one.
+pub(crate) fn api_code(error: &(dyn std::error::Error + 'static)) -> Option<u64> {
+    let mut at = Some(error);
+    while let Some(error) = at {
+        if let Some(found) = error.downcast_ref::<jetstream::Error>() {
+            return Some(found.error_code().0);
+        }
+        at = error.source();
+    }
+    None
+}
+
+/// A foreign error as ours, when nothing better is known: the server may be away or changing leaders.
+pub(crate) fn unavailable(what: impl std::fmt::Display, error: impl std::fmt::Display) -> Error {
+    Error::Unavailable(format!("{what}: {error}"))
+}
