@@ -175,11 +175,7 @@ mod tests {
 
     #[test]
     fn unknown_code_of_a_newer_peer_keeps_its_retryability() {
-        let wire = |retryable| WireError {
-            code: "from_the_future".into(),
-            message: "x".into(),
-            retryable,
-        };
+        let wire = |retryable| WireError { code: "from_the_future".into(), message: "x".into(), retryable };
         assert!(Error::from(wire(true)).is_retryable());
         assert!(!Error::from(wire(false)).is_retryable());
     }

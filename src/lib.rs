@@ -1,9 +1,28 @@
 //! Horizontal scale for a vector database, coordinated through NATS.
 
+mod client;
+mod clock;
+mod cluster;
+mod config;
 pub mod error;
-pub mod model;
-//STORE pub mod store;
-
-pub use error::{Error, Result};
+#[cfg(feature = "http")]
+mod http;
 mod logic;
+mod metrics;
+pub mod model;
 mod nats;
+mod node;
+pub mod store;
+mod view;
+
+pub use client::{Client, ClientOptions, Found, SearchOutcome, Written};
+pub use cluster::{Cluster, ClusterEvent, ClusterHealth, Node, Shard};
+pub use config::ClusterConfig;
+pub use error::{Error, Result};
+pub use model::admin::HealthStatus;
+pub use model::records::{NodeStatus, ShardStatus};
+pub use model::{
+    Consistency, DistanceMetric, NodeId, Payload, SearchQuery, SearchResult, ShardId, VectorEntry,
+};
+pub use nats::{EventStream, NatsOptions};
+pub use store::{MemoryStores, RedbOptions, RedbStores, ShardStore, StoreFactory};

@@ -105,10 +105,11 @@ impl Taken {
     fn decode(seq: u64, bytes: &[u8]) -> Result<Taken> {
         let bad = || Error::Corrupt(format!("the note of operation ids at sequence {seq} is malformed"));
         let (time, ops) = bytes.split_first_chunk::<8>().ok_or_else(bad)?;
-        if ops.len() % 20 != 0 {
+        if !ops.len().is_multiple_of(20) {
             return Err(bad());
         }
-        let mut taken = Taken { seq, time_ms: u64::from_le_bytes(*time), ops: Vec::with_capacity(ops.len() / 20) };
+        let mut taken =
+            Taken { seq, time_ms: u64::from_le_bytes(*time), ops: Vec::with_capacity(ops.len() / 20) };
         for op in ops.chunks_exact(20) {
             let id = OpId::from_slice(&op[..16]).map_err(|_| bad())?;
             taken.ops.push((id, u32::from_le_bytes([op[16], op[17], op[18], op[19]])));

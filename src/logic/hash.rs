@@ -32,7 +32,10 @@ pub fn shard_of(key: &str, num_shards: NonZeroU32) -> ShardId {
 
 /// Rank of a node for a shard (rendezvous hashing): the tie-break that spreads equal choices.
 pub(crate) fn rank(shard: ShardId, node: &str) -> u64 {
-    xxhash_rust::xxh3::xxh3_64_with_seed(node.as_bytes(), u64::from(shard.0).wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    xxhash_rust::xxh3::xxh3_64_with_seed(
+        node.as_bytes(),
+        u64::from(shard.0).wrapping_mul(0x9E37_79B9_7F4A_7C15),
+    )
 }
 
 #[cfg(test)]

@@ -91,7 +91,9 @@ impl Membership {
         match known.status {
             NodeStatus::Up | NodeStatus::Draining | NodeStatus::Left => vec![],
             NodeStatus::Suspect => known.set(node, known.live_status(), "its heartbeat arrived"),
-            NodeStatus::Down if known.steady >= STEADY_BEATS => known.set(node, NodeStatus::Up, "its heartbeats are steady again"),
+            NodeStatus::Down if known.steady >= STEADY_BEATS => {
+                known.set(node, NodeStatus::Up, "its heartbeats are steady again")
+            }
             NodeStatus::Down => vec![],
         }
     }
@@ -111,7 +113,9 @@ impl Membership {
                 known.heard = now;
                 known.set(node, known.live_status(), "it answered a ping")
             }
-            PingOutcome::Answered(_) => known.set(node, NodeStatus::Down, "another process answers under its name"),
+            PingOutcome::Answered(_) => {
+                known.set(node, NodeStatus::Down, "another process answers under its name")
+            }
             PingOutcome::NoResponders => known.set(node, NodeStatus::Down, "NATS has no connection of it"),
             PingOutcome::Silent => vec![],
         }

@@ -8,4 +8,5 @@ pub mod hash;
 pub(crate) mod lease;
 pub(crate) mod membership;
 pub(crate) mod planner;
+pub(crate) mod replica;
 pub(crate) mod routing;

@@ -285,13 +285,17 @@ impl<'a> World<'a> {
     /// More live replicas than wanted (a node came back after it had been replaced).
     fn drop_surplus(&mut self) {
         for shard in self.map.keys().copied().collect::<Vec<_>>() {
-            while self.map[&shard].iter().filter(|n| self.role(n).is_live()).count() > self.input.replication_factor {
+            while self.map[&shard].iter().filter(|n| self.role(n).is_live()).count()
+                > self.input.replication_factor
+            {
                 let holders = &self.map[&shard];
                 let fullest = holders.iter().skip(1).max_by(|a, b| {
                     let doubled = |n: &str| !self.racks_of(holders, Some(n)).contains(self.rack(n));
                     doubled(b)
                         .cmp(&doubled(a))
-                        .then_with(|| (self.count[*a] * self.weight(b)).cmp(&(self.count[*b] * self.weight(a))))
+                        .then_with(|| {
+                            (self.count[*a] * self.weight(b)).cmp(&(self.count[*b] * self.weight(a)))
+                        })
                         .then_with(|| a.cmp(b))
                 });
                 let Some(node) = fullest.cloned() else { break };
@@ -328,13 +332,10 @@ impl<'a> World<'a> {
     /// A shard that may go from one node to the other without losing a rack.
     fn movable(&self, from: &NodeId, to: &NodeId, moved: &BTreeSet<ShardId>) -> Option<ShardId> {
         let fits = |shard: &ShardId, holders: &[NodeId]| {
-            !moved.contains(shard)
-                && holders.contains(from)
-                && !holders.contains(to)
-                && {
-                    let rest = self.racks_of(holders, Some(from));
-                    !rest.contains(self.rack(to)) || rest.contains(self.rack(from))
-                }
+            !moved.contains(shard) && holders.contains(from) && !holders.contains(to) && {
+                let rest = self.racks_of(holders, Some(from));
+                !rest.contains(self.rack(to)) || rest.contains(self.rack(from))
+            }
         };
         let shards = self.map.iter().filter(|(shard, holders)| fits(shard, holders));
         shards.max_by_key(|(shard, _)| (rank(**shard, to), Reverse(**shard))).map(|(shard, _)| *shard)
@@ -346,12 +347,8 @@ impl<'a> World<'a> {
             let mut order: Vec<(&NodeId, u64)> =
                 primaries.iter().filter(|(n, _)| self.members.contains(*n)).map(|(n, c)| (n, *c)).collect();
             order.sort_by_key(|(n, c)| (Reverse(*c), (*n).clone()));
-            let copied: BTreeSet<ShardId> = self
-                .steps
-                .iter()
-                .filter(|s| matches!(s, Step::Copy { .. }))
-                .map(Step::shard)
-                .collect();
+            let copied: BTreeSet<ShardId> =
+                self.steps.iter().filter(|s| matches!(s, Step::Copy { .. })).map(Step::shard).collect();
             let pairs = order.iter().flat_map(|from| order.iter().rev().map(move |to| (from, to)));
             let step = pairs.filter(|(from, to)| from.1 > to.1 + 1).find_map(|(from, to)| {
                 let fits = |shard: &ShardId, h: &[NodeId]| {
@@ -435,14 +432,20 @@ mod tests {
 
     #[test]
     fn first_placement_is_balanced_and_final() {
-        for (nodes, racks, shards, rf) in [(3, 3, 16, 3), (5, 0, 64, 3), (7, 3, 64, 3), (2, 1, 8, 3), (10, 5, 256, 3)] {
+        for (nodes, racks, shards, rf) in
+            [(3, 3, 16, 3), (5, 0, 64, 3), (7, 3, 64, 3), (2, 1, 8, 3), (10, 5, 256, 3)]
+        {
             let first = input(nodes, racks, shards, rf);
             let placed = apply(&first, &plan(&first));
             assert!(spread(&placed) <= 1 || racks > 0, "{nodes} {racks}: {:?}", counts(&placed));
             assert!(placed.shards.values().all(|h| h.len() == rf.min(nodes)));
             let (settled, _) = settle(placed);
             assert!(plan(&settled).is_empty());
-            assert!(spread(&settled) <= if racks == 3 && nodes == 7 { 11 } else { 1 }, "{:?}", counts(&settled));
+            assert!(
+                spread(&settled) <= if racks == 3 && nodes == 7 { 11 } else { 1 },
+                "{:?}",
+                counts(&settled)
+            );
         }
     }
 

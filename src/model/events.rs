@@ -176,7 +176,8 @@ mod tests {
 
     #[test]
     fn an_event_is_flat_json_and_reads_back() {
-        let event = Event::new("shard.moved", "shard 7 moved").shard(ShardId(7)).with("from", "a").with("to", "b");
+        let event =
+            Event::new("shard.moved", "shard 7 moved").shard(ShardId(7)).with("from", "a").with("to", "b");
         let json = serde_json::to_value(&event).unwrap();
         assert_eq!((&json["from"], &json["shard"]), (&"a".into(), &7.into()));
         assert_eq!(serde_json::from_value::<Event>(json).unwrap(), event);

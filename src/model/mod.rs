@@ -1,5 +1,7 @@
 //! What exists: plain data, its encoding and its checks. No IO, no clock, no randomness.
 
+pub mod admin;
+pub mod api;
 pub mod events;
 pub mod ids;
 pub mod records;

@@ -288,7 +288,10 @@ impl ShardRecord {
             }
         }
         if self.replicas.first() != Some(&self.primary) {
-            return Err(Error::Invalid(format!("the primary of shard {} is not its first replica", self.shard)));
+            return Err(Error::Invalid(format!(
+                "the primary of shard {} is not its first replica",
+                self.shard
+            )));
         }
         Ok(())
     }

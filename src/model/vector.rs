@@ -45,7 +45,8 @@ impl VectorEntry {
     /// vector under cosine, or a payload above its limit.
     pub fn validate(&self, dimensions: usize, metric: DistanceMetric) -> Result<()> {
         validate_id(&self.id)?;
-        validate_vector(&self.vector, dimensions, metric).map_err(|e| e.context(format!("vector {:?}", self.id)))?;
+        validate_vector(&self.vector, dimensions, metric)
+            .map_err(|e| e.context(format!("vector {:?}", self.id)))?;
         if let Some(payload) = &self.payload {
             let bytes = payload_json(payload).len();
             if bytes > MAX_PAYLOAD_BYTES {
@@ -109,19 +110,21 @@ pub fn validate_id(id: &str) -> Result<()> {
 /// [`Error::Invalid`] for a wrong dimension, NaN or infinity, or a zero vector under cosine.
 pub fn validate_vector(vector: &[f32], dimensions: usize, metric: DistanceMetric) -> Result<()> {
     if vector.len() != dimensions {
-        return Err(Error::Invalid(format!(
-            "{} dimensions, the cluster has {dimensions}",
-            vector.len()
-        )));
+        return Err(Error::Invalid(format!("{} dimensions, the cluster has {dimensions}", vector.len())));
     }
     if let Some(at) = vector.iter().position(|x| !x.is_finite()) {
-        return Err(Error::Invalid(format!("number {at} is {}, only finite numbers can be stored", vector[at])));
+        return Err(Error::Invalid(format!(
+            "number {at} is {}, only finite numbers can be stored",
+            vector[at]
+        )));
     }
     if metric == DistanceMetric::Cosine {
         // Squares of tiny numbers underflow, so look at the norm that the search will divide by.
         let norm = vector.iter().map(|x| x * x).sum::<f32>();
         if norm == 0.0 || !norm.is_finite() {
-            return Err(Error::Invalid("its length is zero or too large to have a direction, which cosine needs".into()));
+            return Err(Error::Invalid(
+                "its length is zero or too large to have a direction, which cosine needs".into(),
+            ));
         }
     }
     Ok(())
@@ -245,7 +248,9 @@ impl std::str::FromStr for Consistency {
             "eventual" => Ok(Consistency::Eventual),
             "session" => Ok(Consistency::Session),
             "linearizable" => Ok(Consistency::Linearizable),
-            _ => Err(Error::Invalid(format!("{text:?} is no consistency: use eventual, session or linearizable"))),
+            _ => Err(Error::Invalid(format!(
+                "{text:?} is no consistency: use eventual, session or linearizable"
+            ))),
         }
     }
 }
@@ -285,7 +290,7 @@ pub(crate) mod vector_bytes {
         }
 
         fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<f32>, E> {
-            if bytes.len() % 4 != 0 {
+            if !bytes.len().is_multiple_of(4) {
                 return Err(E::custom(format!("{} bytes are no whole number of f32", bytes.len())));
             }
             let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
@@ -323,7 +328,8 @@ mod tests {
     fn a_vector_is_one_bin_in_messagepack_and_an_array_in_json() {
         let packed = rmp_serde::to_vec_named(&entry()).unwrap();
         assert_eq!(rmp_serde::from_slice::<VectorEntry>(&packed).unwrap(), entry());
-        let value: serde_json::Value = serde_json::from_str(&serde_json::to_string(&entry()).unwrap()).unwrap();
+        let value: serde_json::Value =
+            serde_json::from_str(&serde_json::to_string(&entry()).unwrap()).unwrap();
         assert_eq!(value["vector"][1], -1.25);
         assert_eq!(serde_json::from_value::<VectorEntry>(value).unwrap(), entry());
         let plain = VectorEntry::new("a", vec![1.0; 100]);
@@ -344,10 +350,7 @@ mod tests {
         check(|e| e.vector[0] = f32::NAN, "NaN");
         check(|e| e.vector[2] = f32::INFINITY, "inf");
         check(|e| e.vector = vec![0.0; 3], "zero");
-        check(
-            |e| e.payload = serde_json::json!({"x": "y".repeat(70_000)}).as_object().cloned(),
-            "payload",
-        );
+        check(|e| e.payload = serde_json::json!({"x": "y".repeat(70_000)}).as_object().cloned(), "payload");
         entry().validate(3, DistanceMetric::Cosine).unwrap();
         VectorEntry::new("0", vec![0.0; 3]).validate(3, DistanceMetric::Euclidean).unwrap();
     }

@@ -229,6 +229,9 @@ pub struct SnapshotRequest {
     /// Entries after this id; `None`: from the first, window of operation ids included.
     #[serde(default)]
     pub cursor: Option<String>,
+    /// Wait until this is applied before reading: pages must not be older than the first one.
+    #[serde(default)]
+    pub min_seq: u64,
     /// Most bytes of one chunk.
     pub chunk_bytes: usize,
     /// Chunks that may be under way unacknowledged.

@@ -111,7 +111,15 @@ impl Bucket {
                 let deleted = message.headers.get("KV-Operation").is_some();
                 Ok(Some((Versioned { revision: message.sequence, value: message.payload }, deleted)))
             }
-            Err(error) if api_code(&error) == Some(10_037) || matches!(error.kind(), jetstream::stream::LastRawMessageErrorKind::NoMessageFound) => Ok(None),
+            Err(error)
+                if api_code(&error) == Some(10_037)
+                    || matches!(error.kind(), jetstream::stream::LastRawMessageErrorKind::NoMessageFound) =>
+            {
+                Ok(None)
+            }
+            Err(error) if api_code(&error) == Some(10_059) => {
+                Err(Error::NotFound(format!("bucket {} does not exist", self.name)))
+            }
             Err(error) => Err(unavailable(format!("reading {key:?} of bucket {}", self.name), error)),
         }
     }
@@ -123,7 +131,8 @@ impl Bucket {
         let mut headers = HeaderMap::new();
         headers.insert("Nats-Expected-Last-Subject-Sequence", expected.to_string().as_str());
         let sent = async {
-            let ack = self.nats.jetstream.publish_with_headers(self.subject(key), headers, value.into()).await?;
+            let ack =
+                self.nats.jetstream.publish_with_headers(self.subject(key), headers, value.into()).await?;
             ack.await
         };
         let what = || format!("writing {key:?} of bucket {}", self.name);
@@ -151,7 +160,10 @@ impl Bucket {
     /// Deletes the key at any revision.
     pub(crate) async fn delete(&self, key: &str) -> Result<()> {
         let store = self.store().await?;
-        store.purge(key).await.map_err(|e| unavailable(format!("deleting {key:?} of bucket {}", self.name), e))
+        store
+            .purge(key)
+            .await
+            .map_err(|e| unavailable(format!("deleting {key:?} of bucket {}", self.name), e))
     }
 
     /// All present keys, from the stream's leader (consumers live there).
@@ -160,7 +172,8 @@ impl Bucket {
         let mut watch = self.watch().await?;
         while !watch.current {
             let next = tokio::time::timeout(API_TIMEOUT, watch.next()).await;
-            let change = next.map_err(|_| Error::Unavailable(format!("listing bucket {} took too long", self.name)))??;
+            let change =
+                next.map_err(|_| Error::Unavailable(format!("listing bucket {} took too long", self.name)))??;
             if let Some(Change { key, revision, value: Some(value) }) = change {
                 all.insert(key, Versioned { revision, value });
             }
@@ -219,12 +232,18 @@ impl Watch {
 }
 
 /// Why a stream could not be created, with what to do.
-pub(crate) fn creation_error(name: &str, replicas: usize, error: &(dyn std::error::Error + 'static)) -> Error {
+pub(crate) fn creation_error(
+    name: &str,
+    replicas: usize,
+    error: &(dyn std::error::Error + 'static),
+) -> Error {
     match api_code(error) {
         Some(10_074 | 10_005) => Error::Invalid(format!(
             "{name} cannot have {replicas} replicas: NATS has fewer JetStream servers; start more, or set log_replicas"
         )),
-        Some(10_023 | 10_047) => Error::Full(format!("NATS has no room for {name}: raise JetStream's max_file_store")),
+        Some(10_023 | 10_047) => {
+            Error::Full(format!("NATS has no room for {name}: raise JetStream's max_file_store"))
+        }
         _ => unavailable(format!("creating {name}"), error),
     }
 }

@@ -4,7 +4,8 @@ use super::connect::Nats;
 use super::unavailable;
 use crate::error::{Error, Result, WireError};
 use crate::model::wire::{self, Reply};
-use async_nats::{HeaderMap, Message};
+use async_nats::HeaderMap;
+pub(crate) use async_nats::{Message, Subscriber};
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use std::time::Duration;
@@ -67,7 +68,13 @@ impl Bus {
         Ok(bytes)
     }
 
-    async fn send(&self, subject: String, reply: Option<String>, headers: HeaderMap, body: Bytes) -> Result<()> {
+    async fn send(
+        &self,
+        subject: String,
+        reply: Option<String>,
+        headers: HeaderMap,
+        body: Bytes,
+    ) -> Result<()> {
         // While disconnected the client queues some messages and then blocks: bound it.
         let client = &self.nats.client;
         let sent = async {
@@ -95,7 +102,9 @@ impl Bus {
             Err(error) => return Asked::Answer(Err(error)),
         };
         match self.request_raw(subject, self.headers(MSGPACK), body.into(), timeout).await {
-            Asked::Answer(message) => Asked::Answer(wire::decode::<Reply<A>>(&message.payload).and_then(Into::into)),
+            Asked::Answer(message) => {
+                Asked::Answer(wire::decode::<Reply<A>>(&message.payload).and_then(Into::into))
+            }
             Asked::NoResponders => Asked::NoResponders,
             Asked::NoAnswer(error) => Asked::NoAnswer(error),
         }
@@ -122,7 +131,8 @@ impl Bus {
         request: &Q,
         timeout: Duration,
     ) -> Result<A> {
-        let body = serde_json::to_vec(request).map_err(|e| Error::Internal(format!("encoding failed: {e}")))?;
+        let body =
+            serde_json::to_vec(request).map_err(|e| Error::Internal(format!("encoding failed: {e}")))?;
         match self.request_raw(subject.clone(), self.headers(JSON), body.into(), timeout).await {
             Asked::Answer(message) => {
                 if let Ok(Failure { error }) = serde_json::from_slice(&message.payload) {
@@ -150,9 +160,9 @@ impl Bus {
             Ok(Ok(message)) => Asked::Answer(message),
             Ok(Err(error)) => match error.kind() {
                 async_nats::RequestErrorKind::NoResponders => Asked::NoResponders,
-                async_nats::RequestErrorKind::MaxPayloadExceeded => {
-                    Asked::NoAnswer(Error::Invalid(format!("the request on {subject} is larger than NATS's max_payload")))
-                }
+                async_nats::RequestErrorKind::MaxPayloadExceeded => Asked::NoAnswer(Error::Invalid(format!(
+                    "the request on {subject} is larger than NATS's max_payload"
+                ))),
                 _ => Asked::NoAnswer(no_answer(&subject, timeout)),
             },
             Err(_) => Asked::NoAnswer(no_answer(&subject, timeout)),
@@ -176,6 +186,17 @@ impl Bus {
             Err(error) => serde_json::to_vec(&Failure { error: error.into() }),
         };
         self.deliver(reply.to_string(), headers, body.unwrap_or_default(), JSON).await;
+    }
+
+    /// Answers a request in MessagePack without an envelope: the value, or `{"error":{…}}`.
+    pub(crate) async fn answer_plain<A: Serialize>(&self, request: &Message, result: Result<A>) {
+        let Some(reply) = request.reply.clone() else { return };
+        let headers = self.reply_headers(MSGPACK, result.as_ref().err());
+        let body = match &result {
+            Ok(value) => wire::encode(value),
+            Err(error) => wire::encode(&Failure { error: error.into() }),
+        };
+        self.deliver(reply.to_string(), headers, body.unwrap_or_default(), MSGPACK).await;
     }
 
     fn reply_headers(&self, content_type: &str, error: Option<&Error>) -> HeaderMap {

@@ -29,20 +29,26 @@ pub struct NatsOptions {
     pub tls_cert: Option<PathBuf>,
     /// Key of the client certificate (PEM).
     pub tls_key: Option<PathBuf>,
+    /// Prefix of reply subjects, for users who may subscribe to their own only; default `_INBOX`.
+    pub inbox_prefix: Option<String>,
 }
 
 impl std::fmt::Debug for NatsOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // Neither passwords nor URLs that may hold one belong in a log.
         let user = self.user.as_deref();
-        f.debug_struct("NatsOptions").field("servers", &self.shown()).field("user", &user).finish_non_exhaustive()
+        f.debug_struct("NatsOptions")
+            .field("servers", &self.shown())
+            .field("user", &user)
+            .finish_non_exhaustive()
     }
 }
 
 impl NatsOptions {
     /// One or more servers separated by commas, no authentication.
     pub fn new(servers: &str) -> Self {
-        let servers = servers.split(',').map(str::trim).filter(|s| !s.is_empty()).map(str::to_owned).collect();
+        let servers =
+            servers.split(',').map(str::trim).filter(|s| !s.is_empty()).map(str::to_owned).collect();
         NatsOptions { servers, ..Default::default() }
     }
 
@@ -54,10 +60,14 @@ impl NatsOptions {
 
     fn addresses(&self) -> Result<Vec<ServerAddr>> {
         if self.servers.is_empty() {
-            return Err(Error::Invalid("no NATS server is named: give at least one, such as nats://127.0.0.1:4222".into()));
+            return Err(Error::Invalid(
+                "no NATS server is named: give at least one, such as nats://127.0.0.1:4222".into(),
+            ));
         }
         let parse = |s: &String| {
-            s.parse().map_err(|e| Error::Invalid(format!("{s:?} is no NATS address (such as nats://127.0.0.1:4222): {e}")))
+            s.parse().map_err(|e| {
+                Error::Invalid(format!("{s:?} is no NATS address (such as nats://127.0.0.1:4222): {e}"))
+            })
         };
         self.servers.iter().map(parse).collect()
     }
@@ -68,7 +78,8 @@ impl NatsOptions {
         };
         let mut options = ConnectOptions::new();
         if let Some(path) = &self.creds {
-            options = options.credentials_file(path).await.map_err(|e| unreadable("credentials", path, &e))?;
+            options =
+                options.credentials_file(path).await.map_err(|e| unreadable("credentials", path, &e))?;
         }
         if let Some(path) = &self.nkey {
             let seed = tokio::task::block_in_place(|| std::fs::read_to_string(path));
@@ -78,9 +89,13 @@ impl NatsOptions {
         // async-nats leaves credentials in the URL alone.
         let from_url = addresses.iter().find(|a| a.username().is_some());
         let user = self.user.clone().or_else(|| from_url.and_then(|a| a.username()).map(str::to_owned));
-        let password = self.password.clone().or_else(|| from_url.and_then(|a| a.password()).map(str::to_owned));
+        let password =
+            self.password.clone().or_else(|| from_url.and_then(|a| a.password()).map(str::to_owned));
         if let Some(user) = user {
             options = options.user_and_password(user, password.unwrap_or_default());
+        }
+        if let Some(prefix) = &self.inbox_prefix {
+            options = options.custom_inbox_prefix(prefix);
         }
         if let Some(path) = &self.tls_ca {
             options = options.add_root_certificates(path.clone()).require_tls(true);
@@ -120,9 +135,15 @@ impl Health {
             }
             Event::SlowConsumer(id) => {
                 self.slow_consumers.fetch_add(1, Ordering::Relaxed);
-                debug!(connection = name, subscription = id, "messages were dropped: the subscription is full");
+                debug!(
+                    connection = name,
+                    subscription = id,
+                    "messages were dropped: the subscription is full"
+                );
             }
-            Event::ServerError(ServerError::Other(text)) if text.to_ascii_lowercase().contains("permissions violation") => {
+            Event::ServerError(ServerError::Other(text))
+                if text.to_ascii_lowercase().contains("permissions violation") =>
+            {
                 warn!(connection = name, "NATS refuses: {text}");
                 self.violation.send_replace(Some(text));
             }
@@ -192,7 +213,13 @@ impl Nats {
                 });
             match wanted.connect(&addresses).await {
                 Ok(client) => break client,
-                Err(error) if matches!(error.kind(), async_nats::ConnectErrorKind::AuthorizationViolation | async_nats::ConnectErrorKind::Authentication) => {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        async_nats::ConnectErrorKind::AuthorizationViolation
+                            | async_nats::ConnectErrorKind::Authentication
+                    ) =>
+                {
                     return Err(Error::Invalid(format!(
                         "NATS at {} refuses these credentials: {error}; see --user, --password, --creds and --nkey",
                         options.shown()
@@ -298,7 +325,9 @@ impl Nats {
 
 /// A permission violation as an error that names the subject.
 pub(crate) fn permission_error(violation: &str) -> Error {
-    Error::Invalid(format!("NATS does not permit this user what a node needs: {violation}; see nats/roles.conf"))
+    Error::Invalid(format!(
+        "NATS does not permit this user what a node needs: {violation}; see nats/roles.conf"
+    ))
 }
 
 /// The server that we are connected to.
@@ -328,7 +357,8 @@ pub(crate) struct Version(pub(crate) u32, pub(crate) u32, pub(crate) u32);
 impl Version {
     /// Reads `2.15.1`, `2.11.0-RC.2` and the like; what is missing counts as 0.
     pub(crate) fn parse(text: &str) -> Version {
-        let mut parts = text.trim_start_matches('v').split(['.', '-', '+']).map(|part| part.parse().unwrap_or(0));
+        let mut parts =
+            text.trim_start_matches('v').split(['.', '-', '+']).map(|part| part.parse().unwrap_or(0));
         let mut next = || parts.next().unwrap_or(0);
         Version(next(), next(), next())
     }

@@ -68,6 +68,33 @@ pub(crate) enum Appended {
     Unknown(Error),
 }
 
+/// Creates the stream that keeps events for a week. Idempotent.
+pub(crate) async fn ensure_event_stream(
+    nats: &Nats,
+    subjects: &Subjects,
+    replicas: usize,
+) -> std::result::Result<(), async_nats::jetstream::context::CreateStreamError> {
+    let config = Config {
+        name: subjects.event_stream(),
+        subjects: vec![subjects.all_events()],
+        max_age: Duration::from_secs(7 * 24 * 3600),
+        max_bytes: 256 << 20,
+        discard: DiscardPolicy::Old,
+        storage: StorageType::File,
+        num_replicas: replicas,
+        allow_direct: true,
+        ..Default::default()
+    };
+    if nats.jetstream.get_stream(&config.name).await.is_ok() {
+        return Ok(());
+    }
+    match nats.jetstream.create_stream(config.clone()).await {
+        Ok(_) => Ok(()),
+        Err(_) if nats.jetstream.get_stream(&config.name).await.is_ok() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// Access to all logs of a cluster over one connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Logs {
@@ -94,7 +121,13 @@ impl Logs {
 
     /// Creates the stream with this id. An existing one with the same id is left alone, one with another
     /// id is reported. Safe to repeat: whoever dies in between leaves a stream that says what it is.
-    pub(crate) async fn create(&self, shard: ShardId, id: Uuid, first_seq: u64, cluster: &ClusterRecord) -> Result<LogInfo> {
+    pub(crate) async fn create(
+        &self,
+        shard: ShardId,
+        id: Uuid,
+        first_seq: u64,
+        cluster: &ClusterRecord,
+    ) -> Result<LogInfo> {
         let name = self.subjects.log_stream(shard);
         let config = Config {
             name: name.clone(),
@@ -111,7 +144,8 @@ impl Logs {
             metadata: HashMap::from([(LOG_ID.to_owned(), id.to_string())]),
             ..Default::default()
         };
-        let created = tokio::time::timeout(Duration::from_secs(20), self.nats.jetstream.create_stream(config)).await;
+        let created =
+            tokio::time::timeout(Duration::from_secs(20), self.nats.jetstream.create_stream(config)).await;
         let error = match created {
             Ok(Ok(stream)) => return Ok(LogInfo::of(stream.cached_info())),
             Ok(Err(error)) => creation_error(&name, cluster.log_replicas, &error),
@@ -135,14 +169,21 @@ impl Logs {
     }
 
     /// Appends one entry. `message_id` lets JetStream drop a doubled message within its window.
-    pub(crate) async fn append(&self, shard: ShardId, body: Bytes, message_id: OpId, timeout: Duration) -> Appended {
+    pub(crate) async fn append(
+        &self,
+        shard: ShardId,
+        body: Bytes,
+        message_id: OpId,
+        timeout: Duration,
+    ) -> Appended {
         let mut headers = self.bus.headers(MSGPACK);
         headers.insert(CHECKSUM, wire::checksum(&body).as_str());
         headers.insert("Nats-Msg-Id", message_id.to_string().as_str());
         let stream = self.subjects.log_stream(shard);
         headers.insert("Nats-Expected-Stream", stream.as_str());
         let sent = async {
-            let ack = self.nats.jetstream.publish_with_headers(self.subjects.log(shard), headers, body).await?;
+            let ack =
+                self.nats.jetstream.publish_with_headers(self.subjects.log(shard), headers, body).await?;
             ack.await
         };
         match tokio::time::timeout(timeout, sent).await {
@@ -150,27 +191,33 @@ impl Logs {
             Ok(Ok(ack)) if ack.sequence == 0 => {
                 Appended::Unknown(Error::Unavailable(format!("{stream}: an earlier copy is still under way")))
             }
-            Ok(Ok(ack)) if ack.stream != stream => {
-                Appended::Refused(Error::Internal(format!("the log of shard {shard} went to stream {}", ack.stream)))
-            }
+            Ok(Ok(ack)) if ack.stream != stream => Appended::Refused(Error::Internal(format!(
+                "the log of shard {shard} went to stream {}",
+                ack.stream
+            ))),
             Ok(Ok(ack)) => Appended::At { seq: ack.sequence, duplicate: ack.duplicate },
             Ok(Err(error)) => classify(&stream, &error),
-            Err(_) => Appended::Unknown(Error::Unavailable(format!("{stream}: no acknowledgement within {timeout:?}"))),
+            Err(_) => Appended::Unknown(Error::Unavailable(format!(
+                "{stream}: no acknowledgement within {timeout:?}"
+            ))),
         }
     }
 
     /// Drops every entry below `first`. Idempotent.
     pub(crate) async fn truncate(&self, shard: ShardId, first: u64) -> Result<u64> {
         let name = self.subjects.log_stream(shard);
-        let stream = self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
-        let purged = stream.purge().sequence(first).await.map_err(|e| unavailable(format!("truncating {name}"), e))?;
+        let stream =
+            self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
+        let purged =
+            stream.purge().sequence(first).await.map_err(|e| unavailable(format!("truncating {name}"), e))?;
         Ok(purged.purged)
     }
 
     /// Body of one entry, for comparing it with what a replica remembers.
     pub(crate) async fn entry_checksum(&self, shard: ShardId, seq: u64) -> Result<Option<String>> {
         let name = self.subjects.log_stream(shard);
-        let stream = self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
+        let stream =
+            self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
         match stream.get_raw_message(seq).await {
             Ok(message) => Ok(Some(wire::checksum(&message.payload))),
             Err(error) if matches!(api_code(&error), Some(10_037 | 10_043)) => Ok(None),
@@ -215,9 +262,9 @@ fn classify(stream: &str, error: &async_nats::jetstream::context::PublishError) 
         PublishErrorKind::StreamNotFound => {
             Appended::Refused(Error::Unavailable(format!("{stream} does not take writes at the moment")))
         }
-        PublishErrorKind::MaxPayloadExceeded => {
-            Appended::Refused(Error::Invalid("the write is larger than NATS's max_payload: send less at once".into()))
-        }
+        PublishErrorKind::MaxPayloadExceeded => Appended::Refused(Error::Invalid(
+            "the write is larger than NATS's max_payload: send less at once".into(),
+        )),
         PublishErrorKind::Other => match api_code(error) {
             // Maximum bytes, maximum messages, or no disk space below the stream.
             Some(10_077) => Appended::Refused(Error::Full(format!(
@@ -226,7 +273,9 @@ fn classify(stream: &str, error: &async_nats::jetstream::context::PublishError) 
             Some(10_023 | 10_047 | 10_028) => {
                 Appended::Refused(Error::Full(format!("{stream}: JetStream has no space left")))
             }
-            Some(10_158) => Appended::Unknown(Error::Unavailable(format!("{stream}: an earlier copy is still under way"))),
+            Some(10_158) => {
+                Appended::Unknown(Error::Unavailable(format!("{stream}: an earlier copy is still under way")))
+            }
             Some(_) => Appended::Refused(unavailable(stream, error)),
             None => Appended::Unknown(unavailable(stream, error)),
         },

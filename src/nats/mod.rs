@@ -6,10 +6,13 @@
 pub(crate) mod bucket;
 pub(crate) mod bus;
 pub(crate) mod connect;
+pub(crate) mod events;
 pub(crate) mod log;
+pub(crate) mod service;
 pub(crate) mod subjects;
 
 pub use connect::NatsOptions;
+pub use events::EventStream;
 
 use crate::error::Error;
 use async_nats::jetstream;

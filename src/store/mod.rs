@@ -4,13 +4,24 @@
 //! applied entirely or not at all, together with its `applied` sequence and its notes, also when the
 //! process dies in the middle. What is applied may become durable later (`durable <= applied`): after
 //! a crash the store reopens at some earlier batch boundary and the replica replays the log from there.
+//!
+//! | what | where |
+//! |---|---|
+//! | a shard in memory, from which both stores answer | `content`, `flat` (index), `scan` (loops), `filter` |
+//! | what outlives the process | `redb` (one file per shard) |
+//! | one store per shard at a time | `claims` |
+//! | what every store must do, as tests | `conformance` |
 
+mod claims;
+mod content;
+mod filter;
 mod flat;
 mod memory;
 mod redb;
+mod scan;
 
 pub use memory::MemoryStores;
-pub use redb::RedbStores;
+pub use redb::{RedbOptions, RedbStores};
 
 use crate::error::Result;
 use crate::model::{DistanceMetric, SearchQuery, SearchResult, ShardId, VectorEntry};
@@ -25,7 +36,7 @@ pub enum Mutation {
     Delete(String),
 }
 
-/// What one transaction does, in this order: `clear`, then mutations in order, then notes.
+/// What one transaction does, in this order: `clear`, then mutations in order, then notes in order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Batch {
     /// Drop all content and all notes first.
@@ -35,7 +46,8 @@ pub struct Batch {
     /// The replica's own small records, stored beside the data: `Some` writes, `None` removes.
     /// A store keeps them by key and does not look inside.
     pub notes: Vec<(u64, Option<Vec<u8>>)>,
-    /// What `applied` is after the batch. It may go down together with `clear`.
+    /// What `applied` is after the batch. It may stay the same, and may go down together with `clear`;
+    /// without, going down is refused as [`Error::Internal`](crate::Error::Internal).
     pub applied: u64,
 }
 
@@ -73,27 +85,44 @@ pub struct StoreStats {
 /// A shard's vectors on one node. Calls block: the replica runs them on blocking threads. One writer
 /// at a time (the replica), any number of readers beside it, which see whole batches only.
 ///
+/// While a store is open, what has been applied is never taken back: `applied` goes down only by a
+/// batch with `clear`. Dropping a store does not flush it; what is not durable then is replayed from
+/// the log at the next opening.
+///
 /// # Errors
 /// [`Error::Full`](crate::Error::Full) when there is no space (state as before the call; the store
-/// must stay usable for reads, and for writes once there is space again),
+/// stays usable for reads, and for writes once there is space again: just call again),
 /// [`Error::Corrupt`](crate::Error::Corrupt) when stored bytes do not have their checksum or form,
-/// [`Error::Unavailable`](crate::Error::Unavailable) for other trouble with the disk.
+/// [`Error::Unavailable`](crate::Error::Unavailable) for other trouble with the disk (state as before
+/// the call; calling again tries anew),
+/// [`Error::Internal`](crate::Error::Internal) after a panic inside the store: open it again.
 pub trait ShardStore: Send + Sync + std::fmt::Debug + 'static {
-    /// Applies a batch atomically. Entries have been validated. May return before the batch is
-    /// durable; the store itself must make it durable within a bound of time or bytes, or at
-    /// [`flush`](ShardStore::flush).
+    /// Applies a batch atomically; after an error, nothing of it. Entries have been validated. May
+    /// return before the batch is durable: the store makes what was applied *before* this batch durable
+    /// when a bound of bytes or time has been reached, and reports an error of that here.
     fn apply(&self, batch: Batch) -> Result<()>;
-    /// Makes everything applied durable; afterwards `durable() == applied()`.
+    /// Makes everything durable that was applied before the call; afterwards `durable() == applied()`
+    /// unless more has been applied meanwhile.
+    ///
+    /// May run beside `apply`, and then `apply` does not wait for the disk. A store has no thread of
+    /// its own, so the replica calls this on a timer, from another thread than the one that applies:
+    /// that keeps the bound of time when nothing more is applied, and keeps pauses out of `apply`.
+    /// Costs nothing when there is nothing to do.
     fn flush(&self) -> Result<()>;
-    /// The entry, if present.
+    /// The entry, if present; its numbers are bit for bit those that were applied.
     fn get(&self, id: &str) -> Result<Option<VectorEntry>>;
     /// Whether the id is present.
     fn contains(&self, id: &str) -> Result<bool>;
     /// The `k` nearest that pass the filter, in [`DistanceMetric::order`]; exact for the built-in
-    /// stores. The query has been validated.
+    /// stores. The query has been validated. In a filter, numbers are equal when their values are
+    /// (`1` and `1.0`), and `null` matches only a field that is there and holds `null`.
     fn search(&self, query: &SearchQuery) -> Result<Vec<SearchResult>>;
     /// Entries with an id greater than `after` (bytewise; `None`: from the first), as many as stay
     /// within `max_bytes` by [`VectorEntry::wire_bytes`], at least one if there is one.
+    ///
+    /// A walk that passes the last id of each page as the next `after` meets every entry that does not
+    /// change meanwhile exactly once. An entry that does change is met at most once, as it is at the
+    /// `applied` of its page.
     fn page(&self, after: Option<&str>, max_bytes: usize) -> Result<Page>;
     /// All notes, ascending by key.
     fn notes(&self) -> Result<Vec<(u64, Vec<u8>)>>;
@@ -101,7 +130,9 @@ pub trait ShardStore: Send + Sync + std::fmt::Debug + 'static {
     fn digest(&self) -> Result<Digest>;
     /// Highest sequence applied; 0 for an empty store.
     fn applied(&self) -> u64;
-    /// Highest sequence that survives a crash of this machine.
+    /// Highest sequence of the present content that survives a crash of this machine. A batch with
+    /// `clear` takes it to 0 until that batch is durable itself: what the disk holds till then is of
+    /// no use to the new content.
     fn durable(&self) -> u64;
     /// Number of vectors and bytes.
     fn stats(&self) -> StoreStats;
@@ -122,11 +153,21 @@ pub struct StoreSpec {
 /// [`ShardStore`]; see `examples/custom_store.rs`.
 pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
     /// Opens the shard's store, creating an empty one if there is none. At most one is open per shard.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) while an earlier `Arc` to it is still alive
+    /// (also in another process): retry. [`Error::Corrupt`](crate::Error::Corrupt) when it is damaged:
+    /// `destroy` it and rebuild it from another copy. [`Error::Invalid`](crate::Error::Invalid) when
+    /// it is sound but not what the spec says, such as other dimensions: a mistake in the
+    /// configuration, so do *not* destroy it.
     fn open(&self, spec: &StoreSpec) -> Result<Arc<dyn ShardStore>>;
     /// Shards of which a store exists here.
     fn list(&self) -> Result<Vec<ShardId>>;
     /// Deletes the shard's store, which is closed (all `Arc`s to it dropped). Deleting what is not
     /// there is no error.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) while an `Arc` to it is still alive: retry.
     fn destroy(&self, shard: ShardId) -> Result<()>;
 }
 

@@ -1,0 +1,89 @@
+//! One request to one shard: the queue group first, then, if it is slow or refuses, the holders by name.
+
+use super::Client;
+use crate::error::{Error, Result};
+use crate::model::ShardId;
+use crate::model::records::NodeStatus;
+use crate::nats::bus::Asked;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use serde::{Serialize, de::DeserializeOwned};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Copies of one request that may be under way at once.
+const MAX_COPIES: usize = 4;
+/// Pause before all targets are tried once more.
+const PAUSE: Duration = Duration::from_millis(25);
+const MAX_PAUSE: Duration = Duration::from_millis(400);
+
+impl Client {
+    /// Where the `n`th try of a request goes. While every holder is up, NATS chooses one (and never one
+    /// whose process has died); a holder that hangs still gets its share, so as soon as one is not up,
+    /// the others are asked by name.
+    fn target(&self, shard: ShardId, verb: &str, turn: u64, n: usize) -> String {
+        let view = self.view();
+        let group = self.subjects().shard(shard, verb);
+        let Some(record) = view.shard(shard) else { return group };
+        let up: Vec<&String> =
+            record.replicas.iter().filter(|node| view.node_status(node) == NodeStatus::Up).collect();
+        let everybody = up.len() == record.replicas.len();
+        if up.is_empty() || (n == 0 && everybody) {
+            return group;
+        }
+        let node = up[(turn as usize).wrapping_add(n) % up.len()];
+        self.subjects().node(node, verb)
+    }
+
+    /// Asks until somebody answers or the deadline has passed. A second copy of a slow request is sent
+    /// elsewhere after a quarter of the time: reads do not mind, and writes carry their operation id.
+    pub(super) async fn ask_shard<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        shard: ShardId,
+        verb: &str,
+        request: &Q,
+        deadline: Instant,
+    ) -> Result<A> {
+        let turn = self.turn();
+        let hedge = (deadline - Instant::now()) / 4;
+        let ask = |n: usize| {
+            let subject = self.target(shard, verb, turn, n);
+            let left = deadline.saturating_duration_since(Instant::now());
+            async move { self.bus().ask::<Q, A>(subject, request, left).await }
+        };
+        let mut under_way = FuturesUnordered::new();
+        under_way.push(ask(0));
+        let (mut tries, mut pause) = (1, PAUSE);
+        let mut next = Instant::now() + hedge;
+        let mut last = Error::Unavailable(format!("shard {shard} did not answer in time"));
+        loop {
+            tokio::select! {
+                Some(asked) = under_way.next() => {
+                    match asked {
+                        Asked::Answer(Ok(answer)) => return Ok(answer),
+                        Asked::Answer(Err(error)) if !error.is_retryable() => return Err(error),
+                        Asked::Answer(Err(error)) => last = error,
+                        Asked::NoResponders => last = Error::Unavailable(format!("nobody serves shard {shard}")),
+                        Asked::NoAnswer(error) => last = error,
+                    }
+                    // The first failures are answered elsewhere at once: one node has just gone.
+                    let wait = if tries <= 2 { Duration::ZERO } else { pause };
+                    if tries > 2 {
+                        pause = (pause * 2).min(MAX_PAUSE);
+                    }
+                    next = next.min(Instant::now() + wait);
+                }
+                () = tokio::time::sleep_until(next), if under_way.len() < MAX_COPIES => {
+                    under_way.push(ask(tries));
+                    tries += 1;
+                    next = Instant::now() + hedge;
+                }
+                () = tokio::time::sleep_until(deadline) => return Err(match last {
+                    Error::Busy(text) => Error::Busy(text),
+                    Error::Full(text) => Error::Full(text),
+                    other => Error::Unavailable(format!("shard {shard}: {other} ({tries} tries)")),
+                }),
+            }
+        }
+    }
+}

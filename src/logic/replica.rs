@@ -1,0 +1,152 @@
+//! What a replica must do about its log: follow it, load a snapshot, or say that the log is lost.
+//!
+//! Pure. The replica looks (record, store, stream), asks here, and does what it is told.
+
+use uuid::Uuid;
+
+/// What the stream is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LogFacts {
+    pub(crate) id: Uuid,
+    /// First sequence still there; `last_seq + 1` when empty.
+    pub(crate) first_seq: u64,
+    pub(crate) last_seq: u64,
+}
+
+/// What the store remembers.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Held {
+    /// Log that `applied` counts in; nil for a fresh store.
+    pub(crate) log_id: Uuid,
+    /// Highest sequence applied.
+    pub(crate) applied: u64,
+    /// Checksum of the entry at `applied`, if one was applied.
+    pub(crate) checksum: Option<String>,
+}
+
+/// What the shard record says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ordered {
+    pub(crate) log_id: Uuid,
+    pub(crate) log_first_seq: u64,
+}
+
+/// What the replica should do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Course {
+    /// Apply from `applied + 1` on, as part of this log.
+    Follow,
+    /// The log does not reach back to what is needed: load a snapshot first.
+    Snapshot,
+    /// The leader is about to (re-)create the log: wait.
+    Wait,
+    /// JetStream has lost acknowledged entries: take no writes, tell the leader.
+    LogLost(String),
+}
+
+/// Decides.
+///
+/// `logged` is the checksum of the log's entry at `applied`, where the log still has it; `peers` the
+/// highest sequence that another holder has applied in the same log.
+pub(crate) fn course(
+    held: &Held,
+    ordered: Ordered,
+    log: Option<LogFacts>,
+    logged: Option<&str>,
+    peers: Option<u64>,
+) -> Course {
+    let Some(log) = log.filter(|log| log.id == ordered.log_id) else {
+        // Missing, or not the one that counts. If we follow the one that counts, it was lost.
+        if held.log_id == ordered.log_id && held.applied > 0 {
+            return Course::LogLost("the log's stream is gone".into());
+        }
+        return Course::Wait;
+    };
+    if held.log_id == ordered.log_id {
+        let known = held.applied.max(peers.unwrap_or(0));
+        if log.last_seq < known {
+            return Course::LogLost(format!("the log ends at {}, {known} was acknowledged", log.last_seq));
+        }
+        if let (Some(mine), Some(logged)) = (held.checksum.as_deref(), logged) {
+            if mine != logged {
+                return Course::LogLost(format!("the log has another entry at {}", held.applied));
+            }
+        }
+        return reach(held.applied, log);
+    }
+    if held.applied == 0 && ordered.log_first_seq == 1 {
+        return reach(0, log);
+    }
+    // The log was rebuilt from the replica that had applied most: `log_first_seq - 1`. Whoever has
+    // exactly that goes on; more would be entries that nobody else ever saw.
+    if held.applied + 1 == ordered.log_first_seq && !held.log_id.is_nil() {
+        return reach(held.applied, log);
+    }
+    Course::Snapshot
+}
+
+fn reach(applied: u64, log: LogFacts) -> Course {
+    if log.first_seq <= applied + 1 { Course::Follow } else { Course::Snapshot }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Uuid = Uuid::from_u128(1);
+    const B: Uuid = Uuid::from_u128(2);
+
+    fn held(log_id: Uuid, applied: u64) -> Held {
+        Held { log_id, applied, checksum: (applied > 0).then(|| format!("sum{applied}")) }
+    }
+
+    fn log(id: Uuid, first_seq: u64, last_seq: u64) -> Option<LogFacts> {
+        Some(LogFacts { id, first_seq, last_seq })
+    }
+
+    fn ordered(log_id: Uuid, log_first_seq: u64) -> Ordered {
+        Ordered { log_id, log_first_seq }
+    }
+
+    #[test]
+    fn a_fresh_replica_replays_a_log_that_begins_at_one() {
+        assert_eq!(course(&Held::default(), ordered(A, 1), log(A, 1, 50), None, None), Course::Follow);
+        assert_eq!(course(&Held::default(), ordered(A, 1), log(A, 1, 0), None, None), Course::Follow);
+        assert_eq!(course(&Held::default(), ordered(A, 1), log(A, 20, 50), None, None), Course::Snapshot);
+    }
+
+    #[test]
+    fn a_replica_follows_its_log_as_far_as_it_reaches_back() {
+        assert_eq!(course(&held(A, 30), ordered(A, 1), log(A, 31, 50), None, None), Course::Follow);
+        assert_eq!(course(&held(A, 30), ordered(A, 1), log(A, 32, 50), None, None), Course::Snapshot);
+        assert_eq!(course(&held(A, 30), ordered(A, 1), log(A, 31, 30), None, None), Course::Follow);
+    }
+
+    #[test]
+    fn a_log_that_ends_early_is_lost() {
+        let lost = |c| matches!(c, Course::LogLost(_));
+        assert!(lost(course(&held(A, 30), ordered(A, 1), log(A, 1, 29), None, None)));
+        assert!(lost(course(&held(A, 30), ordered(A, 1), None, None, None)));
+        assert!(lost(course(&held(A, 30), ordered(A, 1), log(B, 1, 99), None, None)));
+        assert!(lost(course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("other"), None)));
+        assert!(lost(course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(41))));
+        assert_eq!(
+            course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(40)),
+            Course::Follow
+        );
+    }
+
+    #[test]
+    fn before_the_log_exists_a_fresh_replica_waits() {
+        assert_eq!(course(&Held::default(), ordered(A, 1), None, None, None), Course::Wait);
+        assert_eq!(course(&held(A, 30), ordered(B, 31), log(A, 1, 20), None, None), Course::Wait);
+    }
+
+    #[test]
+    fn after_a_rebuild_only_the_most_advanced_replica_goes_on() {
+        assert_eq!(course(&held(A, 30), ordered(B, 31), log(B, 31, 30), None, None), Course::Follow);
+        assert_eq!(course(&held(A, 29), ordered(B, 31), log(B, 31, 30), None, None), Course::Snapshot);
+        assert_eq!(course(&held(A, 33), ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
+        assert_eq!(course(&Held::default(), ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
+    }
+}

@@ -1,0 +1,173 @@
+//! Every metric in one place: name with unit, help, labels.
+
+use crate::error::{Error, Result};
+use prometheus::{
+    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
+};
+
+/// The metrics of one node or client. Each has its own registry, so several fit in one process.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    /// Nodes by status.
+    pub(crate) nodes: IntGaugeVec,
+    /// 1 on the leader.
+    pub(crate) is_leader: IntGauge,
+    /// Highest term seen.
+    pub(crate) term: IntGauge,
+    /// Shards by status.
+    pub(crate) shards: IntGaugeVec,
+    /// Replicas here by state.
+    pub(crate) replicas: IntGaugeVec,
+    /// Migrations under way by phase.
+    pub(crate) migrations: IntGaugeVec,
+    /// Migrations ended here by outcome.
+    pub(crate) migrations_total: IntCounterVec,
+    /// Snapshot bytes by direction.
+    pub(crate) migration_bytes: IntCounterVec,
+    /// Requests by verb and outcome.
+    pub(crate) requests: IntCounterVec,
+    /// Time from taking a request to answering it.
+    pub(crate) request_seconds: HistogramVec,
+    /// Log entries that the slowest replica here is behind.
+    pub(crate) replica_lag: IntGaugeVec,
+    /// Vectors and bytes here.
+    pub(crate) vectors: IntGauge,
+    /// Bytes of content here.
+    pub(crate) store_bytes: IntGauge,
+    /// 1 while connected.
+    pub(crate) nats_connected: GaugeVec,
+    /// Reconnections.
+    pub(crate) nats_reconnects: GaugeVec,
+    /// Messages and records that did not parse or did not make sense.
+    pub(crate) bad_messages: IntCounterVec,
+    /// Log entries applied.
+    pub(crate) applied_entries: IntCounter,
+    /// Operations skipped because their id had taken effect before.
+    pub(crate) duplicate_ops: IntCounter,
+    /// Log entries skipped because they are damaged or invalid.
+    pub(crate) rejected_entries: IntCounter,
+    /// Seconds since the start.
+    pub(crate) uptime: Gauge,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Result<Self> {
+        Self::build().map_err(|e| Error::Internal(format!("metrics: {e}")))
+    }
+
+    fn build() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let floats = |name: &str, help: &str, labels: &[&str]| {
+            let metric = GaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let gauge = |name: &str, help: &str| {
+            let metric = IntGauge::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let counter = |name: &str, help: &str| {
+            let metric = IntCounter::new(name, help)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let buckets =
+            vec![0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+        let request_seconds = HistogramVec::new(
+            HistogramOpts::new(
+                "ruvector_request_duration_seconds",
+                "Time from taking a request to answering it",
+            )
+            .buckets(buckets),
+            &["verb"],
+        )?;
+        registry.register(Box::new(request_seconds.clone()))?;
+        let uptime = Gauge::new("ruvector_uptime_seconds", "Seconds since this node started")?;
+        registry.register(Box::new(uptime.clone()))?;
+        Ok(Metrics {
+            nodes: gauges("ruvector_nodes", "Nodes by status", &["status"])?,
+            is_leader: gauge("ruvector_is_leader", "1 on the leader, else 0")?,
+            term: gauge("ruvector_term", "Highest term seen")?,
+            shards: gauges("ruvector_shards", "Shards of the cluster by status", &["status"])?,
+            replicas: gauges("ruvector_replicas", "Replicas on this node by state", &["state"])?,
+            migrations: gauges(
+                "ruvector_migrations",
+                "Migrations under way in the cluster by phase",
+                &["phase"],
+            )?,
+            migrations_total: counters(
+                "ruvector_migrations_total",
+                "Migrations that ended at this target",
+                &["outcome"],
+            )?,
+            migration_bytes: counters("ruvector_migration_bytes_total", "Snapshot bytes", &["direction"])?,
+            requests: counters(
+                "ruvector_requests_total",
+                "Requests answered by this node",
+                &["verb", "outcome"],
+            )?,
+            request_seconds,
+            replica_lag: gauges(
+                "ruvector_replica_lag_entries",
+                "Log entries not yet applied here, as of the last look at the log",
+                &["shard"],
+            )?,
+            vectors: gauge("ruvector_vectors", "Vectors in the replicas on this node")?,
+            store_bytes: gauge("ruvector_store_bytes", "Bytes of content in the replicas on this node")?,
+            nats_connected: floats("ruvector_nats_connected", "1 while connected to NATS", &["connection"])?,
+            nats_reconnects: floats(
+                "ruvector_nats_reconnects_total",
+                "Reconnections to NATS",
+                &["connection"],
+            )?,
+            bad_messages: counters(
+                "ruvector_bad_messages_total",
+                "Messages and records that did not parse or made no sense",
+                &["kind"],
+            )?,
+            applied_entries: counter("ruvector_log_entries_applied_total", "Log entries applied")?,
+            duplicate_ops: counter("ruvector_duplicate_operations_total", "Repeated operations skipped")?,
+            rejected_entries: counter(
+                "ruvector_rejected_entries_total",
+                "Damaged or invalid log entries skipped",
+            )?,
+            uptime,
+            registry,
+        })
+    }
+
+    /// Prometheus text format.
+    pub(crate) fn render(&self) -> String {
+        let mut out = Vec::new();
+        // Writing to memory cannot fail; a broken metric must not take the page down.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut out);
+        String::from_utf8_lossy(&out).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_render_in_prometheus_format() {
+        let metrics = Metrics::new().unwrap();
+        metrics.requests.with_label_values(&["write", "ok"]).inc_by(3);
+        let text = metrics.render();
+        assert!(text.contains("ruvector_requests_total{outcome=\"ok\",verb=\"write\"} 3"), "{text}");
+        assert!(text.contains("# HELP ruvector_is_leader"));
+    }
+}

@@ -1,0 +1,121 @@
+//! `ruvector.api.*`: every operation for any language, answered by any node. Also a NATS micro service.
+
+use super::context::Context;
+use crate::client::Client;
+use crate::clock::fresh_id;
+use crate::error::{Error, Result};
+use crate::model::SearchQuery;
+use crate::model::api::{
+    CountReply, CountRequest, DeleteReply, DeleteRequest, GetReply, GetRequest, SearchReply, SearchRequest,
+    UpsertReply, UpsertRequest, from_seqs, op_id, to_seqs,
+};
+use crate::nats::bus::{Message, is_json, sender};
+use crate::nats::service::ApiService;
+use serde::{Serialize, de::DeserializeOwned};
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+/// Requests in hand at one node; more are answered with `busy`.
+const IN_HAND: usize = 512;
+const VERBS: [&str; 5] = ["upsert", "get", "delete", "search", "count"];
+
+/// Starts answering.
+pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
+    let mut service = ApiService::start(&ctx.data.nats, &ctx.subjects, &ctx.node, &VERBS).await?;
+    let in_hand = Arc::new(Semaphore::new(IN_HAND));
+    let tasks = ctx.tasks.clone();
+    tasks.clone().spawn(async move {
+        loop {
+            let (verb, message) = tokio::select! {
+                () = ctx.stop.cancelled() => break,
+                next = service.next() => match next { Some(next) => next, None => return },
+            };
+            let (ctx, client) = (ctx.clone(), client.clone());
+            let permit = in_hand.clone().try_acquire_owned();
+            tasks.spawn(async move {
+                match permit {
+                    Ok(_permit) => answer(&ctx, &client, verb, &message).await,
+                    Err(_) => {
+                        let busy = Error::Busy(format!("too many requests wait at {}: slow down", ctx.node));
+                        reply::<()>(&ctx, &message, Err(busy)).await;
+                    }
+                }
+            });
+        }
+        service.stop().await;
+    });
+    Ok(())
+}
+
+async fn answer(ctx: &Context, client: &Client, verb: &'static str, message: &Message) {
+    let started = Instant::now();
+    let outcome = match verb {
+        "upsert" => respond(ctx, message, upsert(client, message).await).await,
+        "get" => respond(ctx, message, get(client, message).await).await,
+        "delete" => respond(ctx, message, delete(client, message).await).await,
+        "search" => respond(ctx, message, search(client, message).await).await,
+        _ => respond(ctx, message, count(client, message).await).await,
+    };
+    let verb = format!("api_{verb}");
+    ctx.metrics.requests.with_label_values(&[verb.as_str(), outcome]).inc();
+    ctx.metrics.request_seconds.with_label_values(&[verb.as_str()]).observe(started.elapsed().as_secs_f64());
+}
+
+async fn respond<T: Serialize>(ctx: &Context, message: &Message, result: Result<T>) -> &'static str {
+    let outcome = result.as_ref().map_or_else(Error::code, |_| "ok");
+    if let Err(error @ Error::Invalid(_)) = &result {
+        ctx.bad_message("api", sender(message), error);
+    }
+    reply(ctx, message, result).await;
+    outcome
+}
+
+async fn reply<T: Serialize>(ctx: &Context, message: &Message, result: Result<T>) {
+    if is_json(message) {
+        ctx.data.answer_json(message, result).await;
+    } else {
+        ctx.data.answer_plain(message, result).await;
+    }
+}
+
+fn request<T: DeserializeOwned>(message: &Message) -> Result<T> {
+    let malformed = |e: String| Error::Invalid(format!("the request does not parse: {e}"));
+    if is_json(message) {
+        let body: &[u8] = if message.payload.is_empty() { b"{}" } else { &message.payload };
+        serde_json::from_slice(body).map_err(|e| malformed(e.to_string()))
+    } else {
+        rmp_serde::from_slice(&message.payload).map_err(|e| malformed(e.to_string()))
+    }
+}
+
+async fn upsert(client: &Client, message: &Message) -> Result<UpsertReply> {
+    let UpsertRequest { entries, op_id: text } = request(message)?;
+    let written = client.new_session().upsert_as(op_id(text.as_deref(), fresh_id)?, entries).await?;
+    Ok(UpsertReply { upserted: written.count, seqs: to_seqs(&written.seqs) })
+}
+
+async fn delete(client: &Client, message: &Message) -> Result<DeleteReply> {
+    let DeleteRequest { ids, op_id: text } = request(message)?;
+    let written = client.new_session().delete_as(op_id(text.as_deref(), fresh_id)?, ids).await?;
+    Ok(DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs) })
+}
+
+async fn get(client: &Client, message: &Message) -> Result<GetReply> {
+    let GetRequest { id, consistency, after } = request(message)?;
+    let found = client.get_after(&id, consistency, &from_seqs(&after)?).await?;
+    Ok(GetReply { entry: found.entry.map(Into::into), shard: found.shard, seq: found.seq })
+}
+
+async fn search(client: &Client, message: &Message) -> Result<SearchReply> {
+    let SearchRequest { vector, k, filter, consistency, after, allow_partial } = request(message)?;
+    let query = SearchQuery { vector, k, filter };
+    let outcome = client.search_after(Some(query), consistency, &from_seqs(&after)?, allow_partial).await?;
+    Ok(SearchReply { hits: outcome.hits, shards_ok: outcome.shards_ok, shards_total: outcome.shards_total })
+}
+
+async fn count(client: &Client, message: &Message) -> Result<CountReply> {
+    let CountRequest { consistency, after } = request(message)?;
+    let outcome = client.search_after(None, consistency, &from_seqs(&after)?, false).await?;
+    Ok(CountReply { count: outcome.vectors })
+}

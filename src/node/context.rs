@@ -1,0 +1,100 @@
+//! What every part of a node shares: who we are, how we reach NATS, what the cluster looks like.
+
+use crate::clock::{Clock, wall};
+use crate::config::ClusterConfig;
+use crate::metrics::Metrics;
+use crate::model::events::Event;
+use crate::model::records::ClusterRecord;
+use crate::model::{InstanceId, NodeId, Term};
+use crate::nats::bus::Bus;
+use crate::nats::connect::Nats;
+use crate::nats::log::Logs;
+use crate::nats::subjects::Subjects;
+use crate::node::rate::RateLimit;
+use crate::view::{Buckets, View, Views};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info};
+
+/// Leadership as the rest of the node sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Leading {
+    pub(crate) term: Term,
+    /// On this process's monotonic clock: not a moment longer without a renewal.
+    pub(crate) until: Duration,
+}
+
+/// Shared by all tasks of a node.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) config: ClusterConfig,
+    pub(crate) cluster: ClusterRecord,
+    pub(crate) node: NodeId,
+    pub(crate) instance: InstanceId,
+    pub(crate) subjects: Subjects,
+    pub(crate) buckets: Buckets,
+    pub(crate) views: Views,
+    /// Heartbeats, lease, records.
+    pub(crate) control: Bus,
+    /// Requests and logs.
+    pub(crate) data: Bus,
+    /// Snapshot chunks: their own connection, so that nothing urgent queues behind them.
+    pub(crate) bulk: Bus,
+    pub(crate) logs: Logs,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+    pub(crate) leading: watch::Sender<Option<Leading>>,
+    /// Highest term seen anywhere.
+    pub(crate) term: AtomicU64,
+    pub(crate) rate: RateLimit,
+    /// Scans at a time: they use a core each.
+    pub(crate) scans: Arc<Semaphore>,
+    /// Snapshots being sent at a time.
+    pub(crate) sends: Arc<Semaphore>,
+    /// Stores being opened at a time.
+    pub(crate) opens: Arc<Semaphore>,
+    pub(crate) stop: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Context {
+    pub(crate) fn view(&self) -> Arc<View> {
+        self.views.get()
+    }
+
+    /// The term in which this node may act as leader right now.
+    pub(crate) fn leads(&self) -> Option<Term> {
+        self.leading.borrow().filter(|leading| self.clock.now() < leading.until).map(|leading| leading.term)
+    }
+
+    /// Publishes an event, best effort, and logs it.
+    pub(crate) async fn event(&self, mut event: Event) {
+        event.at = wall();
+        event.term = self.leads();
+        info!(event = event.event, "{}", event.message);
+        let subject = self.subjects.event(&event.event);
+        if let Err(error) = self.control.publish_json(subject, &event).await {
+            debug!("the event was not published: {error}");
+        }
+    }
+
+    /// Remembers the highest term; returns it.
+    pub(crate) fn saw_term(&self, term: Term) -> Term {
+        self.term.fetch_max(term, Ordering::Relaxed).max(term)
+    }
+
+    /// Counts and logs a message that makes no sense; never more than a line per sender and second.
+    pub(crate) fn bad_message(&self, kind: &'static str, sender: &str, error: &crate::Error) {
+        self.metrics.bad_messages.with_label_values(&[kind]).inc();
+        debug!(kind, sender, "a message is ignored: {error}");
+    }
+
+    /// The connections by name, for metrics.
+    pub(crate) fn connections(&self) -> [(&'static str, &Nats); 3] {
+        [("control", &self.control.nats), ("data", &self.data.nats), ("bulk", &self.bulk.nats)]
+    }
+}

@@ -1,0 +1,158 @@
+//! The data folder: one process at a time, one node, one cluster.
+
+use crate::error::{Error, Result};
+use crate::model::NodeId;
+use crate::model::records::ClusterRecord;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const IDENTITY: &str = "node.json";
+const LOCK: &str = "lock";
+
+/// Who wrote this folder. The settings are kept too: should NATS lose everything, the nodes know them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Identity {
+    pub(crate) node: NodeId,
+    pub(crate) cluster: ClusterRecord,
+}
+
+/// An open, locked data folder.
+#[derive(Debug)]
+pub(crate) struct DataDir {
+    path: PathBuf,
+    /// Held as long as this value lives; the system lets go of it when the process dies.
+    _lock: File,
+}
+
+impl DataDir {
+    /// Creates the folder if needed and locks it.
+    ///
+    /// # Errors
+    /// `Invalid` when it cannot be used, or another process does.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let unusable = |what: &str, e: std::io::Error| {
+            Error::Invalid(format!(
+                "data folder {}: {what}: {e}; choose another with --data-dir",
+                path.display()
+            ))
+        };
+        std::fs::create_dir_all(path).map_err(|e| unusable("it cannot be created", e))?;
+        let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path.join(LOCK));
+        let lock = lock.map_err(|e| unusable("it cannot be written", e))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(DataDir { path: path.to_owned(), _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(Error::Invalid(format!(
+                "data folder {} is in use by another process: stop it, or choose another with --data-dir",
+                path.display()
+            ))),
+            Err(TryLockError::Error(e)) => Err(unusable("it cannot be locked", e)),
+        }
+    }
+
+    pub(crate) fn stores(&self) -> PathBuf {
+        self.path.join("shards")
+    }
+
+    /// Who wrote it; `None` if it is new.
+    pub(crate) fn identity(&self) -> Result<Option<Identity>> {
+        let file = self.path.join(IDENTITY);
+        let bytes = match std::fs::read(&file) {
+            Ok(bytes) => bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::Invalid(format!("{}: {e}", file.display()))),
+        };
+        let broken = |e: serde_json::Error| {
+            Error::Corrupt(format!(
+                "{} is damaged ({e}): this is not a data folder, or restore it",
+                file.display()
+            ))
+        };
+        serde_json::from_slice(&bytes).map(Some).map_err(broken)
+    }
+
+    /// Checks that the folder belongs to this node and cluster, and writes it down if it is new.
+    ///
+    /// # Errors
+    /// `Invalid` for a folder of another node or cluster.
+    pub(crate) fn claim(&self, node: &str, cluster: &ClusterRecord) -> Result<()> {
+        let wanted = Identity { node: node.to_owned(), cluster: cluster.clone() };
+        if let Some(found) = self.identity()? {
+            let path = self.path.display();
+            if found.node != node {
+                return Err(Error::Invalid(format!(
+                    "data folder {path} belongs to node {}, not {node}: choose another with --data-dir",
+                    found.node
+                )));
+            }
+            if found.cluster.cluster_id != cluster.cluster_id {
+                return Err(Error::Invalid(format!(
+                    "data folder {path} belongs to another cluster ({}, this one is {}): choose another with --data-dir",
+                    found.cluster.cluster_id, cluster.cluster_id
+                )));
+            }
+            if found == wanted {
+                return Ok(());
+            }
+        }
+        let text = serde_json::to_vec_pretty(&wanted).map_err(|e| Error::Internal(e.to_string()))?;
+        // Whole or not at all: a torn file would lock the node out of its own data.
+        let (temporary, target) = (self.path.join("node.json.new"), self.path.join(IDENTITY));
+        let write = || {
+            let mut file = File::create(&temporary)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, &target)
+        };
+        write().map_err(|e| Error::Invalid(format!("{} cannot be written: {e}", target.display())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use chrono::DateTime;
+    use uuid::Uuid;
+
+    fn cluster(id: u128) -> ClusterRecord {
+        ClusterRecord {
+            cluster_id: Uuid::from_u128(id),
+            num_shards: 4,
+            replication_factor: 1,
+            hash: Default::default(),
+            placement: Default::default(),
+            dimensions: 2,
+            metric: Default::default(),
+            log_replicas: 1,
+            log_max_bytes: 1 << 30,
+            format_version: 1,
+            created_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn a_folder_is_for_one_process_one_node_and_one_cluster() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = DataDir::open(dir.path()).unwrap();
+        assert!(DataDir::open(dir.path()).unwrap_err().to_string().contains("in use"));
+        open.claim("a", &cluster(1)).unwrap();
+        open.claim("a", &cluster(1)).unwrap();
+        assert!(open.claim("b", &cluster(1)).unwrap_err().to_string().contains("belongs to node a"));
+        assert!(open.claim("a", &cluster(2)).unwrap_err().to_string().contains("another cluster"));
+        drop(open);
+        assert_eq!(DataDir::open(dir.path()).unwrap().identity().unwrap().unwrap().node, "a");
+    }
+
+    #[test]
+    fn an_unusable_folder_is_a_clear_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        let error = DataDir::open(&file).unwrap_err().to_string();
+        assert!(error.contains("--data-dir"), "{error}");
+        let open = DataDir::open(dir.path()).unwrap();
+        std::fs::write(dir.path().join(IDENTITY), "{").unwrap();
+        assert!(matches!(open.identity(), Err(Error::Corrupt(_))));
+    }
+}

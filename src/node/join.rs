@@ -1,0 +1,412 @@
+//! Joining: connect, create what is missing, agree on the settings, write the node record.
+//!
+//! Every step can be repeated by anybody at any time: buckets and settings are created only if missing,
+//! the record is written by compare-and-set.
+
+use super::context::Context;
+use super::data_dir::DataDir;
+use super::rate::RateLimit;
+use super::replica::blocking;
+use super::requests::subscribe_ping;
+use crate::client::Client;
+use crate::clock::{Clock, fresh_id, wall};
+use crate::config::ClusterConfig;
+use crate::error::{Error, Result};
+use crate::logic::lease::PingOutcome;
+use crate::metrics::Metrics;
+use crate::model::InstanceId;
+use crate::model::records::{ClusterRecord, FORMAT_VERSION, NodeRecord, NodeStatus};
+use crate::model::wire::PingRequest;
+use crate::nats::bucket::{Cas, creation_error};
+use crate::nats::bus::{Bus, Subscriber};
+use crate::nats::connect::{Nats, Patience, ServerFacts, permission_error};
+use crate::nats::log::Logs;
+use crate::nats::subjects::Subjects;
+use crate::node::replica::ping_outcome;
+use crate::store::{RedbOptions, RedbStores, StoreFactory};
+use crate::view::{Buckets, CONFIG_KEY, Scope, Views, parse};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+/// Dimensions of a cluster whose creator did not say.
+const DEFAULT_DIMENSIONS: usize = 384;
+/// Longest wait for the first complete listing.
+const SYNC: Duration = Duration::from_secs(20);
+
+/// A node that has joined and runs nothing yet.
+pub(crate) struct Joined {
+    pub(crate) ctx: Arc<Context>,
+    pub(crate) stores: Arc<dyn StoreFactory>,
+    pub(crate) data_dir: Option<DataDir>,
+    pub(crate) pings: Subscriber,
+    pub(crate) client: Client,
+}
+
+pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
+    config.validate()?;
+    let clock = Clock::start();
+    let subjects = Subjects::new(&config.namespace)?;
+    let data_dir = match &config.stores {
+        Some(_) => None,
+        None => {
+            let path = config.data_dir();
+            Some(blocking(move || DataDir::open(&path)).await?)
+        }
+    };
+    let options = config.nats_options();
+    let connect = |purpose: &str| {
+        let name = format!("ruvector-node/{}/{purpose}", config.node_id);
+        let options = options.clone();
+        async move { Nats::connect(&options, &name, Patience::Forever).await }
+    };
+    let control = connect("control").await?;
+    let facts = server_facts(&control).await?;
+    let buckets = Buckets::new(&control, &subjects);
+    let replicas = ensure_buckets(&control, &buckets, &facts, config.log_replicas).await?;
+    let known =
+        data_dir.as_ref().map(DataDir::identity).transpose()?.flatten().map(|identity| identity.cluster);
+    let cluster = agree(&buckets, &config, replicas, known).await?;
+    facts.allow_replicas(cluster.log_replicas)?;
+    if let Some(dir) = &data_dir {
+        dir.claim(&config.node_id, &cluster)?;
+    }
+    ensure_events(&control, &subjects, cluster.log_replicas).await?;
+    let (data, bulk) = (connect("data").await?, connect("bulk").await?);
+    let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let metrics = Arc::new(Metrics::new()?);
+    let views = Views::start(&buckets, &control, Scope::Node, &metrics, &stop, &tasks);
+    if let Err(error) = views.synced(SYNC).await {
+        stop.cancel();
+        return Err(control.violation().map_or(error, |violation| permission_error(&violation)));
+    }
+    let stores: Arc<dyn StoreFactory> = match (&config.stores, &data_dir) {
+        (Some(stores), _) => stores.clone(),
+        (None, Some(dir)) => {
+            let options = RedbOptions {
+                cache_bytes_total: config.cache_bytes,
+                expected_stores: cluster.num_shards as usize,
+                ..RedbOptions::default()
+            };
+            Arc::new(RedbStores::new(dir.stores(), options))
+        }
+        (None, None) => return Err(Error::Internal("neither stores nor a data folder".into())),
+    };
+    let data_bus = Bus::new(&data, &config.node_id);
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let client = Client::inside(data_bus.clone(), subjects.clone(), views.clone(), cluster.clone());
+    let ctx = Arc::new(Context {
+        node: config.node_id.clone(),
+        instance: fresh_id(),
+        control: Bus::new(&control, &config.node_id),
+        logs: Logs::new(&data, &data_bus, &subjects),
+        data: data_bus,
+        bulk: Bus::new(&bulk, &config.node_id),
+        cluster,
+        subjects,
+        buckets,
+        views,
+        metrics,
+        clock,
+        leading: watch::Sender::new(None),
+        term: AtomicU64::new(0),
+        rate: RateLimit::new(clock, config.migration_rate),
+        scans: Arc::new(Semaphore::new(cores)),
+        sends: Arc::new(Semaphore::new(config.migrations_per_node * 4)),
+        opens: Arc::new(Semaphore::new(cores * 2)),
+        stop,
+        tasks,
+        config,
+    });
+    match take_name(&ctx).await {
+        Ok(pings) => Ok(Joined { ctx, stores, data_dir, pings, client }),
+        Err(error) => {
+            ctx.stop.cancel();
+            Err(error)
+        }
+    }
+}
+
+/// JetStream may still be electing its leader: tries for a while.
+async fn server_facts(control: &Nats) -> Result<ServerFacts> {
+    let mut tries = 0;
+    loop {
+        match control.check_server().await {
+            Err(Error::Unavailable(text)) if tries < 10 => {
+                tries += 1;
+                info!("waiting for JetStream: {text}");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Creates the buckets; returns how many replicas the cluster's streams get if it is created now.
+async fn ensure_buckets(
+    control: &Nats,
+    buckets: &Buckets,
+    facts: &ServerFacts,
+    wanted: Option<usize>,
+) -> Result<usize> {
+    let info = control.client.server_info();
+    let clustered = info.cluster.is_some() && info.connect_urls.len() >= 3;
+    let mut replicas = wanted.unwrap_or(if clustered { 3 } else { 1 });
+    facts.allow_replicas(replicas)?;
+    let created = buckets.cluster.ensure(replicas).await;
+    if let (Err(Error::Invalid(text)), None) = (&created, wanted) {
+        warn!("{text}; going on with one replica");
+        replicas = 1;
+        buckets.cluster.ensure(replicas).await?;
+    } else {
+        created
+            .map_err(|error| control.violation().map_or(error, |violation| permission_error(&violation)))?;
+    }
+    for bucket in [&buckets.nodes, &buckets.shards, &buckets.migrations] {
+        bucket.ensure(replicas).await?;
+    }
+    Ok(replicas)
+}
+
+/// Creates the buckets again after NATS has lost them, and the settings in them.
+pub(crate) async fn restore_buckets(ctx: &Context) -> Result<()> {
+    let replicas = ctx.cluster.log_replicas;
+    let buckets = &ctx.buckets;
+    for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
+        bucket.ensure(replicas).await?;
+    }
+    let value = serde_json::to_vec(&ctx.cluster).map_err(|e| Error::Internal(e.to_string()))?;
+    buckets.cluster.create(CONFIG_KEY, value).await?;
+    ensure_events(&ctx.control.nats, &ctx.subjects, replicas).await
+}
+
+async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Result<()> {
+    crate::nats::log::ensure_event_stream(nats, subjects, replicas)
+        .await
+        .map_err(|e| creation_error(&subjects.event_stream(), replicas, &e))
+}
+
+/// The settings of the cluster: created once, by whoever comes first, then compared by everybody.
+async fn agree(
+    buckets: &Buckets,
+    config: &ClusterConfig,
+    replicas: usize,
+    known: Option<ClusterRecord>,
+) -> Result<ClusterRecord> {
+    let wanted = known.unwrap_or_else(|| ClusterRecord {
+        cluster_id: fresh_id(),
+        num_shards: config.num_shards as u32,
+        replication_factor: config.replication_factor as u32,
+        hash: config.hash,
+        placement: config.placement,
+        dimensions: config.dimensions.unwrap_or(DEFAULT_DIMENSIONS),
+        metric: config.metric.unwrap_or_default(),
+        log_replicas: replicas,
+        log_max_bytes: config.log_max_bytes as i64,
+        format_version: FORMAT_VERSION,
+        created_at: wall(),
+    });
+    for _ in 0..5 {
+        match buckets.cluster.get(CONFIG_KEY).await? {
+            Some(found) => {
+                let record: ClusterRecord = parse(&found.value).map_err(|e| {
+                    e.context(format!(
+                        "the settings of the cluster (key {CONFIG_KEY:?} of its bucket) are damaged"
+                    ))
+                })?;
+                record.check()?;
+                compare(config, &record)?;
+                return Ok(record);
+            }
+            None => {
+                let value = serde_json::to_vec(&wanted).map_err(|e| Error::Internal(e.to_string()))?;
+                // Whatever became of it: the next look says what the settings are.
+                if let Cas::Unknown(error) = buckets.cluster.create(CONFIG_KEY, value).await? {
+                    warn!("creating the cluster: {error}");
+                }
+            }
+        }
+    }
+    Err(Error::Unavailable("the settings of the cluster can be neither read nor created".into()))
+}
+
+fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
+    let mut differences = Vec::new();
+    let mut check = |what: &str, ours: String, theirs: String| {
+        if ours != theirs {
+            differences.push(format!("{what} is {ours} here and {theirs} in the cluster"));
+        }
+    };
+    if !config.adopt {
+        check("num_shards", config.num_shards.to_string(), record.num_shards.to_string());
+        check(
+            "replication_factor",
+            config.replication_factor.to_string(),
+            record.replication_factor.to_string(),
+        );
+    }
+    if let Some(dimensions) = config.dimensions {
+        check("dimensions", dimensions.to_string(), record.dimensions.to_string());
+    }
+    if let Some(metric) = config.metric {
+        check("metric", metric.to_string(), record.metric.to_string());
+    }
+    check("hash", format!("{:?}", config.hash), format!("{:?}", record.hash));
+    if !config.adopt {
+        check("placement", format!("{:?}", config.placement), format!("{:?}", record.placement));
+    }
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "these settings are fixed when a cluster is created: {}",
+        differences.join("; ")
+    )))
+}
+
+/// Writes our record, unless a live process already has our name.
+///
+/// Two processes that start at once under one name both find nobody, but only one compare-and-set at the
+/// revision that they read can win; the loser asks again, and the winner answers.
+async fn take_name(ctx: &Arc<Context>) -> Result<Subscriber> {
+    let subject = ctx.subjects.node(&ctx.node, "ping");
+    let patience = ctx.clock.now() + ctx.config.failure_timeout + Duration::from_secs(5);
+    loop {
+        let found = ctx.buckets.nodes.get(&ctx.node).await?;
+        let before: Option<NodeRecord> = found
+            .as_ref()
+            .and_then(|f| parse::<NodeRecord>(&f.value).ok())
+            .filter(|r| r.check(&ctx.node).is_ok());
+        let asked =
+            ctx.control.ask(subject.clone(), &PingRequest::default(), Duration::from_millis(800)).await;
+        match ping_outcome(&asked) {
+            PingOutcome::Answered(other) => return Err(taken(ctx, other)),
+            PingOutcome::NoResponders => {}
+            // Somebody is subscribed and silent: hung, or on a connection that NATS has not given up.
+            PingOutcome::Silent if ctx.clock.now() < patience => {
+                info!("a silent process is still connected as {}, waiting until NATS cuts it off", ctx.node);
+                continue;
+            }
+            PingOutcome::Silent => {
+                warn!("taking over the name {} from a process that does not answer", ctx.node)
+            }
+        }
+        let pings = subscribe_ping(&ctx.control, subject.clone()).await?;
+        // A node that was down is up again when its heartbeats are steady: the leader says so.
+        let status = match &before {
+            Some(record)
+                if matches!(record.status, NodeStatus::Down | NodeStatus::Suspect | NodeStatus::Draining) =>
+            {
+                record.status
+            }
+            _ => NodeStatus::Up,
+        };
+        let value =
+            serde_json::to_vec(&own_record(ctx, status)).map_err(|e| Error::Internal(e.to_string()))?;
+        let written = match &found {
+            Some(found) => ctx.buckets.nodes.cas(&ctx.node, value, found.revision).await,
+            None => ctx.buckets.nodes.create(&ctx.node, value).await?,
+        };
+        match written {
+            Cas::Applied(_) => return Ok(pings),
+            Cas::Lost => {}
+            Cas::Unknown(error) => {
+                let now = ctx.buckets.nodes.get(&ctx.node).await?;
+                let ours = now
+                    .and_then(|f| parse::<NodeRecord>(&f.value).ok())
+                    .is_some_and(|r| r.instance == ctx.instance);
+                if ours {
+                    return Ok(pings);
+                }
+                warn!("writing the node record: {error}; trying again");
+            }
+        }
+    }
+}
+
+fn taken(ctx: &Context, other: InstanceId) -> Error {
+    Error::Conflict(format!(
+        "node id {:?} is in use by a live process (instance {other}): give each node its own --id",
+        ctx.node
+    ))
+}
+
+fn own_record(ctx: &Context, status: NodeStatus) -> NodeRecord {
+    NodeRecord {
+        node: ctx.node.clone(),
+        instance: ctx.instance,
+        addr: ctx.config.listen_addr,
+        rack: ctx.config.rack.clone(),
+        weight: ctx.config.weight,
+        status,
+        since: wall(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+/// Writes our own status. A record of another instance is left alone: we have been replaced.
+pub(crate) async fn set_own_status(ctx: &Context, status: NodeStatus) -> Result<()> {
+    for _ in 0..5 {
+        let found = ctx.buckets.nodes.get(&ctx.node).await?;
+        let current = found.as_ref().and_then(|f| parse::<NodeRecord>(&f.value).ok());
+        if current.as_ref().is_some_and(|r| r.instance != ctx.instance) {
+            return Err(Error::Fenced(format!("another process has taken the name {}", ctx.node)));
+        }
+        let value =
+            serde_json::to_vec(&own_record(ctx, status)).map_err(|e| Error::Internal(e.to_string()))?;
+        let written = match &found {
+            Some(found) => ctx.buckets.nodes.cas(&ctx.node, value, found.revision).await,
+            None => ctx.buckets.nodes.create(&ctx.node, value).await?,
+        };
+        if let Cas::Applied(_) = written {
+            return Ok(());
+        }
+    }
+    Err(Error::Unavailable("the node record cannot be written".into()))
+}
+
+/// Watches our own record: writes it again when it is gone or damaged, and gives up when another process
+/// has taken our name.
+pub(crate) async fn guard_record(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) {
+    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.max(Duration::from_secs(1)) * 5);
+    tick.tick().await;
+    let mut views = ctx.views.subscribe();
+    loop {
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            _ = tick.tick() => {
+                let found = match ctx.buckets.nodes.get(&ctx.node).await {
+                    Ok(found) => found,
+                    Err(_) => continue,
+                };
+                let good = found.and_then(|f| parse::<NodeRecord>(&f.value).ok()).is_some_and(|r| r.check(&ctx.node).is_ok());
+                if !good {
+                    warn!("our node record is gone or damaged, writing it again");
+                    if let Err(error) = set_own_status(&ctx, NodeStatus::Up).await {
+                        warn!("{error}");
+                    }
+                }
+            }
+            changed = views.changed() => {
+                if changed.is_err() { return }
+                let other = views.borrow_and_update().node(&ctx.node).filter(|r| r.instance != ctx.instance).map(|r| r.instance);
+                if let Some(other) = other {
+                    // The watch may still be bringing the record of our predecessor: ask the bucket.
+                    let now = ctx.buckets.nodes.get(&ctx.node).await.ok().flatten();
+                    let now = now.and_then(|f| parse::<NodeRecord>(&f.value).ok());
+                    if now.is_some_and(|r| r.instance != ctx.instance) {
+                        fatal.send_replace(Some(Error::Fenced(format!(
+                            "instance {other} has taken the name {}: this process stops",
+                            ctx.node
+                        ))));
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}

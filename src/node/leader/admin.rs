@@ -1,0 +1,256 @@
+//! Answers operators: `ruvector.admin.<verb>`.
+
+use super::Leader;
+use crate::error::{Error, Result};
+use crate::logic::planner::{Step, plan};
+use crate::model::admin::{
+    CancelReply, CancelRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts, NodeView, NodesReply,
+    RebalanceReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply, StepDownReply,
+};
+use crate::model::events::{Event, ReplicaState};
+use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
+use crate::nats::bus::{Message, sender};
+use serde::de::DeserializeOwned;
+
+/// Shards of one answer: it must fit into one message.
+const PAGE: usize = 500;
+
+fn body<T: DeserializeOwned + Default>(message: &Message) -> Result<T> {
+    if message.payload.is_empty() {
+        return Ok(T::default());
+    }
+    required(message)
+}
+
+fn required<T: DeserializeOwned>(message: &Message) -> Result<T> {
+    serde_json::from_slice(&message.payload)
+        .map_err(|e| Error::Invalid(format!("the request does not parse: {e}")))
+}
+
+impl Leader {
+    pub(super) async fn on_admin(&mut self, message: &Message) -> Result<()> {
+        let ctx = self.ctx.clone();
+        if self.check_lease().is_err() {
+            let error = Error::NotLeader(format!("{} does not lead any more: ask again", ctx.node));
+            ctx.control.answer_json::<()>(message, Err(error)).await;
+            return Ok(());
+        }
+        let verb = message.subject.rsplit('.').next().unwrap_or_default();
+        let bus = &ctx.control;
+        match verb {
+            "status" => bus.answer_json(message, Ok(self.status())).await,
+            "nodes" => bus.answer_json(message, Ok(self.nodes())).await,
+            "shards" => {
+                bus.answer_json(message, body(message).map(|request| self.shards_page(&request))).await
+            }
+            "migrate" => {
+                let result = match required(message) {
+                    Ok(request) => self.migrate(request).await,
+                    Err(error) => Err(error),
+                };
+                bus.answer_json(message, result).await;
+            }
+            "cancel" => {
+                let result = match required(message) {
+                    Ok(request) => self.cancel(request).await,
+                    Err(error) => Err(error),
+                };
+                bus.answer_json(message, result).await;
+            }
+            "rebalance" => bus.answer_json(message, Ok(self.rebalance().await)).await,
+            "step_down" => {
+                bus.answer_json(message, Ok(StepDownReply { node: ctx.node.clone(), term: self.term })).await;
+                return Err(Error::NotLeader("an operator asked for another leader".into()));
+            }
+            other => {
+                let verbs = "status, nodes, shards, migrate, rebalance, cancel, step_down";
+                let error = Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}"));
+                ctx.bad_message("admin", sender(message), &error);
+                bus.answer_json::<()>(message, Err(error)).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> StatusReply {
+        let view = self.ctx.view();
+        let known = view.nodes.values().map(|(_, n)| n).filter(|n| n.status != NodeStatus::Left);
+        let total = self.ctx.cluster.num_shards as usize;
+        let count = |status| self.shards.values().filter(|(_, r)| self.status_of(r) == status).count();
+        let (full, degraded) = (count(ShardStatus::Full), count(ShardStatus::Degraded));
+        let shards = ShardCounts { total, full, degraded, offline: total - full - degraded };
+        let recovering = self.recovering();
+        let status = match shards {
+            s if s.offline > 0 => HealthStatus::Red,
+            s if s.degraded > 0 || recovering > 0 => HealthStatus::Yellow,
+            _ => HealthStatus::Green,
+        };
+        StatusReply {
+            status,
+            leader: Some(self.ctx.node.clone()),
+            term: self.term,
+            nodes: NodeCounts {
+                total: known.clone().count(),
+                up: known.filter(|n| n.status == NodeStatus::Up).count(),
+            },
+            shards,
+            migrations: self.shards.values().filter(|(_, r)| r.migration.is_some()).count(),
+            vectors: self.shards.values().map(|(_, r)| self.size(r).0).sum(),
+            warnings: self.warnings(recovering),
+        }
+    }
+
+    /// Replicas of live nodes that do not serve (yet), as of their last report.
+    fn recovering(&self) -> usize {
+        let not_serving = |record: &ShardRecord| {
+            let serves = |node: &&String| {
+                self.reported(node, record.shard).is_some_and(|load| load.state == ReplicaState::Serving)
+            };
+            record.replicas.iter().filter(|n| self.is_live(n)).filter(|n| !serves(n)).count()
+        };
+        self.shards.values().map(|(_, record)| not_serving(record)).sum()
+    }
+
+    fn warnings(&self, recovering: usize) -> Vec<String> {
+        let view = self.ctx.view();
+        let mut warnings = Vec::new();
+        for (_, node) in view.nodes.values() {
+            if matches!(node.status, NodeStatus::Suspect | NodeStatus::Down) {
+                warnings.push(format!(
+                    "node {} is {} since {}",
+                    node.node,
+                    node.status,
+                    node.since.format("%H:%M:%S")
+                ));
+            }
+        }
+        if recovering > 0 {
+            warnings.push(format!("{recovering} replicas do not serve yet"));
+        }
+        let lost =
+            self.loads.values().flat_map(|l| &l.shards).filter(|l| l.state == ReplicaState::LogLost).count();
+        if lost > 0 {
+            warnings.push(format!("{lost} replicas report that JetStream lost entries of their log"));
+        }
+        let (wanted, members) = (self.ctx.cluster.replication_factor as usize, self.members.len());
+        if members < wanted {
+            warnings.push(format!(
+                "{members} nodes are up, {wanted} are needed for {wanted} replicas of each shard"
+            ));
+        }
+        if self.ctx.cluster.log_replicas == 1 {
+            warnings.push(
+                "the log has one JetStream replica: a lost NATS disk loses what no node has applied".into(),
+            );
+        }
+        warnings
+    }
+
+    /// Vectors and bytes, by the most advanced report.
+    fn size(&self, record: &ShardRecord) -> (u64, u64) {
+        let reports = record.replicas.iter().filter_map(|n| self.reported(n, record.shard));
+        reports.max_by_key(|load| load.applied).map_or((0, 0), |load| (load.vectors, load.bytes))
+    }
+
+    fn nodes(&self) -> NodesReply {
+        let view = self.ctx.view();
+        let nodes = view.nodes.values().map(|(_, record)| NodeView {
+            last_heartbeat: self.heartbeats.get(&record.node).copied(),
+            shards: self
+                .shards
+                .values()
+                .filter(|(_, r)| r.has_replica(&record.node))
+                .map(|(_, r)| r.shard)
+                .collect(),
+            primaries: self.shards.values().filter(|(_, r)| r.primary == record.node).count(),
+            record: record.clone(),
+        });
+        NodesReply { nodes: nodes.collect() }
+    }
+
+    fn shards_page(&self, request: &ShardsRequest) -> ShardsReply {
+        let wanted = |record: &&ShardRecord| {
+            request.only.map_or(record.shard.0 >= request.from, |only| record.shard == only)
+        };
+        let mut found = self.shards.values().map(|(_, record)| record).filter(wanted);
+        let shards = found.by_ref().take(PAGE).map(|record| {
+            let (vectors, size_bytes) = self.size(record);
+            let applied =
+                record.holders().filter_map(|n| Some((n.clone(), self.reported(n, record.shard)?.applied)));
+            ShardView { record: record.clone(), vectors, size_bytes, applied: applied.collect() }
+        });
+        let shards = shards.collect();
+        ShardsReply { shards, next: found.next().map(|record| record.shard.0) }
+    }
+
+    async fn migrate(&mut self, request: MigrateRequest) -> Result<MigrateReply> {
+        let MigrateRequest { shard, to, from } = request;
+        if shard.0 >= self.ctx.cluster.num_shards {
+            return Err(Error::NotFound(format!(
+                "shard {shard} does not exist: there are {}, counted from 0",
+                self.ctx.cluster.num_shards
+            )));
+        }
+        let Some((_, record)) = self.shards.get(&shard) else {
+            return Err(Error::Unavailable(format!("shard {shard} is not placed yet")));
+        };
+        let view = self.ctx.view();
+        let Some(target) = view.node(&to) else {
+            let known: Vec<&str> = view.nodes.keys().map(String::as_str).collect();
+            return Err(Error::NotFound(format!("node {to:?} is not known: there are {}", known.join(", "))));
+        };
+        if target.status != NodeStatus::Up {
+            return Err(Error::Invalid(format!(
+                "node {to} is {}, only an up node can take a shard",
+                target.status
+            )));
+        }
+        if record.has_replica(&to) {
+            return Err(Error::Invalid(format!("node {to} already holds shard {shard}")));
+        }
+        if let Some(id) = &record.migration {
+            return Err(Error::Conflict(format!("shard {shard} is already moving: see migration {id}")));
+        }
+        let from = match from {
+            Some(from) if !record.has_replica(&from) => {
+                return Err(Error::Invalid(format!("node {from} does not hold shard {shard}")));
+            }
+            Some(from) => Some(from),
+            None if record.replicas.len() < self.ctx.cluster.replication_factor as usize => None,
+            None => {
+                let held = |node: &&String| {
+                    let count = self.shards.values().filter(|(_, r)| r.has_replica(node)).count();
+                    (!self.is_live(node), count, (*node).clone())
+                };
+                record.replicas.iter().max_by_key(held).cloned()
+            }
+        };
+        let migration = self.start_migration(shard, from.clone(), &to, "an operator asked for it").await?;
+        Ok(MigrateReply { migration, from })
+    }
+
+    async fn cancel(&mut self, request: CancelRequest) -> Result<CancelReply> {
+        let view = self.ctx.view();
+        let Some((_, migration)) = view.migrations.get(&request.id) else {
+            return Err(Error::NotFound(format!(
+                "migration {:?} is not known: see migrations ls",
+                request.id
+            )));
+        };
+        if !migration.phase.is_running() {
+            return Err(Error::Invalid(format!("migration {} is {} already", request.id, migration.phase)));
+        }
+        self.abort(migration, MigrationPhase::Cancelled, "an operator cancelled it").await?;
+        Ok(CancelReply { phase: MigrationPhase::Cancelled })
+    }
+
+    async fn rebalance(&mut self) -> RebalanceReply {
+        self.balance = true;
+        let steps = plan(&self.plan_input(true));
+        let moves = steps.iter().filter(|s| matches!(s, Step::Copy { .. })).count();
+        let promotions = steps.iter().filter(|s| matches!(s, Step::Promote { .. })).count();
+        let message = format!("{moves} replicas will move, {promotions} primaries will be handed over");
+        self.ctx.event(Event::new("rebalance.planned", message).with("moves", moves)).await;
+        RebalanceReply { moves, promotions }
+    }
+}

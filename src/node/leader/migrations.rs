@@ -1,0 +1,290 @@
+//! Migrations, the leader's side: starts them, swaps when the target serves, ends those that cannot go on.
+//!
+//! Order of writes, and why a death in between is harmless:
+//! - start: the migration record, then the shard record that names it (`joining`). A record that no shard
+//!   names is started again or dropped by the next leader.
+//! - swap: one compare-and-set on the shard record puts the target in and the source out. Before it the
+//!   old replicas serve and the target too; after it only the source stops. Then the migration record;
+//!   the next leader sees a shard that does not name it any more, with the target in, and finishes.
+//! - cancel, fail: the shard record without the target, then the migration record.
+
+use super::Leader;
+use crate::clock::{fresh_id, wall};
+use crate::error::{Error, Result};
+use crate::model::events::Event;
+use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus};
+use crate::model::{NodeId, ShardId};
+use crate::nats::bucket::Cas;
+use crate::view::parse;
+use std::time::Duration;
+use tracing::debug;
+
+/// A migration without any progress for so long is given up, and planned again.
+const STALLED: Duration = Duration::from_secs(600);
+/// How long the records of past migrations are kept, and how many.
+const KEEP: chrono::TimeDelta = chrono::TimeDelta::hours(24);
+const KEEP_COUNT: usize = 500;
+const GC: Duration = Duration::from_secs(60);
+
+impl Leader {
+    fn running(&self) -> Vec<MigrationRecord> {
+        let view = self.ctx.view();
+        view.migrations.values().filter(|(_, m)| m.phase.is_running()).map(|(_, m)| m.clone()).collect()
+    }
+
+    pub(super) fn any_migration(&self) -> bool {
+        self.shards.values().any(|(_, record)| record.migration.is_some())
+    }
+
+    /// Limits: so many into and out of each node, and half as many as there are nodes in all.
+    pub(super) fn may_start(&self, from: Option<&str>, to: &str) -> bool {
+        let running = self.running();
+        let per_node = self.ctx.config.migrations_per_node;
+        let total = (self.members.len() / 2).max(2).max(per_node);
+        let count = |side: &dyn Fn(&MigrationRecord) -> bool| running.iter().filter(|m| side(m)).count();
+        let started = self.shards.values().filter(|(_, r)| r.migration.is_some()).count();
+        running.len().max(started) < total
+            && count(&|m| m.to == to) < per_node
+            && from.is_none_or(|from| count(&|m| m.from.as_deref() == Some(from)) < per_node)
+    }
+
+    pub(super) async fn start_migration(
+        &mut self,
+        shard: ShardId,
+        from: Option<NodeId>,
+        to: &str,
+        reason: &str,
+    ) -> Result<String> {
+        self.check_lease()?;
+        let Some((_, record)) = self.shards.get(&shard) else {
+            return Err(Error::NotFound(format!("shard {shard} is not placed yet")));
+        };
+        let mut record = record.clone();
+        let id = format!("m-{}-{}", shard.token(), &fresh_id().simple().to_string()[..8]);
+        let now = wall();
+        let migration = MigrationRecord {
+            id: id.clone(),
+            shard,
+            from: from.clone(),
+            to: to.to_owned(),
+            reason: reason.to_owned(),
+            phase: MigrationPhase::Prepare,
+            bytes_done: 0,
+            bytes_total: 0,
+            chunks: 0,
+            lag: 0,
+            started_at: now,
+            updated_at: now,
+            error: None,
+        };
+        let value = serde_json::to_vec(&migration).map_err(|e| Error::Internal(e.to_string()))?;
+        match self.ctx.buckets.migrations.create(&id, value).await? {
+            Cas::Applied(_) => {}
+            Cas::Lost => return Err(Error::Conflict(format!("migration {id} exists"))),
+            // If it landed after all, the next look finds a migration that no shard names, and drops it.
+            Cas::Unknown(error) => return Err(error),
+        }
+        record.joining = vec![to.to_owned()];
+        record.migration = Some(id.clone());
+        self.write_shard(record).await?;
+        let source = from.as_deref().map_or(String::new(), |from| format!(" from {from}"));
+        let message = format!("shard {shard}{source} to {to}: {reason}");
+        let event = Event::new("migration.started", message).shard(shard).migration(&id).node(to);
+        self.ctx.event(event.with("from", from).with("to", to).with("reason", reason)).await;
+        Ok(id)
+    }
+
+    /// Brings every migration one step on.
+    pub(super) async fn oversee_migrations(&mut self) -> Result<()> {
+        let now = self.ctx.clock.now();
+        let running = self.running();
+        self.watched.retain(|id, _| running.iter().any(|m| m.id == *id));
+        for migration in running {
+            if let Err(error) = self.oversee(&migration, now).await {
+                self.soft(error)?;
+            }
+        }
+        self.release_orphans().await?;
+        if now > self.last_gc + GC {
+            self.last_gc = now;
+            self.forget_old().await;
+        }
+        Ok(())
+    }
+
+    async fn oversee(&mut self, migration: &MigrationRecord, now: Duration) -> Result<()> {
+        let progress = format!("{} {} {}", migration.phase, migration.bytes_done, migration.lag);
+        let entry = self.watched.entry(migration.id.clone()).or_insert_with(|| (progress.clone(), now));
+        if entry.0 != progress {
+            *entry = (progress, now);
+        }
+        let stalled = now.saturating_sub(entry.1) > STALLED;
+        let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
+        let named = record.migration.as_deref() == Some(migration.id.as_str());
+        if !named {
+            // Swapped by a leader that died before it could say so; or never started.
+            let arrived = record.has_replica(&migration.to) && migration.phase == MigrationPhase::Cutover;
+            let young = now.saturating_sub(self.watched[&migration.id].1) < Duration::from_secs(2);
+            return match (arrived, young) {
+                (true, _) => self.finish(migration).await,
+                (false, true) => Ok(()),
+                (false, false) => {
+                    let why = "the shard's record does not name it";
+                    self.end(migration, MigrationPhase::Failed, why).await
+                }
+            };
+        }
+        let target = self.ctx.view().node_status(&migration.to);
+        match target {
+            NodeStatus::Down | NodeStatus::Left => {
+                return self
+                    .abort(
+                        migration,
+                        MigrationPhase::Failed,
+                        &format!("its target {} is {target}", migration.to),
+                    )
+                    .await;
+            }
+            NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining => {}
+        }
+        if stalled {
+            return self.abort(migration, MigrationPhase::Failed, "it made no progress for 10 minutes").await;
+        }
+        if migration.phase == MigrationPhase::Cutover {
+            self.swap(migration).await?;
+            self.finish(migration).await?;
+        }
+        Ok(())
+    }
+
+    async fn swap(&mut self, migration: &MigrationRecord) -> Result<()> {
+        let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
+        let mut record = record.clone();
+        record.joining.clear();
+        record.migration = None;
+        if !record.has_replica(&migration.to) {
+            match migration.from.as_ref().and_then(|from| record.replicas.iter().position(|n| n == from)) {
+                Some(at) => record.replicas[at].clone_from(&migration.to),
+                None => record.replicas.push(migration.to.clone()),
+            }
+        }
+        record.primary.clone_from(&record.replicas[0]);
+        self.write_shard(record).await
+    }
+
+    /// The swap is done: says so.
+    async fn finish(&mut self, migration: &MigrationRecord) -> Result<()> {
+        let MigrationRecord { id, shard, from, to, .. } = migration;
+        let source_gone = from.as_ref().is_none_or(|from| !self.is_live(from));
+        let phase = if source_gone { MigrationPhase::Completed } else { MigrationPhase::Cleanup };
+        if !self.set_phase(id, phase, None).await? {
+            return Ok(());
+        }
+        let took = (wall() - migration.started_at).num_milliseconds().max(0);
+        let message = format!("shard {shard} is on {to} now ({} bytes in {took} ms)", migration.bytes_done);
+        let moved = Event::new("shard.moved", message.clone()).shard(*shard).migration(id).node(to);
+        self.ctx.event(moved.with("from", from.clone()).with("to", to.clone())).await;
+        let event = Event::new("migration.completed", message).shard(*shard).migration(id).node(to);
+        let event = event.with("from", from.clone()).with("to", to.clone()).with("phase", phase.to_string());
+        self.ctx.event(event.with("bytes_done", migration.bytes_done).with("took_ms", took)).await;
+        self.ctx.metrics.migrations_total.with_label_values(&["completed"]).inc();
+        Ok(())
+    }
+
+    /// Takes the target off the shard record, then ends the migration.
+    pub(super) async fn abort(
+        &mut self,
+        migration: &MigrationRecord,
+        phase: MigrationPhase,
+        why: &str,
+    ) -> Result<()> {
+        if let Some((_, record)) = self.shards.get(&migration.shard) {
+            if record.migration.as_deref() == Some(migration.id.as_str()) {
+                let mut record = record.clone();
+                record.joining.clear();
+                record.migration = None;
+                self.write_shard(record).await?;
+            }
+        }
+        self.end(migration, phase, why).await
+    }
+
+    async fn end(&mut self, migration: &MigrationRecord, phase: MigrationPhase, why: &str) -> Result<()> {
+        if !self.set_phase(&migration.id, phase, Some(why)).await? {
+            return Ok(());
+        }
+        let message = format!("shard {} to {}: {phase}, {why}", migration.shard, migration.to);
+        let event = Event::new(&format!("migration.{phase}"), message)
+            .shard(migration.shard)
+            .migration(&migration.id);
+        let event = event.with("from", migration.from.clone()).with("to", migration.to.clone());
+        self.ctx.event(event.with("phase", phase.to_string()).with("reason", why)).await;
+        self.ctx.metrics.migrations_total.with_label_values(&[&phase.to_string()]).inc();
+        Ok(())
+    }
+
+    /// Writes the phase of a running migration; `false` if it is over already.
+    async fn set_phase(&self, id: &str, phase: MigrationPhase, error: Option<&str>) -> Result<bool> {
+        for _ in 0..8 {
+            self.check_lease()?;
+            let Some(found) = self.ctx.buckets.migrations.get(id).await? else { return Ok(false) };
+            let mut record: MigrationRecord = parse(&found.value)?;
+            if !record.phase.is_running() {
+                return Ok(false);
+            }
+            record.phase = phase;
+            record.updated_at = wall();
+            if let Some(error) = error {
+                record.error = Some(error.to_owned());
+            }
+            let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
+            match self.ctx.buckets.migrations.cas(id, value, found.revision).await {
+                Cas::Applied(_) => return Ok(true),
+                Cas::Lost => {}
+                Cas::Unknown(error) => debug!(migration = id, "{error}"),
+            }
+        }
+        Err(Error::Unavailable(format!("the record of migration {id} cannot be written")))
+    }
+
+    /// A shard that names a migration which is over, or has no record, is set free.
+    async fn release_orphans(&mut self) -> Result<()> {
+        let view = self.ctx.view();
+        let over = |id: &String| view.migrations.get(id).is_some_and(|(_, m)| !m.phase.is_running());
+        let orphans: Vec<ShardId> = self
+            .shards
+            .iter()
+            .filter(|(_, (_, record))| record.migration.as_ref().is_some_and(over))
+            .map(|(shard, _)| *shard)
+            .collect();
+        for shard in orphans {
+            let Some((_, record)) = self.shards.get(&shard) else { continue };
+            let mut record = record.clone();
+            record.joining.clear();
+            record.migration = None;
+            if let Err(error) = self.write_shard(record).await {
+                self.soft(error)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn forget_old(&self) {
+        let view = self.ctx.view();
+        let mut over: Vec<&MigrationRecord> =
+            view.migrations.values().map(|(_, m)| m).filter(|m| !m.phase.is_running()).collect();
+        over.sort_by_key(|m| std::cmp::Reverse(m.updated_at));
+        for (at, migration) in over.into_iter().enumerate() {
+            let source_gone = migration.from.as_ref().is_none_or(|from| !self.is_live(from));
+            if migration.phase == MigrationPhase::Cleanup && source_gone {
+                crate::node::migration::complete(&self.ctx, &migration.id).await;
+            }
+            if at >= KEEP_COUNT || wall() - migration.updated_at > KEEP {
+                if let Err(error) = self.ctx.buckets.migrations.delete(&migration.id).await {
+                    debug!("{error}");
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! What the leader does, and only while its lease holds: watches nodes, keeps the shard map, runs
+//! migrations, answers operators. It decides where replicas live, never whether a write is safe.
+//!
+//! Fencing: its first act is to rewrite every shard record under its own term. From then on, whatever an
+//! older leader has prepared meets a changed revision. Before each write it looks at its lease again.
+//! It may die at any line: every change is one compare-and-set on one record, and the next leader starts
+//! from what the records say.
+
+mod admin;
+mod migrations;
+mod records;
+
+use crate::clock::wall;
+use crate::error::{Error, Result};
+use crate::logic::lease::PingOutcome;
+use crate::logic::membership::{Action, Membership};
+use crate::logic::planner::{PlanInput, PlanNode, Role, Step, plan};
+use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaState};
+use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};
+use crate::model::wire::PingRequest;
+use crate::model::{InstanceId, NodeId, ShardId, Term};
+use crate::nats::bucket::Cas;
+use crate::nats::bus::{Message, sender};
+use crate::nats::unavailable;
+use crate::node::context::Context;
+use crate::node::replica::ping_outcome;
+use crate::view::{Rev, parse};
+use chrono::{DateTime, Utc};
+use futures::StreamExt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+/// How often placement is looked at.
+const TICK: Duration = Duration::from_millis(200);
+/// A ping of a suspect.
+const PING: Duration = Duration::from_millis(500);
+
+/// Leads in `term` until cancelled, or until something says that it must not.
+pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
+    let client = &ctx.control.nats.client;
+    let subscribe = |subject: String| async move {
+        client.subscribe(subject).await.map_err(|e| unavailable("subscribing", e))
+    };
+    let mut heartbeats = subscribe(ctx.subjects.heartbeat()).await?;
+    let mut loads = subscribe(ctx.subjects.all_loads()).await?;
+    let (pinged, mut pings) = mpsc::channel(256);
+    let mut leader = Leader::new(ctx.clone(), term, pinged);
+    leader.fence().await?;
+    leader.resume();
+    // Answer operators only once the map is ours.
+    let mut admin = subscribe(ctx.subjects.admin("*")).await?;
+    let mut views = ctx.views.subscribe();
+    views.mark_changed();
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let ended = || Error::Unavailable("a subscription of the leader ended".into());
+    loop {
+        tokio::select! {
+            message = heartbeats.next() => leader.on_heartbeat(&message.ok_or_else(ended)?).await?,
+            message = loads.next() => leader.on_load(&message.ok_or_else(ended)?),
+            message = admin.next() => leader.on_admin(&message.ok_or_else(ended)?).await?,
+            Some((node, outcome)) = pings.recv() => {
+                let actions = leader.membership.on_ping(ctx.clock.now(), &node, outcome);
+                leader.members(actions).await?;
+            }
+            changed = views.changed() => {
+                changed.map_err(|_| ended())?;
+                leader.on_view();
+            }
+            _ = tick.tick() => leader.tick().await?,
+        }
+    }
+}
+
+struct Leader {
+    ctx: Arc<Context>,
+    term: Term,
+    membership: Membership,
+    /// The map as we have written it: nobody else may.
+    shards: BTreeMap<ShardId, Rev<ShardRecord>>,
+    /// Records whose last write has an unknown outcome, or that somebody has overwritten.
+    unsure: BTreeSet<ShardId>,
+    heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
+    loads: BTreeMap<NodeId, LoadReport>,
+    down_since: BTreeMap<NodeId, Duration>,
+    /// When the set of members last changed: placement waits a moment.
+    settled_at: Duration,
+    members: BTreeSet<NodeId>,
+    /// Whether counts should be evened out, and not only repaired.
+    balance: bool,
+    /// Migrations as last seen, and since when without progress.
+    watched: BTreeMap<String, (String, Duration)>,
+    /// Shards whose stream has been checked in this term.
+    logs_checked: BTreeSet<ShardId>,
+    last_gc: Duration,
+    pinged: mpsc::Sender<(NodeId, PingOutcome)>,
+}
+
+impl Leader {
+    fn new(ctx: Arc<Context>, term: Term, pinged: mpsc::Sender<(NodeId, PingOutcome)>) -> Self {
+        let membership = Membership::new(ctx.config.heartbeat_interval, ctx.config.failure_timeout);
+        let now = ctx.clock.now();
+        Leader {
+            ctx,
+            term,
+            membership,
+            shards: BTreeMap::new(),
+            unsure: BTreeSet::new(),
+            heartbeats: BTreeMap::new(),
+            loads: BTreeMap::new(),
+            down_since: BTreeMap::new(),
+            settled_at: now,
+            members: BTreeSet::new(),
+            balance: false,
+            watched: BTreeMap::new(),
+            logs_checked: BTreeSet::new(),
+            last_gc: now,
+            pinged,
+        }
+    }
+
+    /// A rebalancing that the last leader had begun goes on; what an operator has moved by hand, which
+    /// skews the counts a little, stays.
+    fn resume(&mut self) {
+        let view = self.ctx.view();
+        let up = view.nodes.values().filter(|(_, n)| n.status == NodeStatus::Up);
+        self.members = up.clone().map(|(_, n)| n.node.clone()).collect();
+        let held = |node: &NodeId| self.shards.values().filter(|(_, r)| r.has_replica(node)).count();
+        let shares: Vec<f64> = up.map(|(_, n)| held(&n.node) as f64 / f64::from(n.weight)).collect();
+        let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
+        let highest = shares.iter().copied().fold(0.0, f64::max);
+        let lowest = shares.iter().copied().fold(f64::INFINITY, f64::min);
+        self.balance = self.shards.is_empty() || highest - lowest > (mean / 10.0).max(2.0);
+    }
+
+    /// Looked at before every write.
+    fn check_lease(&self) -> Result<()> {
+        if self.ctx.leads() == Some(self.term) {
+            return Ok(());
+        }
+        Err(Error::Fenced(format!("term {} is over", self.term)))
+    }
+
+    async fn on_heartbeat(&mut self, message: &Message) -> Result<()> {
+        let heartbeat: Heartbeat = match parse(&message.payload) {
+            Ok(heartbeat) => heartbeat,
+            Err(error) => {
+                self.ctx.bad_message("heartbeat", sender(message), &error);
+                return Ok(());
+            }
+        };
+        let actions = self.membership.on_heartbeat(self.ctx.clock.now(), &heartbeat.node, heartbeat.instance);
+        if self.ctx.view().node(&heartbeat.node).is_some_and(|record| record.instance == heartbeat.instance) {
+            self.heartbeats.insert(heartbeat.node, wall());
+        }
+        self.members(actions).await
+    }
+
+    fn on_load(&mut self, message: &Message) {
+        match parse::<LoadReport>(&message.payload) {
+            Ok(report)
+                if self.ctx.view().node(&report.node).is_some_and(|n| n.instance == report.instance) =>
+            {
+                self.loads.insert(report.node.clone(), report);
+            }
+            Ok(report) => debug!(node = report.node, "a load report of an unknown process is ignored"),
+            Err(error) => self.ctx.bad_message("load", sender(message), &error),
+        }
+    }
+
+    fn on_view(&mut self) {
+        let (view, now) = (self.ctx.view(), self.ctx.clock.now());
+        for (_, record) in view.nodes.values() {
+            self.membership.on_record(now, record);
+            match record.status {
+                NodeStatus::Down | NodeStatus::Left => {
+                    drop(self.down_since.entry(record.node.clone()).or_insert(now))
+                }
+                NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining => {
+                    drop(self.down_since.remove(&record.node))
+                }
+            }
+        }
+        self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
+        self.loads.retain(|node, _| view.nodes.contains_key(node));
+        let up = view.nodes.values().filter(|(_, n)| n.status == NodeStatus::Up).map(|(_, n)| n.node.clone());
+        let members: BTreeSet<NodeId> = up.collect();
+        if members != self.members {
+            self.settled_at = now + self.ctx.config.settle();
+            self.balance |= !members.is_subset(&self.members);
+            self.members = members;
+        }
+        // Somebody wrote under a key that is ours.
+        for (shard, (revision, _)) in &view.shards {
+            if self.shards.get(shard).is_some_and(|(known, _)| revision > known) {
+                self.unsure.insert(*shard);
+            }
+        }
+    }
+
+    /// Carries out what membership decided.
+    async fn members(&mut self, actions: Vec<Action>) -> Result<()> {
+        for action in actions {
+            match action {
+                Action::Ping(node) => {
+                    let (ctx, pinged) = (self.ctx.clone(), self.pinged.clone());
+                    self.ctx.tasks.spawn(async move {
+                        let subject = ctx.subjects.node(&node, "ping");
+                        let asked = ctx.control.ask(subject, &PingRequest::default(), PING).await;
+                        let _ = pinged.send((node, ping_outcome(&asked))).await;
+                    });
+                }
+                Action::Set { node, instance, status, why } => {
+                    self.set_status(&node, instance, status, why).await?
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn set_status(
+        &mut self,
+        node: &str,
+        instance: InstanceId,
+        status: NodeStatus,
+        why: &str,
+    ) -> Result<()> {
+        self.check_lease()?;
+        let Some(found) = self.ctx.buckets.nodes.get(node).await? else { return Ok(()) };
+        let Ok(mut record) = parse::<NodeRecord>(&found.value) else { return Ok(()) };
+        // Another process took the name meanwhile: the verdict was about the old one.
+        if record.instance != instance || record.status == status || record.status == NodeStatus::Left {
+            self.membership.on_record(self.ctx.clock.now(), &record);
+            return Ok(());
+        }
+        let before = record.status;
+        record.status = status;
+        record.since = wall();
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
+        match self.ctx.buckets.nodes.cas(node, value, found.revision).await {
+            Cas::Applied(_) => {
+                let verb = match status {
+                    NodeStatus::Up => "recovered",
+                    NodeStatus::Suspect => "suspect",
+                    NodeStatus::Down => "down",
+                    NodeStatus::Draining => "draining",
+                    NodeStatus::Left => "left",
+                };
+                let event = Event::new(&format!("node.{verb}"), format!("{node} is {status}: {why}"));
+                self.ctx
+                    .event(
+                        event.node(node).with("from", before.to_string()).with("status", status.to_string()),
+                    )
+                    .await;
+                if status == NodeStatus::Down {
+                    self.down_since.entry(node.to_owned()).or_insert(self.ctx.clock.now());
+                }
+            }
+            // Looked at again with the next heartbeat, ping or tick: membership believes the record.
+            Cas::Lost | Cas::Unknown(_) => {
+                if let Some(found) = self.ctx.buckets.nodes.get(node).await? {
+                    if let Ok(record) = parse::<NodeRecord>(&found.value) {
+                        self.membership.on_record(self.ctx.clock.now(), &record);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn tick(&mut self) -> Result<()> {
+        let actions = self.membership.on_tick(self.ctx.clock.now());
+        self.members(actions).await?;
+        self.resolve_unsure().await?;
+        self.oversee_migrations().await?;
+        self.rebuild_logs().await?;
+        if self.ctx.clock.now() >= self.settled_at {
+            self.place().await?;
+        } else {
+            self.promote_only().await?;
+        }
+        self.refresh_statuses().await
+    }
+
+    fn role(&self, record: &NodeRecord) -> Role {
+        match record.status {
+            NodeStatus::Up => Role::Member,
+            NodeStatus::Suspect => Role::Waiting { live: true },
+            NodeStatus::Draining => Role::Draining,
+            NodeStatus::Down | NodeStatus::Left => {
+                let since = self.down_since.get(&record.node).copied().unwrap_or(self.ctx.clock.now());
+                let gone = self.ctx.clock.now().saturating_sub(since) > self.ctx.config.rereplicate_after;
+                if gone { Role::Gone } else { Role::Waiting { live: false } }
+            }
+        }
+    }
+
+    /// The world as the planner sees it: migrations under way count as done.
+    fn plan_input(&self, balance: bool) -> PlanInput {
+        let view = self.ctx.view();
+        let nodes = view.nodes.iter().map(|(id, (_, record))| {
+            (
+                id.clone(),
+                PlanNode { role: self.role(record), rack: record.rack.clone(), weight: record.weight },
+            )
+        });
+        let mut shards: BTreeMap<ShardId, Vec<NodeId>> =
+            (0..self.ctx.cluster.num_shards).map(|shard| (ShardId(shard), Vec::new())).collect();
+        for (shard, (_, record)) in &self.shards {
+            let mut holders = record.replicas.clone();
+            if let Some((_, migration)) = record.migration.as_ref().and_then(|id| view.migrations.get(id)) {
+                match migration.from.as_ref().and_then(|from| holders.iter().position(|n| n == from)) {
+                    Some(at) => holders[at].clone_from(&migration.to),
+                    None => holders.push(migration.to.clone()),
+                }
+            }
+            shards.insert(*shard, holders);
+        }
+        PlanInput {
+            nodes: nodes.collect(),
+            shards,
+            replication_factor: self.ctx.cluster.replication_factor as usize,
+            balance,
+        }
+    }
+
+    async fn promote_only(&mut self) -> Result<()> {
+        for step in plan(&self.plan_input(false)) {
+            if let Step::Promote { shard, to, reason } = step {
+                self.promote(shard, &to, reason).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn place(&mut self) -> Result<()> {
+        let steps = plan(&self.plan_input(self.balance));
+        let mut fresh = Vec::new();
+        let mut waiting = false;
+        for step in steps {
+            let migrating = self.shards.get(&step.shard()).is_some_and(|(_, r)| r.migration.is_some());
+            match step {
+                Step::Assign { shard, replicas } => fresh.push((shard, replicas)),
+                Step::Promote { shard, to, reason } => self.promote(shard, &to, reason).await?,
+                _ if migrating => waiting = true,
+                Step::Copy { shard, from, to, reason } => {
+                    waiting = true;
+                    if self.may_start(from.as_deref(), &to) {
+                        if let Err(error) = self.start_migration(shard, from, &to, reason).await {
+                            self.soft(error)?;
+                        }
+                    }
+                }
+                Step::Remove { shard, node, reason } => self.remove_replica(shard, &node, reason).await?,
+            }
+        }
+        if !fresh.is_empty() {
+            waiting = true;
+            self.assign(fresh).await?;
+        }
+        if self.balance && !waiting && !self.any_migration() {
+            self.balance = false;
+            let message = "every node holds its share".to_owned();
+            self.ctx.event(Event::new("rebalance.completed", message)).await;
+        }
+        Ok(())
+    }
+
+    /// What ends leadership, and what is merely tried again at the next tick.
+    fn soft(&self, error: Error) -> Result<()> {
+        match error {
+            Error::Fenced(_) => Err(error),
+            other => {
+                warn!("placement will be tried again: {other}");
+                Ok(())
+            }
+        }
+    }
+
+    fn is_live(&self, node: &str) -> bool {
+        self.ctx.view().node_status(node).is_live()
+    }
+
+    /// What a replica said of itself last.
+    fn reported(&self, node: &str, shard: ShardId) -> Option<&crate::model::events::ReplicaLoad> {
+        self.loads.get(node)?.shards.iter().find(|load| load.shard == shard)
+    }
+
+    fn status_of(&self, record: &ShardRecord) -> ShardStatus {
+        let view = self.ctx.view();
+        let members = view
+            .nodes
+            .values()
+            .filter(|(_, n)| matches!(n.status, NodeStatus::Up | NodeStatus::Suspect))
+            .count();
+        let wanted = (self.ctx.cluster.replication_factor as usize).min(members).max(1);
+        let serving = |node: &NodeId| {
+            let failed = self.reported(node, record.shard).is_some_and(|load| match load.state {
+                ReplicaState::Failed => true,
+                ReplicaState::Recovering | ReplicaState::Serving | ReplicaState::LogLost => false,
+            });
+            self.is_live(node) && !failed
+        };
+        match record.replicas.iter().filter(|n| serving(n)).count() {
+            0 => ShardStatus::Offline,
+            live if live < wanted => ShardStatus::Degraded,
+            _ => ShardStatus::Full,
+        }
+    }
+
+    async fn refresh_statuses(&mut self) -> Result<()> {
+        let stale = |(_, record): &&Rev<ShardRecord>| self.status_of(record) != record.status;
+        let changed: Vec<ShardRecord> = self.shards.values().filter(stale).map(|(_, r)| r.clone()).collect();
+        for mut record in changed {
+            let before = record.status;
+            record.status = self.status_of(&record);
+            let (shard, status) = (record.shard, record.status);
+            self.write_shard(record).await.or_else(|e| self.soft(e))?;
+            if status != ShardStatus::Full && before == ShardStatus::Full {
+                let message = format!("shard {shard} is {status}");
+                self.ctx
+                    .event(
+                        Event::new("shard.degraded", message).shard(shard).with("status", status.to_string()),
+                    )
+                    .await;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,231 @@
+//! Runs the lease's state machine: reads and writes the record, pings the holder, keeps the time.
+
+use crate::clock::wall;
+use crate::error::{Error, Result};
+use crate::logic::lease::{Action, CasOutcome, Claim, Event, Lease, Settings};
+use crate::model::Term;
+use crate::model::events::Event as Story;
+use crate::model::records::LeaderRecord;
+use crate::model::wire::PingRequest;
+use crate::nats::bucket::{Cas, Versioned};
+use crate::node::context::{Context, Leading};
+use crate::node::join::restore_buckets;
+use crate::node::leader;
+use crate::node::replica::ping_outcome;
+use crate::view::{LEADER_KEY, parse};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+/// Commands to the lease from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Give leadership up, if we have it.
+    Resign,
+}
+
+/// How long a ping of the holder may take.
+const PING: Duration = Duration::from_millis(500);
+
+/// Runs until the node stops, then releases the lease if it is ours.
+pub(crate) async fn run(
+    ctx: Arc<Context>,
+    mut orders: mpsc::Receiver<Order>,
+    resign: mpsc::Sender<Order>,
+    stop: CancellationToken,
+) {
+    let settings = Settings {
+        node: ctx.node.clone(),
+        instance: ctx.instance,
+        ttl: ctx.config.lease_ttl,
+        ping_gap: ctx.config.heartbeat_interval,
+        early_takeover: ctx.config.early_takeover,
+    };
+    let (answers, mut answered) = mpsc::channel(16);
+    let mut driver = Driver {
+        lease: Lease::new(settings, ctx.clock.now()),
+        ctx: ctx.clone(),
+        answers,
+        leader: None,
+        acquired: (0, wall()),
+        resign,
+    };
+    let mut connected = ctx.control.nats.connected();
+    let mut views = ctx.views.subscribe();
+    driver.feed(Event::Tick).await;
+    let mut stopping = false;
+    loop {
+        let now = ctx.clock.now();
+        let due = ctx.clock.instant(driver.lease.next_deadline(now));
+        let event = tokio::select! {
+            biased;
+            () = stop.cancelled(), if !stopping => { stopping = true; Event::Resign }
+            Some(event) = answered.recv() => event,
+            changed = connected.changed() => {
+                if changed.is_err() { return }
+                if *connected.borrow_and_update() { Event::Tick } else { Event::Disconnected }
+            }
+            Some(Order::Resign) = orders.recv() => Event::Resign,
+            changed = views.changed() => {
+                if changed.is_err() { return }
+                let view = views.borrow_and_update().clone();
+                let highest = view.shards.values().map(|(_, record)| record.term).max().unwrap_or(0);
+                driver.feed(Event::TermSeen(ctx.saw_term(highest))).await;
+                match &view.leader {
+                    Some(leader) => Event::Seen(Some(leader.clone())),
+                    None => Event::Tick,
+                }
+            }
+            () = tokio::time::sleep_until(due) => Event::Tick,
+        };
+        driver.feed(event).await;
+        if stopping && (driver.lease.valid_until().is_none() || !ctx.control.nats.is_connected()) {
+            driver.step_down("stopping");
+            return;
+        }
+    }
+}
+
+struct Driver {
+    lease: Lease,
+    ctx: Arc<Context>,
+    answers: mpsc::Sender<Event>,
+    leader: Option<CancellationToken>,
+    acquired: (Term, chrono::DateTime<chrono::Utc>),
+    resign: mpsc::Sender<Order>,
+}
+
+impl Driver {
+    async fn feed(&mut self, event: Event) {
+        let actions = self.lease.on_event(self.ctx.clock.now(), event);
+        for action in actions {
+            self.act(action);
+        }
+        let leading = self.lease.leading(self.ctx.clock.now()).zip(self.lease.valid_until());
+        let leading = leading.map(|(term, until)| Leading { term, until });
+        self.ctx.leading.send_if_modified(|known| {
+            let changed = *known != leading;
+            *known = leading;
+            changed
+        });
+        self.ctx.metrics.is_leader.set(leading.is_some().into());
+        if let Some(leading) = leading {
+            self.ctx.saw_term(leading.term);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        let (ctx, answers) = (self.ctx.clone(), self.answers.clone());
+        match action {
+            Action::Read => drop(self.ctx.tasks.spawn(async move {
+                let event = match ctx.buckets.cluster.get(LEADER_KEY).await {
+                    Ok(found) => Event::Seen(found.map(|found| read(&ctx, found))),
+                    Err(Error::NotFound(_)) => {
+                        warn!("NATS has lost the cluster's buckets: creating them again");
+                        if let Err(error) = restore_buckets(&ctx).await {
+                            warn!("the buckets cannot be created: {error}");
+                        }
+                        Event::ReadFailed
+                    }
+                    Err(error) => {
+                        debug!("reading the lease: {error}");
+                        Event::ReadFailed
+                    }
+                };
+                let _ = answers.send(event).await;
+            })),
+            Action::Cas { expected, claim, term } => {
+                if claim == Claim::Acquire {
+                    self.acquired = (term, wall());
+                }
+                let record = self.record(claim, term);
+                self.ctx.tasks.spawn(async move {
+                    let outcome = match serde_json::to_vec(&record) {
+                        Ok(value) => match ctx.buckets.cluster.cas(LEADER_KEY, value, expected).await {
+                            Cas::Applied(revision) => CasOutcome::Applied(revision),
+                            Cas::Lost => CasOutcome::Lost,
+                            Cas::Unknown(error) => {
+                                debug!("writing the lease: {error}");
+                                CasOutcome::Unknown
+                            }
+                        },
+                        Err(_) => CasOutcome::Lost,
+                    };
+                    let _ = answers.send(Event::Cas(outcome)).await;
+                });
+            }
+            Action::Ping(node) => drop(self.ctx.tasks.spawn(async move {
+                let subject = ctx.subjects.node(&node, "ping");
+                let asked = ctx.control.ask(subject, &PingRequest::default(), PING).await;
+                let _ = answers.send(Event::Pinged(ping_outcome(&asked))).await;
+            })),
+            Action::Elected(term) => self.elected(term),
+            Action::SteppedDown(why) => self.step_down(why),
+        }
+    }
+
+    fn record(&self, claim: Claim, term: Term) -> LeaderRecord {
+        let held = claim != Claim::Release;
+        LeaderRecord {
+            node: held.then(|| self.ctx.node.clone()),
+            instance: held.then_some(self.ctx.instance),
+            term,
+            acquired_at: self.acquired.1,
+            renewed_at: wall(),
+            ttl_ms: self.ctx.config.lease_ttl.as_millis() as u64,
+        }
+    }
+
+    fn elected(&mut self, term: Term) {
+        self.step_down("a new term begins");
+        info!(term, "leader");
+        let stop = self.ctx.stop.child_token();
+        self.leader = Some(stop.clone());
+        let (ctx, resign) = (self.ctx.clone(), self.resign.clone());
+        self.ctx.tasks.spawn(async move {
+            let story =
+                Story::new("leader.elected", format!("{} leads in term {term}", ctx.node)).node(&ctx.node);
+            ctx.event(story.with("term", term)).await;
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = leader::run(ctx, term) => ended,
+            };
+            if let Err(error) = ended {
+                warn!(term, "cannot lead: {error}");
+                // Somebody else may do better; nothing is lost by handing over.
+                let _ = resign.send(Order::Resign).await;
+            }
+        });
+    }
+
+    fn step_down(&mut self, why: &'static str) {
+        let Some(stop) = self.leader.take() else { return };
+        stop.cancel();
+        warn!("not leader any more: {why}");
+        let ctx = self.ctx.clone();
+        self.ctx.tasks.spawn(async move {
+            let story =
+                Story::new("leader.stepped_down", format!("{} does not lead any more: {why}", ctx.node));
+            ctx.event(story.node(&ctx.node)).await;
+        });
+    }
+}
+
+/// Garbage under the key is a free lease, at its revision: the next holder overwrites it.
+fn read(ctx: &Context, found: Versioned) -> (u64, LeaderRecord) {
+    let record: Result<LeaderRecord> = parse(&found.value);
+    let record = record.unwrap_or_else(|error| {
+        ctx.bad_message("record", "?", &error);
+        LeaderRecord {
+            node: None,
+            instance: None,
+            term: 0,
+            acquired_at: wall(),
+            renewed_at: wall(),
+            ttl_ms: ctx.config.lease_ttl.as_millis() as u64,
+        }
+    });
+    (found.revision, record)
+}

@@ -1,0 +1,236 @@
+//! Drives a migration: the target's side.
+//!
+//! The leader has named this node in the shard record's `joining`, so the log is not truncated under us.
+//! The replica loads and catches up by itself; here its progress is written to the migration record, the
+//! content is compared with a source at one sequence of the log, and then the replica starts to serve
+//! and says so. The leader swaps. Until then the old replicas serve; from before then on this one does.
+//!
+//! - This process dies: after the restart the record still names us, and the driver starts again from
+//!   what is in the store.
+//! - The record cannot be written, or the answer is lost: it is read again and written again; every
+//!   write of ours sets what we know, so a doubled one changes nothing.
+//! - The leader dies: the next one finds the record in its phase.
+//! - It is cancelled: the shard record does not name us any more, the replica is closed and deleted.
+
+use crate::clock::wall;
+use crate::error::{Error, Result};
+use crate::model::events::Event;
+use crate::model::records::{MigrationPhase, MigrationRecord};
+use crate::model::wire::DigestRequest;
+use crate::nats::bucket::Cas;
+use crate::node::context::Context;
+use crate::node::replica::Replica;
+use crate::store::Digest;
+use crate::view::parse;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::{debug, info, warn};
+
+/// How often progress is written while nothing else happens.
+const PROGRESS: Duration = Duration::from_millis(500);
+/// One digest comparison.
+const COMPARE: Duration = Duration::from_secs(5);
+/// Entries behind that count as "close behind".
+const CLOSE: u64 = 64;
+
+/// Runs until the migration is over or the node stops.
+pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) {
+    let mut views = ctx.views.subscribe();
+    let driving = async {
+        let mut pause = Duration::from_millis(200);
+        while let Err(error) = steps(ctx, id, replica).await {
+            debug!(migration = id, "trying again: {error}");
+            let _ = update(ctx, id, |record| record.error = Some(error.to_string())).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(5));
+        }
+    };
+    let still_ours = async {
+        loop {
+            let ours = views.borrow_and_update().shard(replica.shard).is_some_and(|record| {
+                record.is_joining(&ctx.node) && record.migration.as_deref() == Some(id)
+            });
+            if !ours || views.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = driving => {
+            // Said ready: what remains is the leader's. Do not start again while it decides.
+            let mut views = ctx.views.subscribe();
+            let over = views.wait_for(|view| view.shard(replica.shard).is_none_or(|record| !record.is_joining(&ctx.node)));
+            tokio::select! {
+                _ = over => {}
+                () = ctx.stop.cancelled() => {}
+            }
+        }
+        () = still_ours => {}
+        () = ctx.stop.cancelled() => {}
+    }
+}
+
+async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {
+    load(ctx, id, replica).await?;
+    let digest = compare(ctx, id, replica).await?;
+    // Serve first, then say so: at no instant does the shard have fewer serving replicas.
+    replica.allow_serving();
+    let mut status = replica.watch();
+    let subscribed = tokio::time::timeout(COMPARE, status.wait_for(|status| status.subscribed)).await;
+    subscribed
+        .map_err(|_| Error::Unavailable("NATS did not take the subscriptions in time".into()))
+        .map(drop)?;
+    update(ctx, id, |record| {
+        record.phase = record.phase.max(MigrationPhase::Cutover);
+        record.lag = 0;
+        record.error = None;
+    })
+    .await?;
+    let progress = replica.status().progress;
+    let message = format!(
+        "shard {}: the new replica on {} has the same content ({} vectors) and serves",
+        replica.shard, ctx.node, digest.vectors
+    );
+    let event = Event::new("migration.progress", message).shard(replica.shard).migration(id).node(&ctx.node);
+    ctx.event(
+        event
+            .with("phase", "cutover")
+            .with("digest", format!("{:032x}", digest.hash))
+            .with("vectors", digest.vectors)
+            .with("bytes_done", progress.bytes_done)
+            .with("bytes_total", progress.bytes_total),
+    )
+    .await;
+    info!(migration = id, shard = %replica.shard, "ready for cut-over");
+    Ok(())
+}
+
+/// Waits until the replica is close behind the log, writing down how far it is.
+async fn load(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {
+    let mut status = replica.watch();
+    let mut shown: Option<(MigrationPhase, u64)> = None;
+    loop {
+        let now = status.borrow_and_update().clone();
+        let phase = if now.progress.loading { MigrationPhase::Snapshot } else { MigrationPhase::CatchUp };
+        let key = (phase, now.progress.chunks);
+        if shown != Some(key) {
+            let changed_phase = shown.is_none_or(|(before, _)| before != phase);
+            update(ctx, id, |record| {
+                record.phase = if record.phase < MigrationPhase::Cutover { phase } else { record.phase };
+                record.bytes_done = now.progress.bytes_done;
+                record.bytes_total = now.progress.bytes_total.max(now.progress.bytes_done);
+                record.chunks = now.progress.chunks;
+                record.lag = now.lag;
+                if changed_phase {
+                    record.error = None;
+                }
+            })
+            .await?;
+            if changed_phase || now.progress.chunks > 0 {
+                progress_event(ctx, id, replica, phase).await;
+            }
+            shown = Some(key);
+        }
+        if now.caught_up && now.lag <= CLOSE {
+            return Ok(());
+        }
+        // At most every `PROGRESS`, so that a fast snapshot does not flood the bucket.
+        tokio::time::sleep(if now.caught_up {
+            Duration::from_millis(20)
+        } else {
+            PROGRESS.min(Duration::from_millis(100))
+        })
+        .await;
+        let _ = tokio::time::timeout(PROGRESS, status.changed()).await;
+    }
+}
+
+async fn progress_event(ctx: &Arc<Context>, id: &str, replica: &Replica, phase: MigrationPhase) {
+    let now = replica.status();
+    let message = format!(
+        "shard {} to {}: {phase}, {} of {} bytes",
+        replica.shard, ctx.node, now.progress.bytes_done, now.progress.bytes_total
+    );
+    let event = Event::new("migration.progress", message).shard(replica.shard).migration(id).node(&ctx.node);
+    ctx.event(
+        event
+            .with("phase", phase.to_string())
+            .with("bytes_done", now.progress.bytes_done)
+            .with("bytes_total", now.progress.bytes_total)
+            .with("lag", now.lag),
+    )
+    .await;
+}
+
+/// Puts a checkpoint into the log and compares what both sides had right there.
+async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<Digest> {
+    let (checkpoint, mine) = replica.checkpoint(COMPARE).await?;
+    let view = ctx.view();
+    let record =
+        view.shard(replica.shard).ok_or_else(|| Error::NotFound(format!("shard {}", replica.shard)))?;
+    let request = DigestRequest { shard: replica.shard, checkpoint, timeout_ms: COMPARE.as_millis() as u64 };
+    let mut last = Error::Unavailable(format!("shard {} has no live replica to compare with", replica.shard));
+    for node in record.replicas.iter().filter(|n| view.node_status(n).is_live()) {
+        match ctx.data.call::<_, Digest>(ctx.subjects.node(node, "digest"), &request, COMPARE).await {
+            Ok(theirs) if theirs == mine => return Ok(mine),
+            Ok(theirs) => {
+                warn!(migration = id, shard = %replica.shard, node, ?mine, ?theirs, "the content differs");
+                replica.reload().await;
+                return Err(Error::Corrupt(format!(
+                    "shard {} differs from {node} at sequence {}: copying it again",
+                    replica.shard, mine.applied
+                )));
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Changes the migration record by compare-and-set, deciding again when somebody else was first. Records
+/// that are over stay as they are.
+pub(crate) async fn update(ctx: &Context, id: &str, change: impl Fn(&mut MigrationRecord)) -> Result<()> {
+    for _ in 0..8 {
+        let Some(found) = ctx.buckets.migrations.get(id).await? else {
+            return Err(Error::NotFound(format!("migration {id} has no record")));
+        };
+        let mut record: MigrationRecord = parse(&found.value)?;
+        record.check(id)?;
+        if !record.phase.is_running() {
+            return Ok(());
+        }
+        let before = record.clone();
+        change(&mut record);
+        if record == before {
+            return Ok(());
+        }
+        record.updated_at = wall();
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
+        match ctx.buckets.migrations.cas(id, value, found.revision).await {
+            Cas::Applied(_) => return Ok(()),
+            Cas::Lost => {}
+            Cas::Unknown(error) => debug!(migration = id, "{error}"),
+        }
+    }
+    Err(Error::Unavailable(format!("the record of migration {id} cannot be written")))
+}
+
+/// The old copy of a migration away from here is deleted.
+pub(crate) async fn complete(ctx: &Context, id: &str) {
+    let done = async {
+        let Some(found) = ctx.buckets.migrations.get(id).await? else { return Ok(()) };
+        let mut record: MigrationRecord = parse(&found.value)?;
+        if record.phase != MigrationPhase::Cleanup {
+            return Ok(());
+        }
+        record.phase = MigrationPhase::Completed;
+        record.updated_at = wall();
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
+        // Lost or unknown: the next sweep looks again.
+        ctx.buckets.migrations.cas(id, value, found.revision).await;
+        Ok::<_, Error>(())
+    };
+    if let Err(error) = done.await {
+        debug!(migration = id, "{error}");
+    }
+}

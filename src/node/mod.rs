@@ -1,0 +1,172 @@
+//! Who runs the loops: one node of a cluster.
+
+mod api;
+mod context;
+mod data_dir;
+mod join;
+mod leader;
+mod lease;
+mod migration;
+mod pulse;
+mod rate;
+mod replica;
+mod replicas;
+mod requests;
+
+pub(crate) use requests::best;
+
+use crate::client::Client;
+use crate::clock::wall;
+use crate::config::ClusterConfig;
+use crate::error::{Error, Result};
+use crate::model::events::{Event, ReplicaState};
+use crate::model::records::NodeStatus;
+use crate::nats::connect::permission_error;
+use context::Context;
+use data_dir::DataDir;
+use replicas::Replicas;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+/// A node that has joined.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) ctx: Arc<Context>,
+    pub(crate) client: Client,
+    replicas: Arc<Replicas>,
+    /// Ends the lease's task, which releases the lease.
+    lease_stop: CancellationToken,
+    lease: std::sync::Mutex<Option<tokio::task::JoinHandle<()>>>,
+    /// Why the node had to stop by itself.
+    fatal: watch::Sender<Option<Error>>,
+    _data_dir: Option<DataDir>,
+}
+
+/// Longest wait for the release of the lease, and for tasks to end.
+const GOODBYE: Duration = Duration::from_secs(10);
+
+impl Node {
+    /// Connects, joins and starts everything.
+    ///
+    /// # Errors
+    /// `Invalid` for settings that differ from the cluster's, a live twin, a foreign data folder, missing
+    /// permissions; `Unavailable` when NATS goes away in the middle.
+    pub(crate) async fn start(config: ClusterConfig) -> Result<Arc<Node>> {
+        let joined = join::join(config).await?;
+        let join::Joined { ctx, stores, data_dir, pings, client } = joined;
+        let replicas = Replicas::new(ctx.clone(), stores);
+        let fatal = watch::Sender::new(None);
+        let lease_stop = CancellationToken::new();
+        let (resign, orders) = mpsc::channel(4);
+
+        ctx.tasks.spawn(requests::answer_pings(ctx.clone(), replicas.clone(), pings));
+        requests::run(ctx.clone(), replicas.clone()).await?;
+        api::run(ctx.clone(), client.clone()).await?;
+        ctx.tasks.spawn(replicas.clone().run());
+        ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(join::guard_record(ctx.clone(), fatal.clone()));
+        let lease = tokio::spawn(lease::run(ctx.clone(), orders, resign, lease_stop.clone()));
+
+        for (name, nats) in ctx.connections() {
+            if let Some(violation) = nats.violation() {
+                error!(connection = name, "{violation}");
+                return Err(permission_error(&violation));
+            }
+        }
+        let (watched, told) = (ctx.clone(), fatal.clone());
+        ctx.tasks.spawn(async move {
+            let [(_, control), (_, data), (_, bulk)] = watched.connections();
+            let violation = tokio::select! {
+                text = control.violated() => text,
+                text = data.violated() => text,
+                text = bulk.violated() => text,
+                () = watched.stop.cancelled() => return,
+            };
+            // Later ones may be a probe of somebody's; in the first seconds a setting is wrong.
+            if watched.clock.now() < Duration::from_secs(10) {
+                told.send_replace(Some(permission_error(&violation)));
+            }
+        });
+        let story = Event::new("node.joined", format!("{} has joined", ctx.node)).node(&ctx.node);
+        ctx.event(story.with("instance", ctx.instance.to_string()).with("rack", ctx.config.rack.clone()))
+            .await;
+        info!(node = ctx.node, instance = %ctx.instance, "joined");
+        Ok(Arc::new(Node {
+            ctx,
+            client,
+            replicas,
+            lease_stop,
+            lease: std::sync::Mutex::new(Some(lease)),
+            fatal,
+            _data_dir: data_dir,
+        }))
+    }
+
+    /// Waits until the node cannot go on (another process has taken its name, or NATS forbids it).
+    pub(crate) async fn failed(&self) -> Error {
+        let mut fatal = self.fatal.subscribe();
+        let found = fatal.wait_for(Option::is_some).await.ok().and_then(|error| error.clone());
+        found.unwrap_or_else(|| Error::Unavailable("the node has stopped".into()))
+    }
+
+    /// Leaves in order: hands over leadership, says goodbye, finishes requests, closes the stores.
+    pub(crate) async fn stop(&self) {
+        let ctx = &self.ctx;
+        if ctx.stop.is_cancelled() {
+            return;
+        }
+        info!(node = ctx.node, "leaving");
+        self.lease_stop.cancel();
+        let lease = self.lease.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(lease) = lease {
+            if tokio::time::timeout(GOODBYE, lease).await.is_err() {
+                warn!("the lease could not be released in time; it will run out");
+            }
+        }
+        let fenced = self.fatal.borrow().is_some();
+        if !fenced && ctx.control.nats.is_connected() {
+            match tokio::time::timeout(GOODBYE, join::set_own_status(ctx, NodeStatus::Left)).await {
+                Ok(Ok(())) => {
+                    let story = Event::new("node.left", format!("{} has left", ctx.node)).node(&ctx.node);
+                    ctx.event(story).await;
+                }
+                Ok(Err(error)) => warn!("leaving without saying so: {error}"),
+                Err(_) => warn!("leaving without saying so: NATS does not answer"),
+            }
+        }
+        if tokio::time::timeout(GOODBYE, self.replicas.close_all()).await.is_err() {
+            warn!("some replicas could not be closed in time; they will replay their log");
+        }
+        ctx.stop.cancel();
+        ctx.tasks.close();
+        let _ = tokio::time::timeout(GOODBYE, ctx.tasks.wait()).await;
+        for (_, nats) in ctx.connections() {
+            let _ = nats.flush().await;
+        }
+        info!(node = ctx.node, ran = ?ctx.clock.now(), at = %wall(), "stopped");
+    }
+
+    /// Whether this node can be sent requests: connected, knows the map, and every replica that it should
+    /// have serves. Says why not.
+    pub(crate) fn ready(&self) -> Result<()> {
+        let (ctx, view) = (&self.ctx, self.ctx.view());
+        if !ctx.data.nats.is_connected() {
+            return Err(Error::Unavailable("not connected to NATS".into()));
+        }
+        if ctx.stop.is_cancelled() || view.node_status(&ctx.node) == NodeStatus::Left {
+            return Err(Error::Unavailable("leaving".into()));
+        }
+        let wanted = view.shards.values().filter(|(_, record)| record.has_replica(&ctx.node)).count();
+        let serving =
+            self.replicas.all().iter().filter(|r| r.status().state == ReplicaState::Serving).count();
+        if serving < wanted {
+            return Err(Error::Unavailable(format!("{serving} of {wanted} replicas serve")));
+        }
+        Ok(())
+    }
+}

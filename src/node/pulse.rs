@@ -1,0 +1,231 @@
+//! What a node does at intervals: heartbeats, load reports, truncation of its primaries' logs, metrics.
+
+use crate::clock::wall;
+use crate::model::ShardId;
+use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
+use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
+use crate::model::wire::{PingReply, PingRequest};
+use crate::node::context::Context;
+use crate::node::replicas::Replicas;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tracing::{debug, info};
+
+/// Pause between load reports.
+const LOAD: Duration = Duration::from_secs(5);
+/// Pause between truncations.
+const TRUNCATE: Duration = Duration::from_secs(10);
+/// Entries that stay although every holder has them, so that a replica that was briefly away finds them.
+const MARGIN: u64 = 256;
+/// Fewer are not worth a request.
+const WORTH: u64 = 512;
+/// A log below this is left alone: replaying it is cheaper than a snapshot.
+const WORTH_BYTES: u64 = 4 << 20;
+
+/// Publishes heartbeats. They are not sent while disconnected, so that none is late.
+pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
+    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut seq, mut ops, mut since) = (0, 0, ctx.clock.now());
+    loop {
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        seq += 1;
+        let (view, now) = (ctx.view(), ctx.clock.now());
+        let all = replicas.all();
+        let serving = all.iter().filter(|r| r.status().state == ReplicaState::Serving);
+        let total: u64 = all.iter().map(|r| served(r)).sum();
+        let elapsed = (now - since).as_secs_f64().max(0.001);
+        let leader = view.leader().and_then(|leader| leader.node.clone());
+        let heartbeat = Heartbeat {
+            node: ctx.node.clone(),
+            instance: ctx.instance,
+            addr: ctx.config.listen_addr,
+            rack: ctx.config.rack.clone(),
+            weight: ctx.config.weight,
+            status: view.node_status(&ctx.node),
+            seq,
+            sent_at: wall(),
+            leader,
+            term: ctx.term.load(Ordering::Relaxed),
+            shards: serving.count(),
+            primaries: view.shards.values().filter(|(_, record)| record.primary == ctx.node).count(),
+            ops_per_s: (total.saturating_sub(ops) as f64 / elapsed * 10.0).round() / 10.0,
+            bytes: all.iter().map(|r| r.store().stats().bytes).sum(),
+        };
+        (ops, since) = (total, now);
+        if let Err(error) = ctx.control.publish_json(ctx.subjects.heartbeat(), &heartbeat).await {
+            debug!("no heartbeat: {error}");
+        }
+        refresh_metrics(&ctx, &replicas);
+    }
+}
+
+fn served(replica: &crate::node::replica::Replica) -> u64 {
+    let counters = &replica.counters;
+    [&counters.reads, &counters.writes, &counters.searches].iter().map(|c| c.load(Ordering::Relaxed)).sum()
+}
+
+/// Publishes load reports, at once when a replica's state has changed.
+pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
+    let mut since: BTreeMap<ShardId, (u64, u64, u64)> = BTreeMap::new();
+    let mut last = ctx.clock.now();
+    let mut states = BTreeMap::new();
+    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.min(LOAD / 5));
+    loop {
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let all = replicas.all();
+        let now_states: BTreeMap<_, _> = all.iter().map(|r| (r.shard, r.status().state)).collect();
+        let elapsed = ctx.clock.now() - last;
+        if now_states == states && elapsed < LOAD {
+            continue;
+        }
+        states = now_states;
+        last = ctx.clock.now();
+        let shards = all.iter().map(|r| r.load(since.entry(r.shard).or_default(), elapsed)).collect();
+        let report = LoadReport { node: ctx.node.clone(), instance: ctx.instance, sent_at: wall(), shards };
+        if let Err(error) = ctx.control.publish_json(ctx.subjects.load(&ctx.node), &report).await {
+            debug!("no load report: {error}");
+        }
+    }
+}
+
+/// Truncates the logs of shards whose primary is here, up to what every holder has on disk.
+///
+/// Safe at any moment: `durable` never goes down while a store lives, a holder that does not answer
+/// holds everything back, and one that joins just now and finds the log too short takes a snapshot.
+pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
+    let mut tick = tokio::time::interval(TRUNCATE);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Up to where we have truncated; a restart only repeats one request.
+    let mut done: BTreeMap<ShardId, u64> = BTreeMap::new();
+    loop {
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        if !ctx.data.nats.is_connected() {
+            continue;
+        }
+        let view = ctx.view();
+        let mut holders: BTreeMap<String, BTreeSet<ShardId>> = BTreeMap::new();
+        let mut low: BTreeMap<ShardId, u64> = BTreeMap::new();
+        for replica in replicas.all() {
+            let (shard, report) = (replica.shard, replica.report());
+            let Some(record) = view.shard(shard).filter(|record| record.primary == ctx.node) else {
+                continue;
+            };
+            let known = done.get(&shard).copied().unwrap_or(0);
+            if report.state != ReplicaState::Serving
+                || report.durable < known + WORTH
+                || report.log_id != record.log_id
+            {
+                continue;
+            }
+            low.insert(shard, report.durable);
+            for holder in record.holders().filter(|n| **n != ctx.node) {
+                holders.entry(holder.clone()).or_default().insert(shard);
+            }
+        }
+        ask_durable(&ctx, &view, holders, &mut low).await;
+        for (shard, durable) in low {
+            let first = durable.saturating_sub(MARGIN) + 1;
+            let known = done.get(&shard).copied().unwrap_or(0);
+            if first < known + WORTH {
+                continue;
+            }
+            match ctx.logs.info(shard).await {
+                Ok(Some(info)) if info.bytes >= WORTH_BYTES && info.first_seq < first => {
+                    match ctx.logs.truncate(shard, first).await {
+                        Ok(purged) => {
+                            info!(%shard, first, purged, "the log is truncated");
+                            done.insert(shard, first);
+                        }
+                        Err(error) => debug!(%shard, "{error}"),
+                    }
+                }
+                // Too small to bother, or done by somebody else: look again when it has grown.
+                Ok(_) => drop(done.insert(shard, first)),
+                Err(error) => debug!(%shard, "{error}"),
+            }
+        }
+    }
+}
+
+/// Lowers each shard to what its other holders have on disk; whoever does not answer, or not about this
+/// log, takes the shard out of this round.
+async fn ask_durable(
+    ctx: &Arc<Context>,
+    view: &crate::view::View,
+    holders: BTreeMap<String, BTreeSet<ShardId>>,
+    low: &mut BTreeMap<ShardId, u64>,
+) {
+    let asks = holders.into_iter().map(|(node, shards)| {
+        let request = PingRequest { shards: shards.iter().copied().collect() };
+        let subject = ctx.subjects.node(&node, "ping");
+        async move { (shards, ctx.data.call::<_, PingReply>(subject, &request, Duration::from_secs(2)).await) }
+    });
+    for (shards, answer) in futures::future::join_all(asks).await {
+        let replicas = answer.map(|reply| reply.replicas).unwrap_or_default();
+        for shard in shards {
+            let log_id = view.shard(shard).map(|record| record.log_id);
+            match replicas.iter().find(|r| r.shard == shard && Some(r.log_id) == log_id) {
+                Some(report) => {
+                    if let Some(durable) = low.get_mut(&shard) {
+                        *durable = (*durable).min(report.durable);
+                    }
+                }
+                None => drop(low.remove(&shard)),
+            }
+        }
+    }
+}
+
+fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
+    let (metrics, view) = (&ctx.metrics, ctx.view());
+    for status in
+        [NodeStatus::Up, NodeStatus::Suspect, NodeStatus::Down, NodeStatus::Draining, NodeStatus::Left]
+    {
+        let count = view.nodes.values().filter(|(_, n)| n.status == status).count();
+        metrics.nodes.with_label_values(&[&status.to_string()]).set(count as i64);
+    }
+    for status in [ShardStatus::Full, ShardStatus::Degraded, ShardStatus::Offline] {
+        let count = view.shards.values().filter(|(_, s)| s.status == status).count();
+        metrics.shards.with_label_values(&[&status.to_string()]).set(count as i64);
+    }
+    for phase in MigrationPhase::ALL.into_iter().filter(|p| p.is_running()) {
+        let count = view.migrations.values().filter(|(_, m)| m.phase == phase).count();
+        metrics.migrations.with_label_values(&[&phase.to_string()]).set(count as i64);
+    }
+    let all = replicas.all();
+    for state in
+        [ReplicaState::Recovering, ReplicaState::Serving, ReplicaState::LogLost, ReplicaState::Failed]
+    {
+        let count = all.iter().filter(|r| r.status().state == state).count();
+        metrics.replicas.with_label_values(&[&state.to_string()]).set(count as i64);
+    }
+    metrics.replica_lag.reset();
+    let (mut vectors, mut bytes) = (0, 0);
+    for replica in &all {
+        let (status, stats) = (replica.status(), replica.store().stats());
+        metrics.replica_lag.with_label_values(&[&replica.shard.to_string()]).set(status.lag as i64);
+        vectors += stats.vectors;
+        bytes += stats.bytes;
+    }
+    metrics.vectors.set(vectors as i64);
+    metrics.store_bytes.set(bytes as i64);
+    metrics.term.set(ctx.term.load(Ordering::Relaxed) as i64);
+    metrics.uptime.set(ctx.clock.now().as_secs_f64());
+    for (name, nats) in ctx.connections() {
+        metrics.nats_connected.with_label_values(&[name]).set(if nats.is_connected() { 1.0 } else { 0.0 });
+        let reconnects = nats.health.reconnects.load(Ordering::Relaxed);
+        metrics.nats_reconnects.with_label_values(&[name]).set(reconnects as f64);
+    }
+}

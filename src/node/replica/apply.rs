@@ -1,0 +1,307 @@
+//! Turns log entries into store transactions.
+//!
+//! Deterministic: what an entry does depends on the log and on what was applied before, never on this
+//! process, so all replicas agree. An entry that is damaged or invalid is skipped by all of them alike.
+//! Data, window of operation ids and `applied` go into one local transaction; whoever dies in between
+//! reopens at an earlier entry and applies the rest again.
+
+use crate::error::{Error, Result};
+use crate::logic::dedup::Window;
+use crate::logic::replica::Held;
+use crate::model::OpId;
+use crate::model::records::ClusterRecord;
+use crate::model::vector::validate_id;
+use crate::model::wire::{LogOp, WriteOp, decode, encode};
+use crate::nats::log::Read;
+use crate::store::{Batch, Digest, Mutation, ShardStore};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Key of the note with the log's id; keys below are sequences of the window.
+const HELD_NOTE: u64 = u64::MAX;
+/// Key of the note of a snapshot that is being loaded.
+const SEED_NOTE: u64 = u64::MAX - 1;
+
+/// What became of one operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// How many ids a delete found.
+    pub(crate) deleted: u32,
+}
+
+/// A snapshot that is being loaded, as it survives a restart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Seed {
+    /// Log that the sequences count in.
+    pub(crate) log_id: Uuid,
+    /// The first page was read here: replay from the next one on.
+    pub(crate) seq: u64,
+    /// The last page was read here: below, content is of mixed age and must not be served.
+    pub(crate) complete_at: u64,
+    /// Entries up to this id are stored.
+    pub(crate) cursor: Option<String>,
+    /// Bytes stored.
+    pub(crate) bytes: u64,
+    /// Chunks stored.
+    pub(crate) chunks: u64,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct HeldNote {
+    log_id: Uuid,
+    checksum: Option<String>,
+    /// Do not serve below this (after a snapshot of mixed age).
+    #[serde(default)]
+    complete_at: u64,
+}
+
+/// The applying side of one replica.
+#[derive(Debug)]
+pub(crate) struct Applier {
+    store: Arc<dyn ShardStore>,
+    window: Window,
+    pub(crate) held: Held,
+    pub(crate) complete_at: u64,
+    pub(crate) seed: Option<Seed>,
+    dimensions: usize,
+    metric: crate::model::DistanceMetric,
+}
+
+/// What a run of entries did.
+#[derive(Debug, Default)]
+pub(crate) struct Applied {
+    pub(crate) outcomes: Vec<(OpId, Outcome)>,
+    pub(crate) checkpoints: Vec<(Uuid, Digest)>,
+    pub(crate) entries: u64,
+    pub(crate) duplicates: u64,
+    pub(crate) rejected: Vec<(u64, Error)>,
+}
+
+impl Applier {
+    /// Reads back what the store remembers. Blocks.
+    pub(crate) fn load(store: Arc<dyn ShardStore>, cluster: &ClusterRecord) -> Result<Self> {
+        let (mut window, mut held, mut complete_at, mut seed) = (Window::default(), Held::default(), 0, None);
+        for (key, bytes) in store.notes()? {
+            match key {
+                HELD_NOTE => {
+                    let note: HeldNote = decode(&bytes).map_err(|e| Error::Corrupt(e.to_string()))?;
+                    held.log_id = note.log_id;
+                    held.checksum = note.checksum;
+                    complete_at = note.complete_at;
+                }
+                SEED_NOTE => seed = Some(decode(&bytes).map_err(|e| Error::Corrupt(e.to_string()))?),
+                seq => window.restore(seq, &bytes)?,
+            }
+        }
+        held.applied = store.applied();
+        Ok(Applier {
+            store,
+            window,
+            held,
+            complete_at,
+            seed,
+            dimensions: cluster.dimensions,
+            metric: cluster.metric,
+        })
+    }
+
+    fn held_note(&self) -> Result<(u64, Option<Vec<u8>>)> {
+        let note = HeldNote {
+            log_id: self.held.log_id,
+            checksum: self.held.checksum.clone(),
+            complete_at: self.complete_at,
+        };
+        Ok((HELD_NOTE, Some(encode(&note)?)))
+    }
+
+    /// Starts counting in a log. Blocks.
+    pub(crate) fn adopt(&mut self, log_id: Uuid) -> Result<()> {
+        if self.held.log_id == log_id {
+            return Ok(());
+        }
+        self.held.log_id = log_id;
+        let batch = Batch { notes: vec![self.held_note()?], applied: self.held.applied, ..Batch::default() };
+        self.store.apply(batch)?;
+        self.store.flush()
+    }
+
+    /// Applies entries in order; those at or below `applied` are dropped. Blocks.
+    ///
+    /// # Errors
+    /// `Unavailable` for a gap (the log was truncated under us). Errors of the store: memory and store
+    /// may now differ, load again.
+    pub(crate) fn apply(&mut self, reads: Vec<Read>) -> Result<Applied> {
+        let mut done = Applied::default();
+        let mut batch = Batch::default();
+        // Whether an id is there, as of the mutations not yet in the store.
+        let mut there: HashMap<String, bool> = HashMap::new();
+        let mut checksum = None;
+        for read in reads {
+            if read.seq <= self.held.applied {
+                continue;
+            }
+            if read.seq != self.held.applied + 1 {
+                return Err(Error::Unavailable(format!(
+                    "the log goes on at {}, not {}",
+                    read.seq,
+                    self.held.applied + 1
+                )));
+            }
+            for gone in self.window.advance(read.time_ms) {
+                batch.notes.push((gone, None));
+            }
+            let mut taken = Vec::new();
+            let mut checkpoint = None;
+            match read.entry {
+                Ok(entry) => {
+                    for op in entry.ops {
+                        match op {
+                            LogOp::Write { op_id, op } => {
+                                if let Some(deleted) = self.window.earlier(&op_id, read.seq) {
+                                    done.duplicates += 1;
+                                    done.outcomes.push((op_id, Outcome { deleted }));
+                                    continue;
+                                }
+                                if taken.iter().any(|(id, _)| *id == op_id) {
+                                    done.duplicates += 1;
+                                    continue;
+                                }
+                                let deleted = self.write(op, read.seq, &mut batch, &mut there, &mut done)?;
+                                taken.push((op_id, deleted));
+                                done.outcomes.push((op_id, Outcome { deleted }));
+                            }
+                            LogOp::Barrier => {}
+                            LogOp::Checkpoint(id) => checkpoint = Some(id),
+                        }
+                    }
+                }
+                Err(error) => done.rejected.push((read.seq, error)),
+            }
+            if let Some(note) = self.window.record(read.seq, taken) {
+                batch.notes.push((read.seq, Some(note)));
+            }
+            self.held.applied = read.seq;
+            checksum = Some(read.checksum);
+            done.entries += 1;
+            if let Some(id) = checkpoint {
+                self.held.checksum = checksum.take();
+                self.commit(std::mem::take(&mut batch))?;
+                there.clear();
+                done.checkpoints.push((id, self.store.digest()?));
+            }
+        }
+        if checksum.is_some() {
+            self.held.checksum = checksum;
+            self.commit(batch)?;
+        }
+        Ok(done)
+    }
+
+    fn commit(&self, mut batch: Batch) -> Result<()> {
+        batch.notes.push(self.held_note()?);
+        batch.applied = self.held.applied;
+        self.store.apply(batch)
+    }
+
+    /// Checks again what was checked before the append: whoever can publish to the log may have skipped
+    /// that. The outcome must not depend on the node, so only the cluster's settings are looked at.
+    fn write(
+        &self,
+        op: WriteOp,
+        seq: u64,
+        batch: &mut Batch,
+        there: &mut HashMap<String, bool>,
+        done: &mut Applied,
+    ) -> Result<u32> {
+        let mut deleted = 0;
+        match op {
+            WriteOp::Upsert(entries) => {
+                let bad = entries.iter().find_map(|e| e.validate(self.dimensions, self.metric).err());
+                if let Some(error) = bad {
+                    done.rejected.push((seq, error));
+                    return Ok(0);
+                }
+                for entry in entries {
+                    there.insert(entry.id.clone(), true);
+                    batch.mutations.push(Mutation::Upsert(entry));
+                }
+            }
+            WriteOp::Delete(ids) => {
+                for id in ids {
+                    if let Err(error) = validate_id(&id) {
+                        done.rejected.push((seq, error));
+                        continue;
+                    }
+                    let present = match there.insert(id.clone(), false) {
+                        Some(known) => known,
+                        None => self.store.contains(&id)?,
+                    };
+                    if present {
+                        deleted += 1;
+                        batch.mutations.push(Mutation::Delete(id));
+                    }
+                }
+            }
+        }
+        Ok(deleted)
+    }
+
+    /// The window as notes: what a snapshot begins with.
+    pub(crate) fn window_notes(&self) -> Vec<(u64, Vec<u8>)> {
+        self.window.notes().collect()
+    }
+
+    /// Starts loading a snapshot: everything that was here goes. Blocks.
+    pub(crate) fn begin_seed(&mut self, log_id: Uuid, seq: u64) -> Result<()> {
+        let seed = Seed { log_id, seq, complete_at: seq, cursor: None, bytes: 0, chunks: 0 };
+        let note = encode(&seed)?;
+        let notes = vec![(SEED_NOTE, Some(note))];
+        self.store.apply(Batch { clear: true, notes, ..Batch::default() })?;
+        self.window = Window::default();
+        self.held = Held::default();
+        self.complete_at = 0;
+        self.seed = Some(seed);
+        Ok(())
+    }
+
+    /// Stores one chunk and the progress with it. Blocks.
+    pub(crate) fn seed_chunk(
+        &mut self,
+        mutations: Vec<Mutation>,
+        mut notes: Vec<(u64, Option<Vec<u8>>)>,
+        progress: impl FnOnce(&mut Seed),
+    ) -> Result<()> {
+        let Some(seed) = &mut self.seed else {
+            return Err(Error::Internal("a chunk came outside of a snapshot".into()));
+        };
+        progress(seed);
+        notes.push((SEED_NOTE, Some(encode(seed)?)));
+        self.store.apply(Batch { mutations, notes, ..Batch::default() })
+    }
+
+    /// Ends a snapshot: from here on the log is replayed. Blocks.
+    pub(crate) fn end_seed(&mut self) -> Result<()> {
+        let Some(seed) = self.seed.take() else {
+            return Err(Error::Internal("a snapshot ended that had not begun".into()));
+        };
+        self.held = Held { log_id: seed.log_id, applied: seed.seq, checksum: None };
+        self.complete_at = seed.complete_at;
+        let notes = vec![(SEED_NOTE, None), self.held_note()?];
+        self.store.apply(Batch { notes, applied: seed.seq, ..Batch::default() })?;
+        self.store.flush()?;
+        self.window = Window::default();
+        for (key, bytes) in self.store.notes()? {
+            if key < SEED_NOTE {
+                self.window.restore(key, &bytes)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a key of a note belongs to the window: what another replica may send us.
+pub(crate) fn is_window_note(key: u64) -> bool {
+    key < SEED_NOTE
+}

@@ -1,0 +1,567 @@
+//! One shard on this node: follows the log into the store, and serves.
+//!
+//! The loop looks at record, store and stream, asks [`course`] what to do, does it, and looks again when
+//! anything has changed. Nothing here decides where replicas live.
+
+mod apply;
+mod seed;
+mod serve;
+mod source;
+mod writer;
+
+pub(crate) use seed::Progress;
+pub(crate) use source::stream_snapshot;
+pub(crate) use writer::Placed;
+
+use crate::error::{Error, Result};
+use crate::logic::lease::PingOutcome;
+use crate::logic::replica::{Course, LogFacts, Ordered, course};
+use crate::model::events::{Event, ReplicaLoad, ReplicaState};
+use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
+use crate::model::{OpId, ShardId};
+use crate::nats::bus::Asked;
+use crate::nats::log::LogInfo;
+use crate::node::context::Context;
+use crate::store::{Digest, ShardStore, StoreFactory, StoreSpec};
+use apply::{Applier, Outcome};
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+use writer::LogWriter;
+
+/// Entries and bytes applied in one transaction, at most.
+const APPLY_ENTRIES: usize = 512;
+const APPLY_BYTES: usize = 8 << 20;
+/// How often what is applied is made durable.
+const FLUSH: Duration = Duration::from_secs(1);
+/// How often the stream is compared with what was applied: readers have been seen to stall.
+const LOOK: Duration = Duration::from_secs(30);
+/// How long to ask other holders what they have applied.
+const PEERS: Duration = Duration::from_millis(500);
+/// Digests of this many checkpoints are remembered.
+const CHECKPOINTS: usize = 16;
+
+/// What others may know of a replica.
+#[derive(Debug, Clone)]
+pub(crate) struct Status {
+    pub(crate) state: ReplicaState,
+    pub(crate) applied: u64,
+    pub(crate) log_id: Uuid,
+    /// It has applied all that the log had when it looked.
+    pub(crate) caught_up: bool,
+    /// NATS sends it requests.
+    pub(crate) subscribed: bool,
+    /// Why it takes no writes, if so.
+    pub(crate) gate: Option<Error>,
+    /// Of loading a snapshot.
+    pub(crate) progress: Progress,
+    /// Entries behind, when it last looked.
+    pub(crate) lag: u64,
+}
+
+/// Requests served since the start.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) reads: AtomicU64,
+    pub(crate) writes: AtomicU64,
+    pub(crate) searches: AtomicU64,
+}
+
+/// A replica that is open on this node.
+#[derive(Debug)]
+pub(crate) struct Replica {
+    pub(crate) shard: ShardId,
+    ctx: Arc<Context>,
+    store: Arc<dyn ShardStore>,
+    status: watch::Sender<Status>,
+    /// A migration's target serves only after its digest has been compared.
+    may_serve: watch::Sender<bool>,
+    reload: tokio::sync::Notify,
+    writer: LogWriter,
+    waiting: Mutex<HashMap<OpId, Vec<oneshot::Sender<Outcome>>>>,
+    checkpoints: Mutex<VecDeque<(Uuid, Digest)>>,
+    checkpointed: watch::Sender<u64>,
+    /// The window of operation ids, for snapshots; `(applied, notes)` asked from the loop.
+    snapshots: tokio::sync::mpsc::Sender<oneshot::Sender<(u64, Vec<(u64, Vec<u8>)>)>>,
+    pub(crate) counters: Counters,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<(u64, Vec<(u64, Vec<u8>)>)>>;
+
+impl Replica {
+    /// Opens the store and starts the loop.
+    pub(crate) async fn open(
+        ctx: &Arc<Context>,
+        stores: &Arc<dyn StoreFactory>,
+        shard: ShardId,
+        may_serve: bool,
+    ) -> Result<Arc<Replica>> {
+        let spec = StoreSpec { shard, dimensions: ctx.cluster.dimensions, metric: ctx.cluster.metric };
+        let _permit = ctx.opens.acquire().await.map_err(|_| Error::Unavailable("stopping".into()))?;
+        let factory = stores.clone();
+        let store = blocking(move || factory.open(&spec)).await?;
+        let stop = ctx.stop.child_token();
+        let tasks = TaskTracker::new();
+        let (writer, writing) = LogWriter::start(shard, ctx.logs.clone(), stop.clone());
+        let (snapshots, asks) = tokio::sync::mpsc::channel(4);
+        let status = Status {
+            state: ReplicaState::Recovering,
+            applied: store.applied(),
+            log_id: Uuid::nil(),
+            caught_up: false,
+            subscribed: false,
+            gate: Some(Error::Unavailable(format!("the replica of shard {shard} is starting"))),
+            progress: Progress::default(),
+            lag: 0,
+        };
+        let replica = Arc::new(Replica {
+            shard,
+            ctx: ctx.clone(),
+            store,
+            status: watch::Sender::new(status),
+            may_serve: watch::Sender::new(may_serve),
+            reload: tokio::sync::Notify::new(),
+            writer,
+            waiting: Mutex::default(),
+            checkpoints: Mutex::default(),
+            checkpointed: watch::Sender::new(0),
+            snapshots,
+            counters: Counters::default(),
+            stop,
+            tasks,
+        });
+        replica.tasks.spawn(writing);
+        replica.tasks.spawn(replica.clone().run(asks));
+        replica.tasks.spawn(replica.clone().serve());
+        replica.tasks.close();
+        Ok(replica)
+    }
+
+    /// Stops serving (what is in hand is finished), makes everything durable and closes the store.
+    pub(crate) async fn close(self: Arc<Self>) {
+        self.stop.cancel();
+        self.tasks.wait().await;
+        let store = self.store.clone();
+        if let Err(error) = blocking(move || store.flush()).await {
+            warn!(shard = %self.shard, "closing without making the last entries durable: {error}");
+        }
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    pub(crate) fn watch(&self) -> watch::Receiver<Status> {
+        self.status.subscribe()
+    }
+
+    /// Lets a migration's target serve.
+    pub(crate) fn allow_serving(&self) {
+        self.may_serve.send_replace(true);
+        self.refresh_state();
+    }
+
+    /// Throws the content away and copies it again.
+    pub(crate) async fn reload(&self) {
+        self.reload.notify_one();
+    }
+
+    fn refresh_state(&self) {
+        let may_serve = *self.may_serve.borrow();
+        self.status.send_if_modified(|status| {
+            let state =
+                if status.caught_up && may_serve { ReplicaState::Serving } else { ReplicaState::Recovering };
+            let changed = status.state != state;
+            status.state = state;
+            changed
+        });
+    }
+
+    pub(crate) fn report(&self) -> ReplicaReport {
+        let (status, stats) = (self.status(), self.store.stats());
+        let seeding = status.progress.loading;
+        ReplicaReport {
+            shard: self.shard,
+            state: status.state,
+            applied: status.applied,
+            // While a snapshot is being loaded nothing of the log may go.
+            durable: if seeding { 0 } else { self.store.durable() },
+            vectors: stats.vectors,
+            bytes: stats.bytes,
+            log_id: status.log_id,
+        }
+    }
+
+    pub(crate) fn load(&self, since: &mut (u64, u64, u64), elapsed: Duration) -> ReplicaLoad {
+        let now = [&self.counters.reads, &self.counters.writes, &self.counters.searches]
+            .map(|c| c.load(Ordering::Relaxed));
+        let rate = |now: u64, then: u64| (now.saturating_sub(then)) as f64 / elapsed.as_secs_f64().max(0.001);
+        let report = self.report();
+        let load = ReplicaLoad {
+            shard: self.shard,
+            state: report.state,
+            reads_per_s: rate(now[0], since.0),
+            writes_per_s: rate(now[1], since.1),
+            searches_per_s: rate(now[2], since.2),
+            bytes: report.bytes,
+            vectors: report.vectors,
+            applied: report.applied,
+            durable: report.durable,
+            log_id: report.log_id,
+        };
+        *since = (now[0], now[1], now[2]);
+        load
+    }
+
+    /// Waits until `seq` is applied.
+    pub(crate) async fn wait_applied(&self, seq: u64, timeout: Duration) -> Result<u64> {
+        let mut status = self.status.subscribe();
+        let reached = status.wait_for(|status| status.applied >= seq);
+        match tokio::time::timeout(timeout, reached).await {
+            Ok(Ok(status)) => Ok(status.applied),
+            Ok(Err(_)) => Err(self.stopping()),
+            Err(_) => Err(Error::Unavailable(format!(
+                "shard {} has applied {} here, {seq} was asked for",
+                self.shard,
+                self.status.borrow().applied
+            ))),
+        }
+    }
+
+    fn stopping(&self) -> Error {
+        Error::Unavailable(format!("the replica of shard {} is stopping", self.shard))
+    }
+
+    /// Puts a checkpoint into the log and returns the digest that this replica had there.
+    pub(crate) async fn checkpoint(&self, timeout: Duration) -> Result<(Uuid, Digest)> {
+        let id = crate::clock::fresh_id();
+        let placed = self.writer.append(LogOp::Checkpoint(id), 32, timeout).await?;
+        self.wait_applied(placed.seq, timeout).await?;
+        Ok((id, self.digest_at(id, timeout).await?))
+    }
+
+    /// Digest that this replica had at a checkpoint; waits for the replica to reach it.
+    pub(crate) async fn digest_at(&self, id: Uuid, timeout: Duration) -> Result<Digest> {
+        let mut changed = self.checkpointed.subscribe();
+        let found = async {
+            loop {
+                changed.mark_unchanged();
+                let digest = lock(&self.checkpoints).iter().find(|(known, _)| *known == id).map(|(_, d)| *d);
+                if let Some(digest) = digest {
+                    return Ok(digest);
+                }
+                changed.changed().await.map_err(|_| self.stopping())?;
+            }
+        };
+        let late = || Error::Unavailable(format!("shard {} has not reached the checkpoint here", self.shard));
+        tokio::time::timeout(timeout, found).await.map_err(|_| late())?
+    }
+
+    async fn run(self: Arc<Self>, mut asks: SnapshotAsks) {
+        let mut failures = 0u32;
+        while !self.stop.is_cancelled() {
+            let round = tokio::select! {
+                () = self.stop.cancelled() => return,
+                round = self.round(&mut asks, &mut failures) => round,
+            };
+            let Err(error) = round else { continue };
+            failures += 1;
+            let pause = Duration::from_millis(100 * 2u64.pow(failures.min(5)));
+            match &error {
+                Error::Full(_) | Error::Corrupt(_) | Error::Internal(_) => {
+                    warn!(shard = %self.shard, "the replica cannot go on: {error}; trying again in {pause:?}");
+                }
+                _ => debug!(shard = %self.shard, "looking again in {pause:?}: {error}"),
+            }
+            let failed = matches!(error, Error::Corrupt(_) | Error::Internal(_));
+            self.status.send_modify(|status| {
+                status.gate = Some(error);
+                if failed {
+                    status.state = ReplicaState::Failed;
+                    status.caught_up = false;
+                }
+            });
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Looks, decides and acts once; returns when it is time to look again.
+    async fn round(&self, asks: &mut SnapshotAsks, failures: &mut u32) -> Result<()> {
+        let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
+        let mut applier = blocking(move || Applier::load(store, &cluster)).await?;
+        let mut views = self.ctx.views.subscribe();
+        let Some(ordered) = self.ordered() else {
+            let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
+            return Ok(());
+        };
+        self.status.send_modify(|status| {
+            status.applied = applier.held.applied;
+            status.log_id = applier.held.log_id;
+        });
+        if applier.seed.is_some() {
+            return self.load_snapshot(applier).await;
+        }
+        let log = self.ctx.logs.info(self.shard).await?;
+        let held = &applier.held;
+        let logged = match &log {
+            Some(info)
+                if held.checksum.is_some() && (info.first_seq..=info.last_seq).contains(&held.applied) =>
+            {
+                self.ctx.logs.entry_checksum(self.shard, held.applied).await?
+            }
+            _ => None,
+        };
+        let peers = self.peers_applied(ordered.log_id).await;
+        match course(held, ordered, log.map(facts), logged.as_deref(), peers) {
+            Course::Follow => {
+                let last_seq = log.map_or(0, |info| info.last_seq);
+                self.follow(applier, ordered, last_seq, asks, failures).await
+            }
+            Course::Snapshot => self.load_snapshot(applier).await,
+            Course::Wait => {
+                self.close_gate(Error::Unavailable(format!(
+                    "the log of shard {} is being created",
+                    self.shard
+                )));
+                let _ = tokio::time::timeout(Duration::from_millis(500), views.changed()).await;
+                Ok(())
+            }
+            Course::LogLost(why) => {
+                self.lose_log(&why).await;
+                let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn lose_log(&self, why: &str) {
+        let known = self.status.send_if_modified(|status| {
+            status.gate = Some(Error::Unavailable(format!(
+                "the log of shard {} lost data and is being rebuilt",
+                self.shard
+            )));
+            std::mem::replace(&mut status.state, ReplicaState::LogLost) != ReplicaState::LogLost
+        });
+        if known {
+            let message = format!(
+                "shard {} on {}: {why}; it takes no writes until its log is rebuilt",
+                self.shard, self.ctx.node
+            );
+            self.ctx
+                .event(Event::new("shard.log_lost", message).shard(self.shard).node(&self.ctx.node))
+                .await;
+        }
+    }
+
+    fn ordered(&self) -> Option<Ordered> {
+        let view = self.ctx.view();
+        let record = view.shard(self.shard)?;
+        Some(Ordered { log_id: record.log_id, log_first_seq: record.log_first_seq })
+    }
+
+    fn close_gate(&self, error: Error) {
+        self.status.send_modify(|status| status.gate = Some(error));
+    }
+
+    /// Highest sequence that another holder of the same log has applied; those that do not answer are
+    /// not waited for.
+    async fn peers_applied(&self, log_id: Uuid) -> Option<u64> {
+        let view = self.ctx.view();
+        let record = view.shard(self.shard)?;
+        let others = record.replicas.iter().filter(|n| **n != self.ctx.node && view.node_status(n).is_live());
+        let asks = others.map(|node| {
+            let subject = self.ctx.subjects.node(node, "ping");
+            let request = PingRequest { shards: vec![self.shard] };
+            async move { self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await }
+        });
+        let answers = futures::future::join_all(asks).await;
+        let applied = answers.into_iter().filter_map(|answer| match answer {
+            Asked::Answer(Ok(reply)) => {
+                reply.replicas.into_iter().find(|r| r.log_id == log_id).map(|r| r.applied)
+            }
+            Asked::Answer(Err(_)) | Asked::NoResponders | Asked::NoAnswer(_) => None,
+        });
+        applied.max()
+    }
+
+    /// Applies the log until something makes it necessary to look again.
+    async fn follow(
+        &self,
+        mut applier: Applier,
+        ordered: Ordered,
+        last_seq: u64,
+        asks: &mut SnapshotAsks,
+        failures: &mut u32,
+    ) -> Result<()> {
+        let log_id = ordered.log_id;
+        applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
+        let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
+        let goal = last_seq.max(applier.complete_at);
+        let mut views = self.ctx.views.subscribe();
+        let mut connected = self.ctx.data.nats.connected();
+        connected.mark_unchanged();
+        let mut flush = tokio::time::interval(FLUSH);
+        flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Shards take turns looking, instead of all at once.
+        let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
+        let mut looked_at = applier.held.applied;
+        self.status.send_modify(|status| {
+            status.log_id = log_id;
+            status.gate = None;
+            status.lag = goal.saturating_sub(status.applied);
+        });
+        self.set_caught_up(applier.held.applied >= goal);
+        *failures = 0;
+        loop {
+            tokio::select! {
+                reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
+                    let reads = reads?;
+                    let (back, applied) = blocking(move || {
+                        let applied = applier.apply(reads);
+                        Ok((applier, applied))
+                    }).await?;
+                    applier = back;
+                    self.took(&applier, applied?, goal);
+                }
+                _ = flush.tick() => {
+                    if self.store.durable() < self.store.applied() {
+                        let store = self.store.clone();
+                        blocking(move || store.flush()).await?;
+                    }
+                }
+                _ = look.tick() => {
+                    let log = self.ctx.logs.info(self.shard).await?;
+                    let last = log.filter(|info| info.id == log_id).map(|info| info.last_seq);
+                    let applied = applier.held.applied;
+                    let lag = last.unwrap_or(0).saturating_sub(applied);
+                    self.status.send_modify(|status| status.lag = lag);
+                    let stalled = lag > 0 && applied == looked_at;
+                    if last.is_none_or(|last| last < applied) || stalled {
+                        debug!(shard = %self.shard, ?last, applied, "the reader may have stalled");
+                        return Ok(());
+                    }
+                    looked_at = applied;
+                }
+                () = self.reload.notified() => {
+                    blocking(move || applier.begin_seed(log_id, 0)).await?;
+                    return Ok(());
+                }
+                Some(ask) = asks.recv() => {
+                    let _ = ask.send((applier.held.applied, applier.window_notes()));
+                }
+                changed = views.changed() => {
+                    if changed.is_err() { return Ok(()); }
+                    if self.ordered().is_some_and(|now| now != ordered) {
+                        info!(shard = %self.shard, "the log was rebuilt");
+                        self.close_gate(Error::Unavailable("the log was rebuilt".into()));
+                        return Ok(());
+                    }
+                }
+                changed = connected.changed() => {
+                    // JetStream may have lost its tail while we were away: take no writes until checked.
+                    self.close_gate(Error::Unavailable("the connection to NATS was lost".into()));
+                    if changed.is_err() || *connected.borrow_and_update() { return Ok(()); }
+                }
+            }
+        }
+    }
+
+    fn set_caught_up(&self, caught_up: bool) {
+        self.status.send_modify(|status| status.caught_up = caught_up);
+        self.refresh_state();
+    }
+
+    /// Tells everybody who waits what was applied.
+    fn took(&self, applier: &Applier, applied: apply::Applied, goal: u64) {
+        let metrics = &self.ctx.metrics;
+        metrics.applied_entries.inc_by(applied.entries);
+        metrics.duplicate_ops.inc_by(applied.duplicates);
+        for (seq, error) in &applied.rejected {
+            metrics.rejected_entries.inc();
+            warn!(shard = %self.shard, seq, "a log entry is skipped by every replica: {error}");
+        }
+        if !applied.checkpoints.is_empty() {
+            let mut known = lock(&self.checkpoints);
+            known.extend(applied.checkpoints);
+            while known.len() > CHECKPOINTS {
+                known.pop_front();
+            }
+            drop(known);
+            self.checkpointed.send_modify(|n| *n += 1);
+        }
+        let mut waiting = lock(&self.waiting);
+        if !waiting.is_empty() {
+            for (op_id, outcome) in applied.outcomes {
+                for waiter in waiting.remove(&op_id).into_iter().flatten() {
+                    let _ = waiter.send(outcome);
+                }
+            }
+        }
+        drop(waiting);
+        let seq = applier.held.applied;
+        self.status.send_modify(|status| {
+            status.applied = seq;
+            status.lag = goal.saturating_sub(seq);
+        });
+        if !self.status.borrow().caught_up && seq >= goal {
+            self.set_caught_up(true);
+        }
+    }
+
+    /// Applied sequence and window of operation ids, at one moment.
+    pub(crate) async fn window(&self) -> Result<(u64, Vec<(u64, Vec<u8>)>)> {
+        let (ask, answer) = oneshot::channel();
+        let asked = async {
+            self.snapshots.send(ask).await.ok()?;
+            answer.await.ok()
+        };
+        let late =
+            || Error::Unavailable(format!("the replica of shard {} is not following its log", self.shard));
+        tokio::time::timeout(Duration::from_secs(5), asked).await.ok().flatten().ok_or_else(late)
+    }
+
+    pub(crate) fn store(&self) -> &Arc<dyn ShardStore> {
+        &self.store
+    }
+}
+
+fn facts(info: LogInfo) -> LogFacts {
+    LogFacts { id: info.id, first_seq: info.first_seq, last_seq: info.last_seq }
+}
+
+/// Locks data that stays right when a holder panicked: each use changes it in one step.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs blocking work (files, scans) where it does not hold up the rest.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) if error.is_cancelled() => Err(Error::Unavailable("stopping".into())),
+        Err(error) => Err(Error::Internal(format!("a task panicked: {error}"))),
+    }
+}
+
+/// A ping's answer in the words of the state machines.
+pub(crate) fn ping_outcome(asked: &Asked<Result<PingReply>>) -> PingOutcome {
+    match asked {
+        Asked::Answer(Ok(reply)) => PingOutcome::Answered(reply.instance),
+        Asked::NoResponders => PingOutcome::NoResponders,
+        Asked::Answer(Err(_)) | Asked::NoAnswer(_) => PingOutcome::Silent,
+    }
+}

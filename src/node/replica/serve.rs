@@ -1,0 +1,357 @@
+//! Answers reads and writes of one shard.
+//!
+//! A replica that serves is in the shard's queue group, so NATS sends it a share of the requests, and
+//! stops doing so the moment that its connection is gone. When it retires it leaves the group first and
+//! then finishes what it has in hand.
+
+use super::apply::Outcome;
+use super::{Replica, blocking, lock};
+use crate::error::{Error, Result};
+use crate::model::events::ReplicaState;
+use crate::model::vector::validate_id;
+use crate::model::wire::{
+    LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
+};
+use crate::model::{Consistency, SearchQuery, SearchResult};
+use crate::nats::bus::{Message, Subscriber, sender};
+use crate::nats::unavailable;
+use futures::StreamExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
+use tracing::warn;
+
+/// Requests in hand at one replica; more are answered with `busy` at once.
+const IN_HAND: usize = 512;
+/// Most ids or entries of one write.
+const MAX_BATCH: usize = 65_536;
+const QUEUE_GROUP: &str = "replicas";
+/// Longest wait on behalf of one request.
+const LONGEST: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy)]
+enum Verb {
+    Write,
+    Read,
+}
+
+impl Replica {
+    /// Serves while the replica can, until it is closed.
+    pub(super) async fn serve(self: Arc<Self>) {
+        let mut status = self.status.subscribe();
+        let in_hand = Arc::new(Semaphore::new(IN_HAND));
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                ready = status.wait_for(|s| serves(s.state)) => if ready.is_err() { return },
+            }
+            match self.subscribe().await {
+                Ok((writes, reads)) => {
+                    self.status.send_modify(|status| status.subscribed = true);
+                    self.clone().serve_until_stopped(writes, reads, &in_hand).await;
+                    self.status.send_modify(|status| status.subscribed = false);
+                }
+                Err(error) => {
+                    warn!(shard = %self.shard, "cannot serve: {error}");
+                    tokio::time::sleep(Duration::from_millis(500)).await;
+                }
+            }
+        }
+    }
+
+    async fn subscribe(&self) -> Result<(Subscriber, Subscriber)> {
+        let client = &self.ctx.data.nats.client;
+        let group =
+            |verb| client.queue_subscribe(self.ctx.subjects.shard(self.shard, verb), QUEUE_GROUP.to_owned());
+        let writes = group("write").await.map_err(|e| unavailable("subscribing", e))?;
+        let reads = group("read").await.map_err(|e| unavailable("subscribing", e))?;
+        self.ctx.data.nats.flush().await?;
+        Ok((writes, reads))
+    }
+
+    async fn serve_until_stopped(
+        self: Arc<Self>,
+        mut writes: Subscriber,
+        mut reads: Subscriber,
+        in_hand: &Arc<Semaphore>,
+    ) {
+        let mut status = self.status.subscribe();
+        loop {
+            let (verb, message) = tokio::select! {
+                message = writes.next() => (Verb::Write, message),
+                message = reads.next() => (Verb::Read, message),
+                () = self.stop.cancelled() => break,
+                _ = status.wait_for(|s| !serves(s.state)) => break,
+            };
+            let Some(message) = message else { break };
+            self.take(verb, message, in_hand);
+        }
+        // Leave the group, then finish what NATS had already handed over.
+        let _ = writes.drain().await;
+        let _ = reads.drain().await;
+        let rest = async {
+            while let Some(message) = writes.next().await {
+                self.take(Verb::Write, message, in_hand);
+            }
+            while let Some(message) = reads.next().await {
+                self.take(Verb::Read, message, in_hand);
+            }
+            let _ = in_hand.acquire_many(IN_HAND as u32).await;
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
+    }
+
+    fn take(self: &Arc<Self>, verb: Verb, message: Message, in_hand: &Arc<Semaphore>) {
+        let replica = self.clone();
+        match in_hand.clone().try_acquire_owned() {
+            Ok(permit) => drop(self.ctx.tasks.spawn(async move {
+                let _permit = permit;
+                match verb {
+                    Verb::Write => replica.answer_write(&message).await,
+                    Verb::Read => replica.answer_read(&message).await,
+                }
+            })),
+            Err(_) => drop(self.ctx.tasks.spawn(async move {
+                let busy =
+                    Error::Busy(format!("too many requests wait at this replica of shard {}", replica.shard));
+                replica.ctx.data.answer::<()>(&message, Err(busy)).await;
+            })),
+        }
+    }
+
+    pub(crate) async fn answer_write(&self, message: &Message) {
+        let started = Instant::now();
+        let result = match decode::<WriteRequest>(&message.payload) {
+            Ok(request) => self.write(request).await,
+            Err(error) => {
+                self.ctx.bad_message("write", sender(message), &error);
+                Err(error)
+            }
+        };
+        self.count("write", &result, started);
+        self.ctx.data.answer(message, result).await;
+    }
+
+    pub(crate) async fn answer_read(&self, message: &Message) {
+        let started = Instant::now();
+        let result = match decode::<ReadRequest>(&message.payload) {
+            Ok(request) => self.read(request).await,
+            Err(error) => {
+                self.ctx.bad_message("read", sender(message), &error);
+                Err(error)
+            }
+        };
+        self.count("read", &result, started);
+        self.ctx.data.answer(message, result).await;
+    }
+
+    fn count<T>(&self, verb: &str, result: &Result<T>, started: Instant) {
+        let outcome = result.as_ref().map_or_else(Error::code, |_| "ok");
+        self.ctx.metrics.requests.with_label_values(&[verb, outcome]).inc();
+        self.ctx.metrics.request_seconds.with_label_values(&[verb]).observe(started.elapsed().as_secs_f64());
+    }
+
+    /// Whether requests may be answered here.
+    fn check_serving(&self) -> Result<()> {
+        let state = self.status.borrow().state;
+        if serves(state) {
+            return Ok(());
+        }
+        Err(Error::Unavailable(format!(
+            "shard {} does not serve on {}: it is {state}",
+            self.shard, self.ctx.node
+        )))
+    }
+
+    async fn write(&self, request: WriteRequest) -> Result<WriteReply> {
+        self.check_request(&request)?;
+        self.check_serving()?;
+        let (before, gate) = {
+            let status = self.status.borrow();
+            (status.applied, status.gate.clone())
+        };
+        if let Some(error) = gate {
+            return Err(match error {
+                Error::Full(_) | Error::Busy(_) | Error::Unavailable(_) => error,
+                other => Error::Unavailable(other.to_string()),
+            });
+        }
+        self.counters.writes.fetch_add(1, Ordering::Relaxed);
+        let deadline = Instant::now() + Duration::from_millis(request.timeout_ms).min(LONGEST);
+        let (op_id, bytes) = (request.op_id, op_bytes(&request.op));
+        // A delete's answer says how many ids it found, which only applying it can tell.
+        let outcome = matches!(request.op, WriteOp::Delete(_)).then(|| self.expect(op_id));
+        let op = LogOp::Write { op_id, op: request.op };
+        let placed = self.writer.append(op, bytes, deadline - Instant::now()).await;
+        let placed = placed.inspect_err(|_| self.forget(op_id))?;
+        if placed.seq <= before && !placed.duplicate {
+            self.lose_log(&format!("a write was put at {}, {before} was applied before", placed.seq)).await;
+            return Err(Error::Unavailable(format!(
+                "the log of shard {} lost data: the write may be lost",
+                self.shard
+            )));
+        }
+        let deleted = match outcome {
+            None => 0,
+            Some(outcome) => {
+                let applied = tokio::time::timeout_at(deadline, outcome).await;
+                let late = || {
+                    Error::Unavailable("the delete is in the log, but was not applied here in time".into())
+                };
+                applied.ok().and_then(std::result::Result::ok).ok_or_else(late)?.deleted
+            }
+        };
+        Ok(WriteReply { seq: placed.seq, deleted: deleted.into() })
+    }
+
+    fn expect(&self, op_id: crate::model::OpId) -> oneshot::Receiver<Outcome> {
+        let (tell, told) = oneshot::channel();
+        let mut waiting = lock(&self.waiting);
+        // Those who gave up leave their sender behind; do not let them pile up.
+        if waiting.len() > IN_HAND {
+            waiting.retain(|_, waiters| waiters.iter().any(|w| !w.is_closed()));
+        }
+        waiting.entry(op_id).or_default().push(tell);
+        told
+    }
+
+    fn forget(&self, op_id: crate::model::OpId) {
+        lock(&self.waiting).remove(&op_id);
+    }
+
+    fn check_request(&self, request: &WriteRequest) -> Result<()> {
+        if request.shard != self.shard {
+            return Err(Error::Invalid(format!(
+                "a write of shard {} came to shard {}",
+                request.shard, self.shard
+            )));
+        }
+        let shards = std::num::NonZeroU32::new(self.ctx.cluster.num_shards);
+        let mine = |id: &str| shards.is_some_and(|n| crate::logic::hash::shard_of(id, n) == self.shard);
+        let count = match &request.op {
+            WriteOp::Upsert(entries) => {
+                for entry in entries {
+                    entry.validate(self.ctx.cluster.dimensions, self.ctx.cluster.metric)?;
+                    if !mine(&entry.id) {
+                        return Err(Error::Invalid(format!(
+                            "id {:?} does not belong to shard {}",
+                            entry.id, self.shard
+                        )));
+                    }
+                }
+                entries.len()
+            }
+            WriteOp::Delete(ids) => {
+                for id in ids {
+                    validate_id(id)?;
+                }
+                ids.len()
+            }
+        };
+        if count == 0 || count > MAX_BATCH {
+            return Err(Error::Invalid(format!("a write of {count} entries: send 1 to {MAX_BATCH}")));
+        }
+        let (bytes, limit) = (op_bytes(&request.op), self.ctx.data.nats.max_body() - 1_024);
+        if bytes > limit {
+            return Err(Error::Invalid(format!(
+                "the write has {bytes} bytes, {limit} fit into a message: split it"
+            )));
+        }
+        Ok(())
+    }
+
+    async fn read(&self, request: ReadRequest) -> Result<ReadReply> {
+        validate_id(&request.id)?;
+        if request.shard != self.shard {
+            return Err(Error::Invalid(format!(
+                "a read of shard {} came to shard {}",
+                request.shard, self.shard
+            )));
+        }
+        self.check_serving()?;
+        self.counters.reads.fetch_add(1, Ordering::Relaxed);
+        let timeout = Duration::from_millis(request.timeout_ms).min(LONGEST);
+        self.freshen(request.consistency, request.after, timeout).await?;
+        let (store, id) = (self.store.clone(), request.id);
+        // The sequence is taken after the look-up, so it covers all that the look-up saw: whoever reads
+        // at least that next time does not go back in time.
+        let get = move || Ok((store.get(&id)?, store.applied()));
+        let (entry, seq) = blocking(get).await?;
+        Ok(ReadReply { entry, seq })
+    }
+
+    /// Waits until this replica is as fresh as asked.
+    async fn freshen(&self, consistency: Consistency, after: u64, timeout: Duration) -> Result<()> {
+        match consistency {
+            Consistency::Eventual => Ok(()),
+            Consistency::Session if self.status.borrow().applied >= after => Ok(()),
+            Consistency::Session => self.wait_applied(after, timeout).await.map(|_| ()),
+            Consistency::Linearizable => {
+                let (before, gate) = {
+                    let status = self.status.borrow();
+                    (status.applied, status.gate.clone())
+                };
+                if let Some(error) = gate {
+                    return Err(Error::Unavailable(error.to_string()));
+                }
+                // Every write acknowledged before now has a lower sequence than this barrier.
+                let until = Instant::now() + timeout;
+                let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
+                if placed.seq <= before {
+                    self.lose_log(&format!(
+                        "a barrier was put at {}, {before} was applied before",
+                        placed.seq
+                    ))
+                    .await;
+                    return Err(Error::Unavailable(format!("the log of shard {} lost data", self.shard)));
+                }
+                self.wait_applied(placed.seq.max(after), until - Instant::now()).await.map(|_| ())
+            }
+        }
+    }
+
+    /// Searches this replica, or only counts.
+    pub(crate) async fn search(
+        &self,
+        cut: ShardCut,
+        query: Option<Arc<SearchQuery>>,
+        consistency: Consistency,
+        timeout: Duration,
+    ) -> Result<(Vec<SearchResult>, ShardAnswer)> {
+        self.check_serving()?;
+        self.counters.searches.fetch_add(1, Ordering::Relaxed);
+        self.freshen(consistency, cut.after, timeout).await?;
+        let stopping = |_| Error::Unavailable("stopping".into());
+        let _permit = match &query {
+            Some(_) => Some(self.ctx.scans.clone().acquire_owned().await.map_err(stopping)?),
+            None => None,
+        };
+        let (store, shard) = (self.store.clone(), self.shard);
+        blocking(move || {
+            let hits = match query {
+                Some(query) => store.search(&query)?,
+                None => Vec::new(),
+            };
+            Ok((hits, ShardAnswer { shard, seq: store.applied(), vectors: store.stats().vectors }))
+        })
+        .await
+    }
+}
+
+fn serves(state: ReplicaState) -> bool {
+    match state {
+        ReplicaState::Serving | ReplicaState::LogLost => true,
+        ReplicaState::Recovering | ReplicaState::Failed => false,
+    }
+}
+
+fn op_bytes(op: &WriteOp) -> usize {
+    match op {
+        WriteOp::Upsert(entries) => {
+            entries.iter().map(crate::model::VectorEntry::wire_bytes).sum::<usize>() + 64
+        }
+        WriteOp::Delete(ids) => ids.iter().map(|id| id.len() + 8).sum::<usize>() + 64,
+    }
+}

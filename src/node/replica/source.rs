@@ -1,0 +1,143 @@
+//! Streams this replica's content to another node: the sending side.
+//!
+//! No view is held open: each page is read afresh at the cursor, so a slow receiver costs nothing here.
+//! The receiver drives; if it is gone, its acknowledgements stop coming and so do we.
+
+use super::{Replica, blocking};
+use crate::error::{Error, Result};
+use crate::model::wire::{Chunk, ChunkAck, ChunkBody, SnapshotReply, SnapshotRequest, decode};
+use crate::nats::bus::{Subscriber, verify_checksum};
+use crate::nats::unavailable;
+use crate::node::context::Context;
+use futures::StreamExt;
+use serde_bytes::ByteBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::OwnedSemaphorePermit;
+use tracing::{debug, info};
+
+/// A receiver that acknowledges nothing for so long is gone.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// Smallest chunk, for very low rates.
+const MIN_CHUNK: usize = 4_096;
+
+/// Checks the request, then returns the answer and the work that sends the chunks after it.
+pub(crate) async fn stream_snapshot(
+    ctx: Arc<Context>,
+    replica: Arc<Replica>,
+    request: SnapshotRequest,
+    permit: OwnedSemaphorePermit,
+) -> Result<(SnapshotReply, impl Future<Output = ()>)> {
+    crate::model::ids::validate_name("transfer", &request.transfer)?;
+    let status = replica.status();
+    if !status.caught_up {
+        return Err(Error::Unavailable(format!("shard {} is itself recovering here", replica.shard)));
+    }
+    if request.min_seq > 0 {
+        replica.wait_applied(request.min_seq, Duration::from_secs(3)).await?;
+    }
+    let (seq, window) = match &request.cursor {
+        None => replica.window().await?,
+        Some(_) => (replica.status().applied, Vec::new()),
+    };
+    let acks = ctx.bulk.nats.client.subscribe(ctx.subjects.ack(&request.transfer)).await;
+    let acks = acks.map_err(|e| unavailable("subscribing to acknowledgements", e))?;
+    ctx.bulk.nats.flush().await?;
+    let stats = replica.store().stats();
+    let reply = SnapshotReply { seq, log_id: status.log_id, vectors: stats.vectors, bytes: stats.bytes };
+    let sending = async move {
+        let _permit = permit;
+        let (shard, transfer) = (replica.shard, request.transfer.clone());
+        let mut sender = Sender { ctx, request, acks, stored: 0, index: 0 };
+        match sender.run(&replica, seq, window).await {
+            Ok(()) => info!(%shard, transfer, chunks = sender.index, "the snapshot was sent"),
+            Err(error) => debug!(%shard, transfer, "sending the snapshot ended early: {error}"),
+        }
+    };
+    Ok((reply, sending))
+}
+
+struct Sender {
+    ctx: Arc<Context>,
+    request: SnapshotRequest,
+    acks: Subscriber,
+    /// The receiver has stored all chunks below this.
+    stored: u64,
+    index: u64,
+}
+
+impl Sender {
+    async fn run(&mut self, replica: &Arc<Replica>, seq: u64, window: Vec<(u64, Vec<u8>)>) -> Result<()> {
+        let limit = self.chunk_bytes();
+        let mut part = Vec::new();
+        let mut bytes = 0;
+        for (key, note) in window {
+            if bytes + note.len() > limit && !part.is_empty() {
+                self.send(seq, ChunkBody::Window(std::mem::take(&mut part)), false).await?;
+                bytes = 0;
+            }
+            bytes += note.len() + 16;
+            part.push((key, ByteBuf::from(note)));
+        }
+        if !part.is_empty() {
+            self.send(seq, ChunkBody::Window(part), false).await?;
+        }
+        let mut cursor = self.request.cursor.clone();
+        loop {
+            let (store, after, limit) = (replica.store().clone(), cursor.clone(), self.chunk_bytes());
+            let page = blocking(move || store.page(after.as_deref(), limit)).await?;
+            if let Some(last) = page.entries.last() {
+                cursor = Some(last.id.clone());
+            }
+            let last = page.last;
+            self.send(page.applied, ChunkBody::Entries(page.entries), last).await?;
+            if last {
+                return self.wait_stored(self.index).await;
+            }
+        }
+    }
+
+    /// A chunk is at most a quarter of a second of the rate, so that progress is steady at low rates.
+    fn chunk_bytes(&self) -> usize {
+        let most = self.request.chunk_bytes.clamp(MIN_CHUNK, self.ctx.bulk.nats.max_body() / 2);
+        match self.ctx.rate.get() {
+            Some(rate) => most.min((rate / 4) as usize).max(MIN_CHUNK),
+            None => most,
+        }
+    }
+
+    async fn send(&mut self, seq: u64, body: ChunkBody, last: bool) -> Result<()> {
+        let credits = self.request.credits.clamp(1, 256);
+        if self.index >= credits {
+            self.wait_stored(self.index - credits + 1).await?;
+        }
+        let chunk = Chunk { attempt: self.request.attempt, index: self.index, seq, body, last };
+        let subject = self.ctx.subjects.chunk(&self.request.transfer);
+        let bytes = self.ctx.bulk.publish_checked(subject, &chunk).await?;
+        self.index += 1;
+        self.ctx.metrics.migration_bytes.with_label_values(&["out"]).inc_by(bytes as u64);
+        self.ctx.rate.take(bytes).await;
+        Ok(())
+    }
+
+    async fn wait_stored(&mut self, wanted: u64) -> Result<()> {
+        while self.stored < wanted {
+            let message = tokio::time::timeout(PATIENCE, self.acks.next()).await;
+            let message = message
+                .map_err(|_| Error::Unavailable("the receiver acknowledges nothing".into()))?
+                .ok_or_else(|| Error::Unavailable("the subscription ended".into()))?;
+            let ack = verify_checksum(message.headers.as_ref(), &message.payload)
+                .and_then(|()| decode::<ChunkAck>(&message.payload));
+            match ack {
+                Ok(ack) if ack.attempt != self.request.attempt => {}
+                Ok(ack) if ack.stop && ack.stored == 0 => {
+                    return Err(Error::Unavailable("the receiver stopped".into()));
+                }
+                // More than was sent is a lie; do not let it open the window.
+                Ok(ack) => self.stored = self.stored.max(ack.stored.min(self.index)),
+                Err(error) => self.ctx.bad_message("ack", crate::nats::bus::sender(&message), &error),
+            }
+        }
+        Ok(())
+    }
+}

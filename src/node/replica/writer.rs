@@ -1,0 +1,207 @@
+//! Appends to one shard's log: what waits while an append is under way travels together in the next.
+//!
+//! Why it is safe: a write is answered only after JetStream has acknowledged the message that holds it.
+//! - This process dies before the append: nobody was told anything; the client retries elsewhere.
+//! - It dies after the append: the client's retry is appended again, and every replica skips the second
+//!   copy by its operation id.
+//! - The acknowledgement never comes: the same message is sent again with the same message id (JetStream
+//!   drops the copy if it can, replicas skip it if not), until the client's own time is over; then the
+//!   client is told that the outcome is unknown.
+//! - A message is late: it lands as a write that the client may have retried; the operation id covers it.
+
+use crate::clock::fresh_id;
+use crate::error::{Error, Result};
+use crate::model::wire::{LogEntry, LogOp, encode};
+use crate::model::{OpId, ShardId};
+use crate::nats::log::{Appended, Logs, MAX_JOINED_BYTES};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Operations that may wait at one replica.
+const QUEUE: usize = 1_024;
+/// Bytes of them.
+const QUEUE_BYTES: usize = 16 << 20;
+/// One try; R3 streams answer within milliseconds, or are changing leaders.
+const TRY: Duration = Duration::from_millis(1_500);
+const PAUSE: Duration = Duration::from_millis(50);
+/// However patient the client is.
+const LONGEST: Duration = Duration::from_secs(20);
+
+/// Where a write is in the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Placed {
+    pub(crate) seq: u64,
+    /// JetStream already had this message.
+    pub(crate) duplicate: bool,
+}
+
+struct Job {
+    op: LogOp,
+    bytes: usize,
+    deadline: Instant,
+    reply: oneshot::Sender<Result<Placed>>,
+    _room: OwnedSemaphorePermit,
+}
+
+/// Handle to the writing task of one replica.
+#[derive(Debug, Clone)]
+pub(crate) struct LogWriter {
+    jobs: mpsc::Sender<Job>,
+    room: Arc<Semaphore>,
+    shard: ShardId,
+}
+
+impl LogWriter {
+    pub(crate) fn start(
+        shard: ShardId,
+        logs: Logs,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()>) {
+        let (jobs, queue) = mpsc::channel(QUEUE);
+        let writer = LogWriter { jobs, room: Arc::new(Semaphore::new(QUEUE_BYTES)), shard };
+        (writer, run(shard, logs, queue, stop))
+    }
+
+    /// Appends `op` and returns its place.
+    ///
+    /// # Errors
+    /// `Busy` when the queue is full (nothing happened), `Full` when the log is (nothing happened),
+    /// `Unavailable` when the outcome is unknown.
+    pub(crate) async fn append(&self, op: LogOp, bytes: usize, timeout: Duration) -> Result<Placed> {
+        let busy = || {
+            Error::Busy(format!("too many writes wait at this replica of shard {}: slow down", self.shard))
+        };
+        let permits = bytes.clamp(1, QUEUE_BYTES) as u32;
+        let room = self.room.clone().try_acquire_many_owned(permits).map_err(|_| busy())?;
+        let (reply, answer) = oneshot::channel();
+        let deadline = Instant::now() + timeout.min(LONGEST);
+        let job = Job { op, bytes, deadline, reply, _room: room };
+        self.jobs.try_send(job).map_err(|_| busy())?;
+        let stopped = || Error::Unavailable(format!("the replica of shard {} is stopping", self.shard));
+        answer.await.map_err(|_| stopped())?
+    }
+}
+
+async fn run(shard: ShardId, logs: Logs, mut queue: mpsc::Receiver<Job>, stop: CancellationToken) {
+    let mut next: Option<Job> = None;
+    loop {
+        let first = match next.take() {
+            Some(job) => job,
+            None => tokio::select! {
+                job = queue.recv() => match job { Some(job) => job, None => return },
+                // What is in the queue is still written: a replica that retires drains it.
+                () = stop.cancelled() => match queue.try_recv() { Ok(job) => job, Err(_) => return },
+            },
+        };
+        let mut batch = vec![first];
+        let mut bytes = batch[0].bytes;
+        while let Ok(job) = queue.try_recv() {
+            if bytes + job.bytes > MAX_JOINED_BYTES {
+                next = Some(job);
+                break;
+            }
+            bytes += job.bytes;
+            batch.push(job);
+        }
+        append(shard, &logs, batch).await;
+    }
+}
+
+async fn append(shard: ShardId, logs: &Logs, batch: Vec<Job>) {
+    let (entry, message_id) = join(&batch);
+    let Some(deadline) = batch.iter().map(|job| job.deadline).max() else { return };
+    let result = match encode(&entry) {
+        Ok(body) => persist(shard, logs, body.into(), message_id, deadline).await,
+        Err(error) => Err(error),
+    };
+    for job in batch {
+        // Whoever no longer listens has given up, and may retry with the same id.
+        let _ = job.reply.send(result.clone());
+    }
+}
+
+/// One entry for all; a repeated operation or a second barrier shares the first one's place.
+fn join(batch: &[Job]) -> (LogEntry, OpId) {
+    let mut ops: Vec<LogOp> = Vec::with_capacity(batch.len());
+    let (mut seen, mut barrier) = (HashMap::new(), false);
+    for job in batch {
+        match &job.op {
+            LogOp::Write { op_id, .. } => {
+                if seen.insert(*op_id, ()).is_some() {
+                    continue;
+                }
+            }
+            LogOp::Barrier if std::mem::replace(&mut barrier, true) => continue,
+            LogOp::Barrier | LogOp::Checkpoint(_) => {}
+        }
+        ops.push(job.op.clone());
+    }
+    // JetStream's own de-duplication may only be given an operation's id when nothing else is aboard:
+    // otherwise a retry of one would swallow the others.
+    let message_id = match ops.as_slice() {
+        [LogOp::Write { op_id, .. }] => *op_id,
+        _ => fresh_id(),
+    };
+    (LogEntry { ops }, message_id)
+}
+
+async fn persist(
+    shard: ShardId,
+    logs: &Logs,
+    body: bytes::Bytes,
+    id: OpId,
+    deadline: Instant,
+) -> Result<Placed> {
+    let mut unknown = false;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let error = match logs.append(shard, body.clone(), id, TRY.min(left.max(PAUSE))).await {
+            Appended::At { seq, duplicate } => return Ok(Placed { seq, duplicate }),
+            Appended::Refused(error @ Error::Unavailable(_)) => error,
+            Appended::Refused(error) if !unknown => return Err(error),
+            Appended::Refused(error) => {
+                return Err(Error::Unavailable(format!("{error}; an earlier try may have worked")));
+            }
+            Appended::Unknown(error) => {
+                unknown = true;
+                error
+            }
+        };
+        if Instant::now() + PAUSE >= deadline {
+            return Err(error);
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::wire::WriteOp;
+
+    fn job(op: LogOp) -> Job {
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        Job { op, bytes: 10, deadline: Instant::now(), reply: oneshot::channel().0, _room: room }
+    }
+
+    fn write(id: u128) -> LogOp {
+        LogOp::Write { op_id: OpId::from_u128(id), op: WriteOp::Delete(vec![format!("{id}")]) }
+    }
+
+    #[test]
+    fn a_repeated_operation_and_a_second_barrier_travel_once() {
+        let batch = [write(1), LogOp::Barrier, write(1), write(2), LogOp::Barrier].map(job);
+        assert_eq!(join(&batch).0.ops, [write(1), LogOp::Barrier, write(2)]);
+    }
+
+    #[test]
+    fn only_a_lone_operation_lends_its_id_to_the_message() {
+        assert_eq!(join(&[job(write(7))]).1, OpId::from_u128(7));
+        let joined = join(&[write(7), write(8)].map(job)).1;
+        assert!(joined != OpId::from_u128(7) && joined != OpId::from_u128(8));
+    }
+}

@@ -1,0 +1,214 @@
+//! The replicas that are open on this node, kept equal to what the shard map orders.
+//!
+//! A store is only ever deleted when the shard's record exists, is current, and has not named this node
+//! for the whole grace period: a wiped or unreadable bucket deletes nothing.
+
+use crate::error::{Error, Result};
+use crate::model::ShardId;
+use crate::model::records::MigrationPhase;
+use crate::node::context::Context;
+use crate::node::migration;
+use crate::node::replica::{Replica, blocking};
+use crate::store::StoreFactory;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tracing::{info, warn};
+
+#[derive(Debug)]
+enum Slot {
+    /// Being opened, or failed to until this time.
+    Opening {
+        not_before: Duration,
+    },
+    Open(Arc<Replica>),
+    Closing,
+}
+
+/// All replicas here.
+#[derive(Debug)]
+pub(crate) struct Replicas {
+    ctx: Arc<Context>,
+    stores: Arc<dyn StoreFactory>,
+    slots: Mutex<BTreeMap<ShardId, Slot>>,
+    /// Migrations to this node whose driver runs.
+    driving: Mutex<BTreeSet<String>>,
+}
+
+/// How often to compare even if nothing seems to have changed.
+const TICK: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_secs(2);
+
+impl Replicas {
+    pub(crate) fn new(ctx: Arc<Context>, stores: Arc<dyn StoreFactory>) -> Arc<Self> {
+        Arc::new(Replicas { ctx, stores, slots: Mutex::default(), driving: Mutex::default() })
+    }
+
+    fn slots(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The shard's replica.
+    ///
+    /// # Errors
+    /// `Unavailable` if this node does not hold it (now): ask another holder.
+    pub(crate) fn get(&self, shard: ShardId) -> Result<Arc<Replica>> {
+        match self.slots().get(&shard) {
+            Some(Slot::Open(replica)) => Ok(replica.clone()),
+            Some(Slot::Opening { .. } | Slot::Closing) | None => Err(Error::Unavailable(format!(
+                "{} does not hold shard {shard} at the moment",
+                self.ctx.node
+            ))),
+        }
+    }
+
+    /// All open replicas.
+    pub(crate) fn all(&self) -> Vec<Arc<Replica>> {
+        let open = |slot: &Slot| match slot {
+            Slot::Open(replica) => Some(replica.clone()),
+            Slot::Opening { .. } | Slot::Closing => None,
+        };
+        self.slots().values().filter_map(open).collect()
+    }
+
+    /// Follows the shard map until the node stops.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut views = self.ctx.views.subscribe();
+        let mut unwanted: BTreeMap<ShardId, Duration> = BTreeMap::new();
+        let mut tick = tokio::time::interval(TICK);
+        let mut swept = Duration::ZERO;
+        loop {
+            self.reconcile();
+            let now = self.ctx.clock.now();
+            if now >= swept + TICK {
+                swept = now;
+                self.sweep(&mut unwanted).await;
+            }
+            tokio::select! {
+                () = self.ctx.stop.cancelled() => return,
+                changed = views.changed() => if changed.is_err() { return },
+                _ = tick.tick() => {}
+            }
+        }
+    }
+
+    /// Opens what is missing, closes what is too much, lets serve what may.
+    fn reconcile(self: &Arc<Self>) {
+        let (view, now) = (self.ctx.view(), self.ctx.clock.now());
+        let me = self.ctx.node.as_str();
+        let mut slots = self.slots();
+        for (shard, (_, record)) in &view.shards {
+            let (replica, joining) = (record.has_replica(me), record.is_joining(me));
+            match slots.get(shard) {
+                None if replica || joining => self.open(&mut slots, *shard, replica),
+                Some(Slot::Opening { not_before }) if (replica || joining) && now >= *not_before => {
+                    self.open(&mut slots, *shard, replica);
+                }
+                Some(Slot::Open(open)) if replica => open.allow_serving(),
+                Some(Slot::Open(open)) if joining => {
+                    if let Some(id) = &record.migration {
+                        self.drive(id, open);
+                    }
+                }
+                Some(Slot::Open(open)) => {
+                    let open = open.clone();
+                    slots.insert(*shard, Slot::Closing);
+                    self.close(*shard, open);
+                }
+                Some(Slot::Opening { .. } | Slot::Closing) | None => {}
+            }
+        }
+    }
+
+    fn open(self: &Arc<Self>, slots: &mut BTreeMap<ShardId, Slot>, shard: ShardId, may_serve: bool) {
+        slots.insert(shard, Slot::Opening { not_before: Duration::MAX });
+        let this = self.clone();
+        self.ctx.tasks.spawn(async move {
+            let slot = match Replica::open(&this.ctx, &this.stores, shard, may_serve).await {
+                Ok(replica) => Slot::Open(replica),
+                Err(error) => {
+                    warn!(%shard, "the replica cannot be opened: {error}");
+                    Slot::Opening { not_before: this.ctx.clock.now() + RETRY }
+                }
+            };
+            this.slots().insert(shard, slot);
+            this.reconcile();
+        });
+    }
+
+    fn close(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>) {
+        info!(%shard, "the replica moves away or is not needed any more");
+        let this = self.clone();
+        self.ctx.tasks.spawn(async move {
+            replica.close().await;
+            this.slots().remove(&shard);
+            this.reconcile();
+        });
+    }
+
+    fn drive(self: &Arc<Self>, id: &str, replica: &Arc<Replica>) {
+        let mut driving = self.driving.lock().unwrap_or_else(PoisonError::into_inner);
+        if !driving.insert(id.to_owned()) {
+            return;
+        }
+        let (this, id, replica) = (self.clone(), id.to_owned(), replica.clone());
+        self.ctx.tasks.spawn(async move {
+            migration::drive(&this.ctx, &id, &replica).await;
+            this.driving.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        });
+    }
+
+    /// Deletes stores that the map has not wanted here for the grace period.
+    async fn sweep(self: &Arc<Self>, unwanted: &mut BTreeMap<ShardId, Duration>) {
+        let (stores, now) = (self.stores.clone(), self.ctx.clock.now());
+        let Ok(on_disk) = blocking(move || stores.list()).await else { return };
+        let view = self.ctx.view();
+        unwanted.retain(|shard, _| on_disk.contains(shard));
+        for shard in on_disk {
+            let Some(record) = view.shard(shard) else { continue };
+            let wanted = record.holders().any(|n| *n == self.ctx.node) || self.slots().contains_key(&shard);
+            if wanted {
+                unwanted.remove(&shard);
+                continue;
+            }
+            let since = *unwanted.entry(shard).or_insert(now);
+            if now.saturating_sub(since) < self.ctx.config.retire_after {
+                continue;
+            }
+            let stores = self.stores.clone();
+            match blocking(move || stores.destroy(shard)).await {
+                Ok(()) => {
+                    info!(%shard, "the old copy is deleted");
+                    unwanted.remove(&shard);
+                }
+                Err(error) => warn!(%shard, "the old copy cannot be deleted: {error}"),
+            }
+        }
+        // Migrations away from here whose old copy is gone are complete.
+        for (id, (_, record)) in &view.migrations {
+            let mine = record.from.as_deref() == Some(self.ctx.node.as_str());
+            if mine
+                && record.phase == MigrationPhase::Cleanup
+                && !unwanted.contains_key(&record.shard)
+                && !self.slots().contains_key(&record.shard)
+            {
+                migration::complete(&self.ctx, id).await;
+            }
+        }
+    }
+
+    /// Closes all, at the end.
+    pub(crate) async fn close_all(&self) {
+        let open: Vec<_> = {
+            let mut slots = self.slots();
+            let replicas = slots.values().filter_map(|slot| match slot {
+                Slot::Open(replica) => Some(replica.clone()),
+                Slot::Opening { .. } | Slot::Closing => None,
+            });
+            let replicas = replicas.collect();
+            slots.clear();
+            replicas
+        };
+        futures::future::join_all(open.into_iter().map(Replica::close)).await;
+    }
+}

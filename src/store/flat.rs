@@ -1,0 +1,343 @@
+//! Exact index in memory: all vectors in one array, scanned from end to end.
+//!
+//! It does not persist, lock or validate. Its invariant: `vectors`, `inverse_norms` and `slots` run in
+//! parallel, `by_id` names every slot exactly once, and `hash` and `bytes` are the sums over all slots.
+//!
+//! A scan is the right index up to some 16 MB of vectors: it is exact under any filter, needs no
+//! building, and forgets a deleted vector at once.
+
+use super::filter;
+use super::scan::{Candidate, Nearest, dot, inverse_norm, squared_distance};
+use crate::model::vector::payload_json;
+use crate::model::{DistanceMetric, Payload, SearchQuery, SearchResult, VectorEntry};
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+
+/// The vectors of one shard, by slot, with an ordered map from id to slot.
+pub(crate) struct FlatIndex {
+    dimensions: usize,
+    metric: DistanceMetric,
+    /// `dimensions` numbers for each slot.
+    vectors: Vec<f32>,
+    /// For cosine, one per slot; empty for other metrics. Stored vectors keep their bits, so that
+    /// what is read back is what was written; dividing once per scan step costs one product.
+    inverse_norms: Vec<f32>,
+    /// Apart from the numbers, so that a scan only touches what it multiplies.
+    slots: Vec<Slot>,
+    /// Ordered, since pages are: a hash map beside it would save half a microsecond per lookup.
+    by_id: BTreeMap<Arc<str>, usize>,
+    hash: u128,
+    bytes: u64,
+}
+
+struct Slot {
+    id: Arc<str>,
+    payload: Option<Payload>,
+    payload_bytes: usize,
+    hash: u128,
+}
+
+/// An entry where it lies.
+#[derive(Clone, Copy)]
+pub(crate) struct EntryRef<'a> {
+    /// Its id.
+    pub(crate) id: &'a str,
+    /// Its numbers.
+    pub(crate) vector: &'a [f32],
+    /// Its payload.
+    pub(crate) payload: Option<&'a Payload>,
+    /// Length of the payload as compact JSON.
+    payload_bytes: usize,
+}
+
+impl EntryRef<'_> {
+    /// The same number as [`VectorEntry::wire_bytes`], without writing the payload out.
+    pub(crate) fn wire_bytes(&self) -> usize {
+        self.content_bytes() + 32
+    }
+
+    /// Bytes of id, vector and payload.
+    pub(crate) fn content_bytes(&self) -> usize {
+        self.id.len() + self.vector.len() * 4 + self.payload_bytes
+    }
+
+    /// A copy of its own.
+    pub(crate) fn to_entry(self) -> VectorEntry {
+        VectorEntry { id: self.id.to_owned(), vector: self.vector.to_vec(), payload: self.payload.cloned() }
+    }
+}
+
+impl FlatIndex {
+    /// An empty index.
+    pub(crate) fn new(dimensions: usize, metric: DistanceMetric) -> Self {
+        FlatIndex {
+            dimensions,
+            metric,
+            vectors: Vec::new(),
+            inverse_norms: Vec::new(),
+            slots: Vec::new(),
+            by_id: BTreeMap::new(),
+            hash: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Number of numbers in a vector.
+    pub(crate) fn dimensions(&self) -> usize {
+        self.dimensions
+    }
+
+    /// Number of vectors.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Wrapping sum of all content hashes.
+    pub(crate) fn hash(&self) -> u128 {
+        self.hash
+    }
+
+    /// Bytes of all ids, vectors and payloads.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Forgets everything, and gives the memory back.
+    pub(crate) fn clear(&mut self) {
+        *self = FlatIndex::new(self.dimensions, self.metric);
+    }
+
+    /// Ranks by this metric from now on.
+    pub(crate) fn rank_by(&mut self, metric: DistanceMetric) {
+        if self.metric != metric {
+            self.metric = metric;
+            let cosine = metric == DistanceMetric::Cosine;
+            let vectors = self.vectors.chunks_exact(self.dimensions).filter(|_| cosine);
+            self.inverse_norms = vectors.map(inverse_norm).collect();
+        }
+    }
+
+    /// Makes room for `more` vectors at once.
+    pub(crate) fn reserve(&mut self, more: usize) {
+        self.vectors.reserve_exact(more * self.dimensions);
+        self.slots.reserve_exact(more);
+    }
+
+    /// Inserts, or replaces what has the same id. Returns the entry's bytes of content.
+    pub(crate) fn upsert(&mut self, entry: VectorEntry) -> usize {
+        // A shorter vector would shift all that follow.
+        assert_eq!(entry.vector.len(), self.dimensions, "dimensions of {:?}", entry.id);
+        let hash = entry.content_hash();
+        let payload_bytes = entry.payload.as_ref().map_or(0, |payload| payload_json(payload).len());
+        let VectorEntry { id, vector, payload } = entry;
+        let slot = match self.by_id.get(id.as_str()) {
+            Some(&slot) => {
+                self.uncount(slot);
+                self.vectors[slot * self.dimensions..][..self.dimensions].copy_from_slice(&vector);
+                let id = Arc::clone(&self.slots[slot].id);
+                self.slots[slot] = Slot { id, payload, payload_bytes, hash };
+                slot
+            }
+            None => {
+                let id: Arc<str> = id.into();
+                self.by_id.insert(Arc::clone(&id), self.slots.len());
+                self.vectors.extend_from_slice(&vector);
+                self.slots.push(Slot { id, payload, payload_bytes, hash });
+                self.slots.len() - 1
+            }
+        };
+        if self.metric == DistanceMetric::Cosine {
+            self.inverse_norms.resize(self.slots.len(), 0.0);
+            self.inverse_norms[slot] = inverse_norm(&vector);
+        }
+        self.hash = self.hash.wrapping_add(hash);
+        let bytes = self.at(slot).content_bytes();
+        self.bytes += bytes as u64;
+        bytes
+    }
+
+    /// Removes an id, if it is there. The last slot moves into the hole, so the array has none.
+    pub(crate) fn remove(&mut self, id: &str) {
+        let Some(slot) = self.by_id.remove(id) else { return };
+        self.uncount(slot);
+        let last = self.slots.len() - 1;
+        self.slots.swap_remove(slot);
+        let from = last * self.dimensions;
+        self.vectors.copy_within(from..from + self.dimensions, slot * self.dimensions);
+        self.vectors.truncate(from);
+        if self.metric == DistanceMetric::Cosine {
+            self.inverse_norms.swap_remove(slot);
+        }
+        if slot != last {
+            let moved = Arc::clone(&self.slots[slot].id);
+            self.by_id.insert(moved, slot);
+        }
+        // After a mass deletion, half is room enough.
+        if self.vectors.len() < self.vectors.capacity() / 4 {
+            self.vectors.shrink_to(self.vectors.len() * 2);
+            self.slots.shrink_to(self.slots.len() * 2);
+        }
+    }
+
+    /// The entry with this id.
+    pub(crate) fn get(&self, id: &str) -> Option<EntryRef<'_>> {
+        self.by_id.get(id).map(|&slot| self.at(slot))
+    }
+
+    /// Entries with an id greater than `after`, in order of ids.
+    pub(crate) fn after(&self, after: Option<&str>) -> impl Iterator<Item = EntryRef<'_>> {
+        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.by_id.range::<str, _>((start, Bound::Unbounded)).map(|(_, &slot)| self.at(slot))
+    }
+
+    /// The nearest entries that pass the filter, in [`DistanceMetric::order`].
+    ///
+    /// Scores of equal vectors are equal wherever they lie, and equal scores are decided by id, so
+    /// the answer depends on nothing but the content.
+    pub(crate) fn search(&self, query: &SearchQuery) -> Vec<SearchResult> {
+        let wanted = query.vector.as_slice();
+        match self.metric {
+            DistanceMetric::Cosine => {
+                let inverse = inverse_norm(wanted);
+                // Rounding can carry a cosine past one.
+                let cosine = |slot: usize, vector: &[f32]| {
+                    (dot(vector, wanted) * self.inverse_norms[slot] * inverse).clamp(-1.0, 1.0)
+                };
+                self.nearest(query, |slot, vector| -cosine(slot, vector), |far| -far)
+            }
+            // The root is taken before comparing: two squares can have the same root, and then the
+            // id decides. Beside the sum it costs nothing that can be measured.
+            DistanceMetric::Euclidean => {
+                self.nearest(query, |_, vector| squared_distance(vector, wanted).sqrt(), |far| far)
+            }
+            DistanceMetric::DotProduct => self.nearest(query, |_, vector| -dot(vector, wanted), |far| -far),
+        }
+    }
+
+    /// One pass over all vectors. `far` is smaller for what is nearer; `score` is its way back.
+    fn nearest(
+        &self,
+        query: &SearchQuery,
+        far: impl Fn(usize, &[f32]) -> f32,
+        score: impl Fn(f32) -> f32,
+    ) -> Vec<SearchResult> {
+        let mut nearest = Nearest::new(query.k, self.len());
+        for (slot, vector) in self.vectors.chunks_exact(self.dimensions).enumerate() {
+            let far = far(slot, vector);
+            // The numbers first: they lie in line, while a payload is a walk through memory.
+            if nearest.admits(far) {
+                let Slot { id, payload, .. } = &self.slots[slot];
+                if query.filter.as_ref().is_none_or(|f| filter::passes(f, payload.as_ref())) {
+                    nearest.offer(Candidate { far, id, slot });
+                }
+            }
+        }
+        let result = |hit: Candidate<'_>| SearchResult {
+            id: hit.id.to_owned(),
+            score: score(hit.far),
+            payload: self.slots[hit.slot].payload.clone(),
+        };
+        nearest.into_sorted().into_iter().map(result).collect()
+    }
+
+    fn at(&self, slot: usize) -> EntryRef<'_> {
+        let Slot { id, payload, payload_bytes, .. } = &self.slots[slot];
+        EntryRef {
+            id,
+            vector: &self.vectors[slot * self.dimensions..][..self.dimensions],
+            payload: payload.as_ref(),
+            payload_bytes: *payload_bytes,
+        }
+    }
+
+    /// Takes a slot out of the running sums before it is overwritten.
+    fn uncount(&mut self, slot: usize) {
+        self.hash = self.hash.wrapping_sub(self.slots[slot].hash);
+        self.bytes -= self.at(slot).content_bytes() as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, vector: [f32; 2]) -> VectorEntry {
+        VectorEntry::new(id, vector.to_vec())
+    }
+
+    fn ids(index: &FlatIndex, query: SearchQuery) -> Vec<String> {
+        index.search(&query).into_iter().map(|hit| hit.id).collect()
+    }
+
+    #[test]
+    fn removing_any_slot_leaves_every_other_entry_as_it_was() {
+        for metric in [DistanceMetric::Cosine, DistanceMetric::Euclidean] {
+            for gone in ["a", "b", "c"] {
+                let mut index = FlatIndex::new(2, metric);
+                for (id, vector) in [("a", [1.0, 0.0]), ("b", [0.0, 1.0]), ("c", [-1.0, 0.5])] {
+                    index.upsert(entry(id, vector));
+                }
+                index.remove(gone);
+                index.remove("never there");
+                let left: Vec<VectorEntry> = index.after(None).map(EntryRef::to_entry).collect();
+                assert_eq!(left.len(), 2);
+                for kept in &left {
+                    let nearest = ids(&index, SearchQuery::new(kept.vector.clone(), 1));
+                    assert_eq!(nearest.concat(), kept.id, "{metric} without {gone}");
+                }
+                let sum = left.iter().fold(0_u128, |sum, e| sum.wrapping_add(e.content_hash()));
+                assert_eq!((index.hash(), index.bytes()), (sum, 2 * 9));
+            }
+        }
+    }
+
+    #[test]
+    fn removing_all_brings_the_sums_back_to_nothing_and_frees_the_memory() {
+        let mut index = FlatIndex::new(2, DistanceMetric::Cosine);
+        for round in 0..1000_u16 {
+            index.upsert(entry(&round.to_string(), [f32::from(round), 1.0]));
+        }
+        for round in 0..1000_u16 {
+            index.remove(&round.to_string());
+        }
+        assert_eq!((index.len(), index.hash(), index.bytes()), (0, 0, 0));
+        assert!(index.vectors.capacity() < 100);
+        assert_eq!(index.search(&SearchQuery::new(vec![1.0, 0.0], 3)), []);
+    }
+
+    #[test]
+    fn wire_bytes_are_those_of_the_entry() {
+        let mut index = FlatIndex::new(2, DistanceMetric::DotProduct);
+        let mut full = entry("ö", [1.0, 2.0]);
+        full.payload = serde_json::json!({"a": ["x", 1.5]}).as_object().cloned();
+        for entry in [full, entry("b", [0.0, 0.0])] {
+            index.upsert(entry.clone());
+            assert_eq!(index.get(&entry.id).unwrap().wire_bytes(), entry.wire_bytes());
+            assert_eq!(index.get(&entry.id).unwrap().to_entry(), entry);
+        }
+    }
+
+    #[test]
+    fn distances_whose_squares_differ_but_not_their_roots_are_ordered_by_id() {
+        // 1 + 2^-23 and 1 have the same root in f32.
+        let next = 1.0 + f32::EPSILON;
+        assert_eq!(next.sqrt(), 1.0);
+        let mut index = FlatIndex::new(2, DistanceMetric::Euclidean);
+        let tiny = f32::EPSILON.sqrt();
+        index.upsert(entry("b", [1.0, 0.0]));
+        index.upsert(entry("a", [1.0, tiny]));
+        assert_eq!(squared_distance(&[1.0, tiny], &[0.0, 0.0]), next);
+        assert_eq!(ids(&index, SearchQuery::new(vec![0.0, 0.0], 1)), ["a"]);
+    }
+
+    #[test]
+    fn a_cosine_is_never_beyond_one() {
+        let mut index = FlatIndex::new(3, DistanceMetric::Cosine);
+        for i in 1..500_u16 {
+            index.upsert(VectorEntry::new(i.to_string(), vec![0.1 * f32::from(i); 3]));
+        }
+        let hits = index.search(&SearchQuery::new(vec![0.3; 3], 1000));
+        assert!(hits.iter().all(|hit| hit.score <= 1.0));
+    }
+}

@@ -1,0 +1,83 @@
+//! A disk that fails on command, for tests.
+
+use ::redb::StorageBackend;
+use ::redb::backends::FileBackend;
+use std::fs::OpenOptions;
+use std::io::{Error, ErrorKind};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+/// What all files of one factory lie on.
+#[derive(Debug, Default)]
+pub(super) struct Disk(Mutex<Option<Fault>>);
+
+#[derive(Debug)]
+struct Fault {
+    /// Calls that still succeed.
+    left: u64,
+    kind: ErrorKind,
+}
+
+impl Disk {
+    /// Lets `left` more writes, resizes or syncs succeed, and all later ones fail.
+    pub(super) fn fail_after(&self, left: u64, kind: ErrorKind) {
+        *self.0.lock().unwrap() = Some(Fault { left, kind });
+    }
+
+    /// All is well again. Returns how many more calls would have succeeded.
+    pub(super) fn heal(&self) -> u64 {
+        self.0.lock().unwrap().take().map_or(u64::MAX, |fault| fault.left)
+    }
+
+    fn change(&self) -> Result<(), Error> {
+        match &mut *self.0.lock().unwrap() {
+            None => Ok(()),
+            Some(Fault { left: 0, kind }) => Err((*kind).into()),
+            Some(Fault { left, .. }) => {
+                *left -= 1;
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn open(self: &Arc<Self>, path: &Path) -> Result<Backend, ::redb::DatabaseError> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        Ok(Backend { file: FileBackend::new(file)?, disk: Arc::clone(self) })
+    }
+}
+
+/// One file on the disk.
+#[derive(Debug)]
+pub(super) struct Backend {
+    file: FileBackend,
+    disk: Arc<Disk>,
+}
+
+impl StorageBackend for Backend {
+    fn len(&self) -> Result<u64, Error> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> Result<(), Error> {
+        self.disk.change()?;
+        self.file.set_len(len)
+    }
+
+    fn sync_data(&self) -> Result<(), Error> {
+        self.disk.change()?;
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
+        self.disk.change()?;
+        self.file.write(offset, data)
+    }
+
+    fn close(&self) -> Result<(), Error> {
+        self.file.close()
+    }
+}

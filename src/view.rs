@@ -1,0 +1,360 @@
+//! The local copy of the buckets: one watch per bucket, checked records, listed again when in doubt.
+//!
+//! It only ever holds records that passed their check: garbage is counted and the last good record stays.
+//! A shard record whose term is lower than one seen for that shard is ignored, so a deposed leader's late
+//! write changes nothing here. When NATS is away, the last copy goes on being used.
+
+use crate::error::{Error, Result};
+use crate::metrics::Metrics;
+use crate::model::records::{
+    ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, ShardRecord,
+};
+use crate::model::{MigrationId, NodeId, ShardId};
+use crate::nats::bucket::{Bucket, Change, rewatch_pause};
+use crate::nats::connect::Nats;
+use crate::nats::subjects::Subjects;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+/// Key of the cluster's settings.
+pub(crate) const CONFIG_KEY: &str = "config";
+/// Key of the lease.
+pub(crate) const LEADER_KEY: &str = "leader";
+/// A watch can die silently: compare revisions this often.
+const RELIST: Duration = Duration::from_secs(30);
+
+/// The four buckets.
+#[derive(Debug, Clone)]
+pub(crate) struct Buckets {
+    pub(crate) cluster: Bucket,
+    pub(crate) nodes: Bucket,
+    pub(crate) shards: Bucket,
+    pub(crate) migrations: Bucket,
+}
+
+impl Buckets {
+    pub(crate) fn new(nats: &Nats, subjects: &Subjects) -> Self {
+        let bucket = |name| Bucket::new(nats, subjects.bucket(name));
+        Buckets {
+            cluster: bucket("cluster"),
+            nodes: bucket("nodes"),
+            shards: bucket("shards"),
+            migrations: bucket("migrations"),
+        }
+    }
+}
+
+/// A record and its revision.
+pub(crate) type Rev<T> = (u64, T);
+
+/// What the buckets say.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct View {
+    pub(crate) cluster: Option<ClusterRecord>,
+    pub(crate) leader: Option<Rev<LeaderRecord>>,
+    pub(crate) nodes: BTreeMap<NodeId, Rev<NodeRecord>>,
+    pub(crate) shards: BTreeMap<ShardId, Rev<ShardRecord>>,
+    pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
+}
+
+impl View {
+    pub(crate) fn shard(&self, shard: ShardId) -> Option<&ShardRecord> {
+        self.shards.get(&shard).map(|(_, record)| record)
+    }
+
+    pub(crate) fn node(&self, node: &str) -> Option<&NodeRecord> {
+        self.nodes.get(node).map(|(_, record)| record)
+    }
+
+    pub(crate) fn node_status(&self, node: &str) -> NodeStatus {
+        self.node(node).map_or(NodeStatus::Left, |record| record.status)
+    }
+
+    /// Who holds the lease, as far as is known.
+    pub(crate) fn leader(&self) -> Option<&LeaderRecord> {
+        self.leader.as_ref().map(|(_, record)| record).filter(|record| record.node.is_some())
+    }
+
+    fn apply(&mut self, part: Part, change: &Change) -> Result<()> {
+        let Change { key, revision, value } = change;
+        let Some(bytes) = value else {
+            match part {
+                // The settings and the lease are never deleted by us; keep what we know.
+                Part::Cluster => {}
+                Part::Nodes => drop(self.nodes.remove(key)),
+                // A shard cannot be deleted either: a missing record is a wiped bucket.
+                Part::Shards => {}
+                Part::Migrations => drop(self.migrations.remove(key)),
+            }
+            return Ok(());
+        };
+        let rev = *revision;
+        match part {
+            Part::Cluster if key == CONFIG_KEY => {
+                let record: ClusterRecord = parse(bytes)?;
+                record.check()?;
+                self.cluster = Some(record);
+            }
+            Part::Cluster if key == LEADER_KEY => {
+                self.leader = Some((rev, parse(bytes)?));
+            }
+            Part::Cluster => return Err(Error::Invalid(format!("unknown key {key:?}"))),
+            Part::Nodes => {
+                let record: NodeRecord = parse(bytes)?;
+                record.check(key)?;
+                self.nodes.insert(key.clone(), (rev, record));
+            }
+            Part::Shards => {
+                let record: ShardRecord = parse(bytes)?;
+                record.check(key)?;
+                if let Some(cluster) = &self.cluster {
+                    if record.shard.0 >= cluster.num_shards {
+                        return Err(Error::Invalid(format!("the cluster has {} shards", cluster.num_shards)));
+                    }
+                }
+                match self.shards.get(&record.shard) {
+                    Some((_, known)) if known.term > record.term => {
+                        return Err(Error::Fenced(format!(
+                            "term {} is over, term {} has been seen",
+                            record.term, known.term
+                        )));
+                    }
+                    _ => drop(self.shards.insert(record.shard, (rev, record))),
+                }
+            }
+            Part::Migrations => {
+                let record: MigrationRecord = parse(bytes)?;
+                record.check(key)?;
+                self.migrations.insert(key.clone(), (rev, record));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn parse<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes).map_err(|e| Error::Invalid(format!("it does not parse: {e}")))
+}
+
+/// A bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Cluster,
+    Nodes,
+    Shards,
+    Migrations,
+}
+
+/// Keeps a [`View`] up to date.
+#[derive(Debug, Clone)]
+pub(crate) struct Views {
+    view: watch::Sender<Arc<View>>,
+    /// Buckets that have been listed completely once.
+    synced: watch::Sender<u8>,
+    wanted: u8,
+}
+
+/// Which buckets to follow.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Scope {
+    /// All four (nodes).
+    Node,
+    /// Settings, nodes and shards (clients).
+    Client,
+}
+
+impl Views {
+    /// Starts one task per bucket.
+    pub(crate) fn start(
+        buckets: &Buckets,
+        nats: &Nats,
+        scope: Scope,
+        metrics: &Arc<Metrics>,
+        stop: &CancellationToken,
+        tasks: &TaskTracker,
+    ) -> Self {
+        let mut parts = vec![
+            (Part::Cluster, buckets.cluster.clone()),
+            (Part::Nodes, buckets.nodes.clone()),
+            (Part::Shards, buckets.shards.clone()),
+        ];
+        if let Scope::Node = scope {
+            parts.push((Part::Migrations, buckets.migrations.clone()));
+        }
+        let wanted = parts.iter().map(|(part, _)| 1 << *part as u8).sum();
+        let views = Views { view: watch::Sender::new(Arc::default()), synced: watch::Sender::new(0), wanted };
+        for (part, bucket) in parts {
+            let follow = Follow {
+                part,
+                bucket,
+                nats: nats.clone(),
+                views: views.clone(),
+                metrics: metrics.clone(),
+                stop: stop.clone(),
+            };
+            tasks.spawn(follow.run());
+        }
+        views
+    }
+
+    pub(crate) fn get(&self) -> Arc<View> {
+        self.view.borrow().clone()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    /// Waits until every bucket has been listed once.
+    pub(crate) async fn synced(&self, limit: Duration) -> Result<()> {
+        let mut synced = self.synced.subscribe();
+        let all = synced.wait_for(|parts| *parts == self.wanted);
+        match tokio::time::timeout(limit, all).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(Error::Unavailable("stopped".into())),
+            Err(_) => Err(Error::Unavailable("the cluster's records could not be read in time".into())),
+        }
+    }
+
+    /// Takes over a record that we have just written, before the watch brings it.
+    pub(crate) fn note_shard(&self, revision: u64, record: &ShardRecord) {
+        self.view.send_if_modified(|view| {
+            let newer = view.shards.get(&record.shard).is_none_or(|(known, _)| *known < revision);
+            if newer {
+                Arc::make_mut(view).shards.insert(record.shard, (revision, record.clone()));
+            }
+            newer
+        });
+    }
+}
+
+struct Follow {
+    part: Part,
+    bucket: Bucket,
+    nats: Nats,
+    views: Views,
+    metrics: Arc<Metrics>,
+    stop: CancellationToken,
+}
+
+impl Follow {
+    async fn run(self) {
+        let mut failures = 0;
+        loop {
+            let ended = tokio::select! {
+                () = self.stop.cancelled() => return,
+                ended = self.watch_once(&mut failures) => ended,
+            };
+            if let Err(error) = ended {
+                debug!(part = ?self.part, "{error}");
+            }
+            failures += 1;
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(rewatch_pause(failures)) => {}
+            }
+        }
+    }
+
+    /// Runs one watch until it must be started again: it ended, it missed something, or NATS came back.
+    async fn watch_once(&self, failures: &mut u32) -> Result<()> {
+        let mut watch = self.bucket.watch().await?;
+        let mut connected = self.nats.connected();
+        connected.mark_unchanged();
+        let mut relist = tokio::time::interval_at(tokio::time::Instant::now() + RELIST, RELIST);
+        let (mut seen, mut lagging) = (0, false);
+        loop {
+            if watch.current {
+                *failures = 0;
+                self.views.synced.send_if_modified(|parts| {
+                    let before = *parts;
+                    *parts |= 1 << self.part as u8;
+                    *parts != before
+                });
+            }
+            tokio::select! {
+                change = watch.next() => if let Some(change) = change? {
+                    seen = seen.max(change.revision);
+                    self.take(&change);
+                },
+                changed = connected.changed() => {
+                    if changed.is_ok() && *connected.borrow_and_update() {
+                        // Ordered consumers resume by themselves, but have been seen not to.
+                        return Ok(());
+                    }
+                }
+                _ = relist.tick() => {
+                    let last = self.bucket.last_revision().await?;
+                    // Purged keys leave revisions that no watch delivers; a watch that is merely a
+                    // moment late catches up before the second look.
+                    if last > seen && lagging {
+                        debug!(part = ?self.part, last, seen, "the watch may have missed something, listing again");
+                        return Ok(());
+                    }
+                    lagging = last > seen;
+                }
+            }
+        }
+    }
+
+    fn take(&self, change: &Change) {
+        let mut outcome = Ok(());
+        self.views.view.send_modify(|view| outcome = Arc::make_mut(view).apply(self.part, change));
+        if let Err(error) = outcome {
+            self.metrics.bad_messages.with_label_values(&["record"]).inc();
+            warn!(part = ?self.part, key = change.key, "a record is ignored: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::records::ShardStatus;
+    use chrono::DateTime;
+
+    fn change(shard: u32, term: u64, primary: &str) -> Change {
+        let record = ShardRecord {
+            shard: ShardId(shard),
+            primary: primary.into(),
+            replicas: vec![primary.into()],
+            joining: vec![],
+            status: ShardStatus::Full,
+            term,
+            migration: None,
+            log_id: uuid::Uuid::nil(),
+            log_first_seq: 1,
+            updated_at: DateTime::UNIX_EPOCH,
+        };
+        let value = serde_json::to_vec(&record).unwrap();
+        Change { key: ShardId(shard).token(), revision: term * 10, value: Some(value.into()) }
+    }
+
+    #[test]
+    fn a_stale_leaders_record_is_ignored() {
+        let mut view = View::default();
+        view.apply(Part::Shards, &change(1, 5, "new")).unwrap();
+        assert!(matches!(view.apply(Part::Shards, &change(1, 4, "old")), Err(Error::Fenced(_))));
+        assert_eq!(view.shard(ShardId(1)).unwrap().primary, "new");
+    }
+
+    #[test]
+    fn garbage_leaves_the_last_good_record() {
+        let mut view = View::default();
+        view.apply(Part::Shards, &change(1, 5, "a")).unwrap();
+        for garbage in [&b"\xff"[..], b"", b"{}", b"null", br#"{"shard":2}"#] {
+            let bad = Change { key: "00001".into(), revision: 99, value: Some(garbage.to_vec().into()) };
+            for part in [Part::Cluster, Part::Nodes, Part::Shards, Part::Migrations] {
+                assert!(view.apply(part, &bad).is_err());
+            }
+        }
+        let deleted = Change { key: "00001".into(), revision: 100, value: None };
+        view.apply(Part::Shards, &deleted).unwrap();
+        assert_eq!(view.shard(ShardId(1)).unwrap().primary, "a");
+    }
+}
