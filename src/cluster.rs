@@ -239,7 +239,7 @@ impl Cluster {
     /// [`Error::Invalid`] for an id that cannot be stored.
     pub fn get_shard_for_key(&self, key: &str) -> Result<ShardId> {
         crate::model::vector::validate_id(key)?;
-        // With `adopt`, the cluster may have another number than our settings.
+        // With `adopt_num_shards`, the cluster may have another number than our settings.
         let adopted = self
             .running
             .try_read()

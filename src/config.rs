@@ -55,9 +55,10 @@ pub struct ClusterConfig {
     pub hash: KeyHash,
     /// Which nodes a shard prefers. Fixed at creation.
     pub placement: Placement,
-    /// Take `num_shards` and `replication_factor` from an existing cluster instead of refusing a
-    /// difference. Default: false.
-    pub adopt: bool,
+    /// Take `num_shards` from an existing cluster instead of refusing a difference. Default: false.
+    pub adopt_num_shards: bool,
+    /// Take `replication_factor` from an existing cluster instead of refusing a difference. Default: false.
+    pub adopt_replication_factor: bool,
     /// Failure domain: replicas of a shard go to different racks where possible. Empty: none.
     pub rack: String,
     /// Share of replicas relative to other nodes, 1 to 1,000,000. Default: 1.
@@ -109,7 +110,8 @@ impl Default for ClusterConfig {
             metric: None,
             hash: KeyHash::default(),
             placement: Placement::default(),
-            adopt: false,
+            adopt_num_shards: false,
+            adopt_replication_factor: false,
             rack: String::new(),
             weight: 1,
             namespace: "ruvector".to_owned(),

@@ -1,5 +1,8 @@
 //! Horizontal scale for a vector database, coordinated through NATS.
 
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod client;
 mod clock;
 mod cluster;

@@ -14,6 +14,8 @@ pub type Payload = serde_json::Map<String, serde_json::Value>;
 pub const MAX_ID_BYTES: usize = 512;
 /// Largest payload, in bytes of compact JSON.
 pub const MAX_PAYLOAD_BYTES: usize = 64 * 1024;
+/// Deepest nesting of a payload: far below what any encoding of it can take.
+pub const MAX_PAYLOAD_DEPTH: usize = 64;
 /// Most dimensions of a vector: 64 Ki numbers are 256 KiB, half of a migration chunk.
 pub const MAX_DIMENSIONS: usize = 65_536;
 /// Most results that one search may ask for.
@@ -48,6 +50,12 @@ impl VectorEntry {
         validate_vector(&self.vector, dimensions, metric)
             .map_err(|e| e.context(format!("vector {:?}", self.id)))?;
         if let Some(payload) = &self.payload {
+            if payload.values().any(|value| deeper_than(value, MAX_PAYLOAD_DEPTH)) {
+                return Err(Error::Invalid(format!(
+                    "payload of {:?} is nested deeper than {MAX_PAYLOAD_DEPTH} levels",
+                    self.id
+                )));
+            }
             let bytes = payload_json(payload).len();
             if bytes > MAX_PAYLOAD_BYTES {
                 return Err(Error::Invalid(format!(
@@ -78,6 +86,15 @@ impl VectorEntry {
     pub fn wire_bytes(&self) -> usize {
         let payload = self.payload.as_ref().map_or(0, |p| payload_json(p).len());
         self.id.len() + self.vector.len() * 4 + payload + 32
+    }
+}
+
+fn deeper_than(value: &serde_json::Value, levels: usize) -> bool {
+    let Some(below) = levels.checked_sub(1) else { return true };
+    match value {
+        serde_json::Value::Array(items) => items.iter().any(|item| deeper_than(item, below)),
+        serde_json::Value::Object(fields) => fields.values().any(|field| deeper_than(field, below)),
+        _ => false,
     }
 }
 

@@ -241,8 +241,10 @@ fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
             differences.push(format!("{what} is {ours} here and {theirs} in the cluster"));
         }
     };
-    if !config.adopt {
+    if !config.adopt_num_shards {
         check("num_shards", config.num_shards.to_string(), record.num_shards.to_string());
+    }
+    if !config.adopt_replication_factor {
         check(
             "replication_factor",
             config.replication_factor.to_string(),
@@ -256,9 +258,7 @@ fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
         check("metric", metric.to_string(), record.metric.to_string());
     }
     check("hash", format!("{:?}", config.hash), format!("{:?}", record.hash));
-    if !config.adopt {
-        check("placement", format!("{:?}", config.placement), format!("{:?}", record.placement));
-    }
+    check("placement", format!("{:?}", config.placement), format!("{:?}", record.placement));
     if differences.is_empty() {
         return Ok(());
     }

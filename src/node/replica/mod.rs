@@ -11,7 +11,6 @@ mod writer;
 
 pub(crate) use seed::Progress;
 pub(crate) use source::stream_snapshot;
-pub(crate) use writer::Placed;
 
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
@@ -140,6 +139,7 @@ impl Replica {
         });
         replica.tasks.spawn(writing);
         replica.tasks.spawn(replica.clone().run(asks));
+        replica.tasks.spawn(replica.clone().flush_often());
         replica.tasks.spawn(replica.clone().serve());
         replica.tasks.close();
         Ok(replica)
@@ -296,10 +296,30 @@ impl Replica {
         }
     }
 
+    /// Makes what is applied durable, beside the applying.
+    async fn flush_often(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(FLUSH);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+            if self.store.durable() >= self.store.applied() {
+                continue;
+            }
+            let store = self.store.clone();
+            if let Err(error) = blocking(move || store.flush()).await {
+                // The next apply meets the same error, closes the gate and says so.
+                debug!(shard = %self.shard, "flushing: {error}");
+            }
+        }
+    }
+
     /// Looks, decides and acts once; returns when it is time to look again.
     async fn round(&self, asks: &mut SnapshotAsks, failures: &mut u32) -> Result<()> {
         let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
-        let mut applier = blocking(move || Applier::load(store, &cluster)).await?;
+        let applier = blocking(move || Applier::load(store, &cluster)).await?;
         let mut views = self.ctx.views.subscribe();
         let Some(ordered) = self.ordered() else {
             let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
@@ -411,8 +431,6 @@ impl Replica {
         let mut views = self.ctx.views.subscribe();
         let mut connected = self.ctx.data.nats.connected();
         connected.mark_unchanged();
-        let mut flush = tokio::time::interval(FLUSH);
-        flush.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // Shards take turns looking, instead of all at once.
         let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
@@ -434,12 +452,6 @@ impl Replica {
                     }).await?;
                     applier = back;
                     self.took(&applier, applied?, goal);
-                }
-                _ = flush.tick() => {
-                    if self.store.durable() < self.store.applied() {
-                        let store = self.store.clone();
-                        blocking(move || store.flush()).await?;
-                    }
                 }
                 _ = look.tick() => {
                     let log = self.ctx.logs.info(self.shard).await?;
