@@ -30,7 +30,10 @@ pub(crate) fn api_code(error: &(dyn std::error::Error + 'static)) -> Option<u64>
         }
         at = error.source();
     }
-    None
+    // Some of async-nats's errors carry the server's in their kind, where only its text can be reached.
+    let text = error.to_string();
+    let (_, code) = text.rsplit_once("error code ")?;
+    code.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
 /// A foreign error as ours, when nothing better is known: the server may be away or changing leaders.

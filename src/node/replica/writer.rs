@@ -11,7 +11,7 @@
 
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
-use crate::model::wire::{LogEntry, LogOp, encode};
+use crate::model::wire::{LogEntry, LogOp, WriteOp, encode};
 use crate::model::{OpId, ShardId};
 use crate::nats::log::{Appended, Logs, MAX_JOINED_BYTES};
 use std::collections::HashMap;
@@ -141,9 +141,10 @@ fn join(batch: &[Job]) -> (LogEntry, OpId) {
         ops.push(job.op.clone());
     }
     // JetStream's own de-duplication may only be given an operation's id when nothing else is aboard:
-    // otherwise a retry of one would swallow the others.
+    // otherwise a retry of one would swallow the others. Nor for a delete: its answer, how many ids it
+    // found, comes from the replica that meets the repeated entry in the log and remembers the first.
     let message_id = match ops.as_slice() {
-        [LogOp::Write { op_id, .. }] => *op_id,
+        [LogOp::Write { op_id, op: WriteOp::Upsert(_) }] => *op_id,
         _ => fresh_id(),
     };
     (LogEntry { ops }, message_id)
@@ -181,7 +182,6 @@ async fn persist(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::wire::WriteOp;
 
     fn job(op: LogOp) -> Job {
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
@@ -199,8 +199,10 @@ mod tests {
     }
 
     #[test]
-    fn only_a_lone_operation_lends_its_id_to_the_message() {
-        assert_eq!(join(&[job(write(7))]).1, OpId::from_u128(7));
+    fn only_a_lone_upsert_lends_its_id_to_the_message() {
+        let upsert = LogOp::Write { op_id: OpId::from_u128(7), op: WriteOp::Upsert(vec![]) };
+        assert_eq!(join(&[job(upsert)]).1, OpId::from_u128(7));
+        assert_ne!(join(&[job(write(7))]).1, OpId::from_u128(7));
         let joined = join(&[write(7), write(8)].map(job)).1;
         assert!(joined != OpId::from_u128(7) && joined != OpId::from_u128(8));
     }
