@@ -15,6 +15,8 @@ mod metrics;
 pub mod model;
 mod nats;
 mod node;
+#[cfg(feature = "cli")]
+pub mod playground;
 pub mod store;
 mod view;
 
