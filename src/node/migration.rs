@@ -19,6 +19,7 @@ use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::wire::DigestRequest;
 use crate::nats::bucket::Cas;
 use crate::node::context::Context;
+use crate::node::failpoint::pause;
 use crate::node::replica::Replica;
 use crate::store::Digest;
 use crate::view::parse;
@@ -71,7 +72,9 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
 }
 
 async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {
+    pause("migration-prepare").await;
     load(ctx, id, replica).await?;
+    pause("migration-catch-up").await;
     let digest = compare(ctx, id, replica).await?;
     // Serve first, then say so: at no instant does the shard have fewer serving replicas.
     replica.allow_serving();

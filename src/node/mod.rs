@@ -3,6 +3,7 @@
 mod api;
 mod context;
 mod data_dir;
+mod failpoint;
 mod join;
 mod leader;
 mod lease;

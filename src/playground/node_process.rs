@@ -23,6 +23,8 @@ pub struct NodeOptions {
     pub rack: String,
     /// Further arguments of `node`.
     pub args: Vec<String>,
+    /// Further environment variables.
+    pub env: Vec<(String, String)>,
 }
 
 /// A node process; killed when dropped.
@@ -126,6 +128,7 @@ fn spawn(options: &NodeOptions) -> Result<Child> {
         .arg("--data-dir")
         .arg(options.dir.join(&options.id))
         .args(&options.args)
+        .envs(options.env.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(log)

@@ -15,6 +15,7 @@ use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
+use crate::node::failpoint::pause;
 use crate::view::parse;
 use std::time::Duration;
 use tracing::debug;
@@ -84,6 +85,7 @@ impl Leader {
             // If it landed after all, the next look finds a migration that no shard names, and drops it.
             Cas::Unknown(error) => return Err(error),
         }
+        pause("migration-before-joining").await;
         record.joining = vec![to.to_owned()];
         record.migration = Some(id.clone());
         self.write_shard(record).await?;
@@ -151,7 +153,9 @@ impl Leader {
             return self.abort(migration, MigrationPhase::Failed, "it made no progress for 10 minutes").await;
         }
         if migration.phase == MigrationPhase::Cutover {
+            pause("migration-before-swap").await;
             self.swap(migration).await?;
+            pause("migration-after-swap").await;
             self.finish(migration).await?;
         }
         Ok(())

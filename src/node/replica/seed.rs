@@ -17,6 +17,7 @@ use crate::model::NodeId;
 use crate::model::wire::{Chunk, ChunkAck, ChunkBody, SnapshotReply, SnapshotRequest, decode};
 use crate::nats::bus::{sender, verify_checksum};
 use crate::nats::unavailable;
+use crate::node::failpoint::pause;
 use crate::store::Mutation;
 use futures::StreamExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -162,6 +163,7 @@ impl Replica {
                         Progress { loading: true, bytes_done: done, bytes_total: total, chunks: count };
                 });
             }
+            pause("migration-snapshot").await;
             if last {
                 return blocking(move || applier.end_seed()).await;
             }
