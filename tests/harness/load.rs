@@ -130,7 +130,7 @@ impl Load {
                         let after = keys[key].sent.load(Ordering::SeqCst);
                         stats.reads.fetch_add(1, Ordering::Relaxed);
                         stats.read_times.lock().unwrap().push(Instant::now());
-                        let mut wrong = |what: &str| {
+                        let wrong = |what: &str| {
                             let text = format!(
                                 "{what}: {} got {got}, acknowledged before {before}, seen {}, sent {after}, {consistency:?}",
                                 id(key),
