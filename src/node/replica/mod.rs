@@ -236,6 +236,11 @@ impl Replica {
         }
     }
 
+    /// Resolves when the replica is being closed: whoever holds it lets go.
+    pub(crate) async fn closing(&self) {
+        self.stop.cancelled().await;
+    }
+
     fn stopping(&self) -> Error {
         Error::Unavailable(format!("the replica of shard {} is stopping", self.shard))
     }
