@@ -36,7 +36,9 @@ impl Bars {
             bar.enable_steady_tick(REDRAW);
             bar
         });
-        Bar { bar, label, length, shown: None, text: String::new() }
+        // That counting begins is no news.
+        let shown = matches!(what, Shape::Count).then(|| (0, Instant::now()));
+        Bar { bar, label, length, shown, stage: String::new() }
     }
 
     /// Runs something that prints, with the bars out of the way.
@@ -79,31 +81,28 @@ pub(crate) struct Bar {
     length: Option<u64>,
     /// What the last plain line said, and when.
     shown: Option<(u64, Instant)>,
-    text: String,
+    stage: String,
 }
 
 impl Bar {
-    /// How far it is, and what is going on.
-    pub(crate) fn set(&mut self, done: u64, text: &str) {
-        let text = plain(text);
-        match &self.bar {
-            Some(bar) => {
-                bar.set_position(done.min(self.length.unwrap_or(u64::MAX)));
-                bar.set_message(text);
-            }
-            None => {
-                let now = Instant::now();
-                if due(self.shown, done, self.length, now) || text != self.text && self.length == Some(100) {
-                    let far = match self.length {
-                        Some(length) => format!("{} %", done * 100 / length.max(1)),
-                        None => super::render::number(done),
-                    };
-                    let gap = if text.is_empty() { "" } else { "  " };
-                    note(format!("{}  {far:>5}{gap}{text}", self.label));
-                    self.shown = Some((done, now));
-                    self.text = text;
-                }
-            }
+    /// How far it is, what is going on, and more about that. A new stage is worth a plain line.
+    pub(crate) fn set(&mut self, done: u64, stage: &str, detail: &str) {
+        let text = plain(&[stage, detail].join(" "));
+        let text = text.trim();
+        if let Some(bar) = &self.bar {
+            bar.set_position(done.min(self.length.unwrap_or(u64::MAX)));
+            bar.set_message(text.to_owned());
+            return;
+        }
+        let now = Instant::now();
+        if due(self.shown, done, self.length, now) || stage != self.stage {
+            let far = match self.length {
+                Some(length) => format!("{} %", done * 100 / length.max(1)),
+                None => super::render::number(done),
+            };
+            note(format!("{}  {far:>5}  {text}", self.label).trim_end());
+            self.shown = Some((done, now));
+            stage.clone_into(&mut self.stage);
         }
     }
 

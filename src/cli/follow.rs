@@ -5,7 +5,7 @@
 
 use super::bars::{Bar, Bars, Shape};
 use super::patience::{buckets, events};
-use super::render::bytes;
+use super::render::{bytes, number, span};
 use crate::client::Client;
 use crate::clock::wall;
 use crate::error::{Error, Result};
@@ -248,23 +248,23 @@ pub(crate) fn title(record: &MigrationRecord) -> String {
     format!("shard {} {from}→ {}", record.shard, record.to)
 }
 
-/// What is going on, in a few words.
-pub(crate) fn situation(record: &MigrationRecord) -> String {
+/// More about the phase.
+fn detail(record: &MigrationRecord) -> String {
     let size = match (record.bytes_done, record.bytes_total) {
         (_, 0) => String::new(),
-        (done, total) if done < total => format!(" {} of {}", bytes(done), bytes(total)),
-        (done, _) => format!(" {}", bytes(done)),
+        (done, total) if done < total => format!("{} of {}", bytes(done), bytes(total)),
+        (done, _) => bytes(done),
     };
     match record.phase {
-        MigrationPhase::CatchUp if record.lag > 0 => format!("catch-up, {} entries behind", record.lag),
-        phase => format!("{phase}{size}"),
+        MigrationPhase::CatchUp if record.lag > 0 => format!("{size} {} entries behind", number(record.lag)),
+        _ => size,
     }
 }
 
 /// What became of it, as one line.
 pub(crate) fn outcome(record: &MigrationRecord) -> String {
     let took = (record.updated_at - record.started_at).to_std().unwrap_or_default();
-    let took = super::render::span(took);
+    let took = span(took);
     let title = title(record);
     match record.phase {
         phase if phase.is_success() => format!("{title}: moved, {} in {took}", bytes(record.bytes_done)),
@@ -302,7 +302,7 @@ impl MigrationBars {
             None if age > chrono::TimeDelta::seconds(15) => "  (no progress lately)".to_owned(),
             None => String::new(),
         };
-        line.set(percent(record), &format!("{}{error}", situation(record)));
+        line.set(percent(record), &record.phase.to_string(), &format!("{}{error}", detail(record)));
     }
 }
 

@@ -49,6 +49,9 @@ pub(crate) async fn run(global: &Global, command: MigrationsCommand) -> Result<E
     match command {
         MigrationsCommand::Ls => {
             let records = read_all(&client).await?;
+            if records.is_empty() {
+                note("no migrations in the last 24 hours");
+            }
             render::show(global.output, &records, |records| listing(records, wall()))?;
             Ok(Exit::Done)
         }

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 const BATCH_BYTES: usize = 4 << 20;
 /// A batch is tried for so long: operation ids are remembered for two minutes.
 const TRY_FOR: Duration = Duration::from_secs(105);
+const STOPPING: &str = "stopping …";
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(3);
 
@@ -147,7 +148,7 @@ impl Loader {
         tokio::pin!(sends);
         let mut loaded =
             Loaded { count: 0, seqs: BTreeMap::new(), took: Duration::ZERO, end: Ok(Exit::Done) };
-        bar.set(0, "");
+        bar.set(0, "", "");
         loop {
             let written = tokio::select! {
                 written = sends.next() => written,
@@ -158,7 +159,7 @@ impl Loader {
                         break;
                     }
                     stop.cancel();
-                    bar.set(loaded.count, "stopping …");
+                    bar.set(loaded.count, STOPPING, "");
                     continue;
                 }
             };
@@ -166,7 +167,7 @@ impl Loader {
                 Some(Ok(written)) => {
                     loaded.count += written.count;
                     loaded.seqs.extend(written.seqs);
-                    bar.set(loaded.count, if stop.is_cancelled() { "stopping …" } else { "" });
+                    bar.set(loaded.count, if stop.is_cancelled() { STOPPING } else { "" }, "");
                 }
                 Some(Err(error)) => {
                     loaded.end = loaded.end.and(Err(error));
