@@ -1,7 +1,8 @@
 //! Progress on stderr: bars on a terminal, plain lines elsewhere.
 
-use super::render::{note, plain};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use super::render::{note, number, plain};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use std::fmt::Write;
 use std::io::IsTerminal;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -63,13 +64,17 @@ impl Shape {
     fn style(self, bounded: bool) -> ProgressStyle {
         let template = match (self, bounded) {
             (Shape::Count, true) => {
-                "{prefix}  {wide_bar:.cyan/dim}  {human_pos} of {human_len}, {per_sec:.dim}, {eta} left {msg}"
+                "{prefix}  {wide_bar:.cyan/dim}  {human_pos} of {human_len}, {rate:.dim}, {eta} left {msg}"
             }
-            (Shape::Count, false) => "{prefix}  {spinner} {human_pos}, {per_sec:.dim} {msg}",
-            (Shape::Percent, _) => "{prefix}  {bar:32.cyan/dim} {percent:>3} %  {msg}",
+            (Shape::Count, false) => "{prefix}  {spinner} {human_pos}, {rate:.dim} {msg}",
+            (Shape::Percent, _) => "{prefix:20}  {bar:32.cyan/dim} {percent:>3} %  {msg}",
         };
         let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        style.progress_chars("━╸─")
+        // indicatif's own rate has four decimals.
+        let rate = |state: &ProgressState, out: &mut dyn Write| {
+            let _ = write!(out, "{}/s", number(state.per_sec() as u64));
+        };
+        style.with_key("rate", rate).progress_chars("━╸─")
     }
 }
 
@@ -98,7 +103,7 @@ impl Bar {
         if due(self.shown, done, self.length, now) || stage != self.stage {
             let far = match self.length {
                 Some(length) => format!("{} %", done * 100 / length.max(1)),
-                None => super::render::number(done),
+                None => number(done),
             };
             note(format!("{}  {far:>5}  {text}", self.label).trim_end());
             self.shown = Some((done, now));

@@ -16,6 +16,7 @@ use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::nats::bucket::Bucket;
 use crate::nats::events::EventStream;
 use crate::view::parse;
+use chrono::{DateTime, Utc};
 use futures::StreamExt;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -221,7 +222,11 @@ fn progressed(mut record: MigrationRecord, event: &Event) -> Option<MigrationRec
     }
     let phase: MigrationPhase = serde_json::from_value(event.more.get("phase")?.clone()).ok()?;
     let field = |name: &str| event.more.get(name).and_then(serde_json::Value::as_u64);
-    record.phase = record.phase.max(phase);
+    if event.at < record.updated_at {
+        // The record was read meanwhile.
+        return Some(record);
+    }
+    record.phase = phase;
     record.bytes_done = field("bytes_done").unwrap_or(record.bytes_done);
     record.bytes_total = field("bytes_total").unwrap_or(record.bytes_total).max(record.bytes_done);
     record.lag = field("lag").unwrap_or(record.lag);
@@ -236,6 +241,8 @@ pub(crate) fn percent(record: &MigrationRecord) -> u64 {
         MigrationPhase::Snapshot => {
             record.bytes_done.min(record.bytes_total) * 90 / record.bytes_total.max(1)
         }
+        // Said also before it is known that a snapshot is needed.
+        MigrationPhase::CatchUp if record.bytes_total == 0 => 0,
         MigrationPhase::CatchUp => 90,
         MigrationPhase::Cutover => 95,
         MigrationPhase::Cleanup | MigrationPhase::Completed => 100,
@@ -261,18 +268,31 @@ fn detail(record: &MigrationRecord) -> String {
     }
 }
 
+/// How long it took, or has taken so far; not known once the old copy is gone, which is later.
+pub(crate) fn took(record: &MigrationRecord, now: DateTime<Utc>) -> Option<String> {
+    let end = match record.phase {
+        MigrationPhase::Completed => return None,
+        phase if phase.is_running() => now,
+        _ => record.updated_at,
+    };
+    Some(span((end - record.started_at).to_std().unwrap_or_default()))
+}
+
 /// What became of it, as one line.
 pub(crate) fn outcome(record: &MigrationRecord) -> String {
-    let took = (record.updated_at - record.started_at).to_std().unwrap_or_default();
-    let took = span(took);
     let title = title(record);
-    match record.phase {
-        phase if phase.is_success() => format!("{title}: moved, {} in {took}", bytes(record.bytes_done)),
-        phase => {
-            let why = record.error.as_deref().unwrap_or("no reason is recorded");
-            format!("{title}: {phase} after {took}, {why}")
-        }
+    let took = took(record, record.updated_at);
+    if record.phase.is_success() {
+        let what = match record.bytes_total {
+            0 => "moved by its log alone".to_owned(),
+            _ => format!("moved, {}", bytes(record.bytes_done)),
+        };
+        let took = took.map_or_else(String::new, |took| format!(" in {took}"));
+        return format!("{title}: {what}{took}");
     }
+    let why = record.error.as_deref().unwrap_or("no reason is recorded");
+    let took = took.map_or_else(String::new, |took| format!(" after {took}"));
+    format!("{title}: {}{took}, {why}", record.phase)
 }
 
 /// Bars of the migrations under way.
@@ -310,7 +330,6 @@ impl MigrationBars {
 pub(crate) mod tests {
     use super::*;
     use crate::model::ShardId;
-    use chrono::DateTime;
 
     pub(crate) fn record(phase: MigrationPhase) -> MigrationRecord {
         MigrationRecord {
@@ -343,15 +362,16 @@ pub(crate) mod tests {
     #[test]
     fn an_event_of_progress_moves_the_record_on_but_never_ends_it() {
         let event = |phase: &str, done: u64| {
-            Event::new("migration.progress", "x")
-                .migration("m-00007-ab")
-                .with("phase", phase)
-                .with("bytes_done", done)
+            let event = Event::new("migration.progress", "x").with("phase", phase).with("bytes_done", done);
+            Event { at: DateTime::UNIX_EPOCH + chrono::TimeDelta::seconds(2), ..event }
         };
         let now = progressed(record(MigrationPhase::Prepare), &event("snapshot", 1_500)).unwrap();
         assert_eq!((now.phase, now.bytes_done, now.bytes_total), (MigrationPhase::Snapshot, 1_500, 2_048));
-        let late = progressed(record(MigrationPhase::CatchUp), &event("snapshot", 2_048)).unwrap();
-        assert_eq!(late.phase, MigrationPhase::CatchUp);
+        let early = Event { at: DateTime::UNIX_EPOCH, ..event("snapshot", 7) };
+        assert_eq!(
+            progressed(record(MigrationPhase::CatchUp), &early),
+            Some(record(MigrationPhase::CatchUp))
+        );
         assert!(progressed(record(MigrationPhase::Cancelled), &event("cutover", 1)).is_none());
         assert!(
             progressed(record(MigrationPhase::Snapshot), &Event::new("migration.completed", "x")).is_none()
@@ -361,7 +381,11 @@ pub(crate) mod tests {
 
     #[test]
     fn outcomes_read_as_sentences() {
-        assert_eq!(outcome(&record(MigrationPhase::Cleanup)), "shard 7 n1 → n4: moved, 1.0 KiB in 1.5s");
+        let moved = record(MigrationPhase::Cleanup);
+        assert_eq!(outcome(&moved), "shard 7 n1 → n4: moved, 1.0 KiB in 1.5s");
+        let replayed = MigrationRecord { bytes_done: 0, bytes_total: 0, ..moved };
+        assert_eq!(outcome(&replayed), "shard 7 n1 → n4: moved by its log alone in 1.5s");
+        assert_eq!(outcome(&record(MigrationPhase::Completed)), "shard 7 n1 → n4: moved, 1.0 KiB");
         let failed = MigrationRecord {
             from: None,
             error: Some("its target n4 is down".into()),
