@@ -20,7 +20,7 @@ pub mod playground;
 pub mod store;
 mod view;
 
-pub use client::{Client, ClientOptions, Found, SearchOutcome, Written};
+pub use client::{Admin, Client, ClientOptions, Found, SearchOutcome, Written};
 pub use cluster::{Cluster, ClusterEvent, ClusterHealth, Node, Shard};
 pub use config::ClusterConfig;
 pub use error::{Error, Result};

@@ -4,8 +4,11 @@
 //! it has written or seen before. It retries within a deadline; a write carries an operation id, so a
 //! repeated one takes effect once.
 
+mod admin;
 mod route;
 mod search;
+
+pub use admin::Admin;
 
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
