@@ -1,6 +1,7 @@
 //! The command line. Data goes to stdout, talk to stderr.
 
 mod dataset;
+mod demo;
 mod exit;
 mod global;
 mod node;
@@ -22,6 +23,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The whole story in one command: a cluster of its own, real data, nodes that join and die.
+    Demo(demo::DemoArgs),
     /// Run one node until SIGTERM or Ctrl-C, then leave in order.
     Node(Box<node::NodeArgs>),
 }
@@ -52,6 +55,7 @@ pub fn main() -> ExitCode {
 async fn run(cli: Cli) -> crate::Result<Exit> {
     let Cli { global, command } = cli;
     match command {
+        Command::Demo(args) => demo::run(&global, args).await,
         Command::Node(args) => node::run(&global, *args).await,
     }
 }
