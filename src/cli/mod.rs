@@ -2,6 +2,7 @@
 
 mod dataset;
 mod demo;
+mod dev;
 mod exit;
 mod global;
 mod node;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// The whole story in one command: a cluster of its own, real data, nodes that join and die.
     Demo(demo::DemoArgs),
+    /// A playground until Ctrl-C: a nats-server and nodes on this machine.
+    Dev(dev::DevArgs),
     /// Run one node until SIGTERM or Ctrl-C, then leave in order.
     Node(Box<node::NodeArgs>),
 }
@@ -56,6 +59,7 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
     let Cli { global, command } = cli;
     match command {
         Command::Demo(args) => demo::run(&global, args).await,
+        Command::Dev(args) => dev::run(&global, args).await,
         Command::Node(args) => node::run(&global, *args).await,
     }
 }

@@ -23,9 +23,9 @@ use crate::playground::{LocalCluster, LocalOptions, interrupted};
 use clap::Args;
 use data::Data;
 use report::Report;
-use stage::Stage;
+pub(super) use stage::Stage;
 use std::path::{Path, PathBuf};
-use steps::Steps;
+pub(super) use steps::Steps;
 
 /// Flags of `demo`.
 #[derive(Debug, Args)]
@@ -52,16 +52,15 @@ pub(crate) struct DemoArgs {
 
 pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<Exit> {
     global.log("ruvector_cluster=error");
-    let clock = Clock::start();
     let data = data::read(args.dataset.clone(), args.limit).await?;
     let folder = tempfile::Builder::new().prefix("ruvector-demo-").tempdir();
     let folder = folder.map_err(|e| Error::Unavailable(format!("no temporary folder: {e}")))?;
-    let steps = Steps::new(clock);
+    let steps = Steps::new(Clock::start());
 
     // Children are ended before their folder is: so the cluster is owned here, not by what may be cut off.
     let mut local = None;
     let ended = tokio::select! {
-        ended = Box::pin(perform(&mut local, global, &args, &data, folder.path(), &steps, clock)) => Some(ended),
+        ended = Box::pin(perform(&mut local, global, &args, &data, folder.path(), &steps)) => Some(ended),
         () = interrupted() => None,
     };
     steps.clear();
@@ -105,7 +104,6 @@ async fn perform(
     data: &Data,
     dir: &Path,
     steps: &Steps,
-    clock: Clock,
 ) -> Result<Report> {
     steps.begin("starting nats-server");
     let options = LocalOptions {
@@ -120,9 +118,8 @@ async fn perform(
     for _ in 0..args.nodes {
         local.add_node()?;
     }
-    let client = Stage::first_client(&local.url(), &global.namespace).await?;
+    let mut stage = Stage::open(local, &global.namespace, steps).await?;
     steps.done(&format!("nats-server and {} nodes run in {}", args.nodes, dir.display()));
-    let mut stage = Stage { local, client, steps, clock };
     let measured = stage.perform(data, &global.namespace).await?;
     let nodes = stage.local.nodes().len();
     Ok(Report::new(nodes, args.shards, data.entries.len(), data.dimensions, measured))

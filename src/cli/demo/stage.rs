@@ -1,12 +1,13 @@
 //! The cluster of the demo and the questions that it is asked; every wait ends, with a reason.
 
 use super::steps::Steps;
-use crate::client::Client;
+use crate::client::{Client, ClientOptions};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::model::admin::{HealthStatus, NodesReply, ShardView, ShardsReply, ShardsRequest, StatusReply};
 use crate::model::records::{MigrationRecord, NodeStatus};
 use crate::model::{MigrationId, NodeId};
+use crate::nats::NatsOptions;
 use crate::playground::LocalCluster;
 use crate::view::{Buckets, View, parse};
 use serde::Serialize;
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Longest wait for anything but the copying of data.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Longest wait for the cluster to be whole again, data copied.
 pub(super) const HEALING: Duration = Duration::from_secs(300);
 /// Pause between two looks.
@@ -32,15 +33,45 @@ pub(super) async fn admin<Q: Serialize, A: DeserializeOwned>(
     client.bus().call_json(client.subjects().admin(verb), request, ASK).await
 }
 
+pub(super) async fn connect(url: &str, namespace: &str, timeout: Duration) -> Result<Client> {
+    let options = ClientOptions {
+        nats: NatsOptions::new(url),
+        namespace: namespace.to_owned(),
+        timeout,
+        ..ClientOptions::default()
+    };
+    Client::connect(options).await
+}
+
 /// The processes, a client, and what is said meanwhile.
-pub(super) struct Stage<'a> {
+pub(in crate::cli) struct Stage<'a> {
     pub(super) local: &'a mut LocalCluster,
-    pub(super) client: Client,
+    pub(in crate::cli) client: Client,
     pub(super) steps: &'a Steps,
     pub(super) clock: Clock,
 }
 
-impl Stage<'_> {
+impl<'a> Stage<'a> {
+    /// Waits until there is a cluster to talk to.
+    ///
+    /// # Errors
+    /// `Unavailable` when there is none in time, or a node has died.
+    pub(in crate::cli) async fn open(
+        local: &'a mut LocalCluster,
+        namespace: &str,
+        steps: &'a Steps,
+    ) -> Result<Stage<'a>> {
+        let clock = steps.clock();
+        loop {
+            match connect(&local.url(), namespace, Duration::from_secs(10)).await {
+                Ok(client) => return Ok(Stage { local, client, steps, clock }),
+                Err(error) if error.is_retryable() && clock.now() < PATIENCE => local.check_running()?,
+                Err(error) => return Err(error),
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     /// Looks again and again until there is an answer. Ends early when a process has died that nobody
     /// killed: nothing will come then.
     ///
@@ -67,7 +98,11 @@ impl Stage<'_> {
     }
 
     /// Waits until so many nodes are up, every shard is full and nothing moves.
-    pub(super) async fn until_green(&mut self, up: usize, mut shown: impl FnMut(String)) -> Result<()> {
+    pub(in crate::cli) async fn until_green(
+        &mut self,
+        up: usize,
+        mut shown: impl FnMut(String),
+    ) -> Result<()> {
         self.until("the cluster is green", HEALING, async |client| {
             let status: StatusReply = admin(client, "status", &()).await.map_err(|e| e.to_string())?;
             if status.status == HealthStatus::Green && status.nodes.up == up && status.migrations == 0 {

@@ -7,14 +7,14 @@ use std::time::Duration;
 
 /// The lines of one run.
 #[derive(Debug)]
-pub(super) struct Steps {
+pub(in crate::cli) struct Steps {
     clock: Clock,
     /// Only on a terminal.
     spinner: Option<ProgressBar>,
 }
 
 impl Steps {
-    pub(super) fn new(clock: Clock) -> Steps {
+    pub(in crate::cli) fn new(clock: Clock) -> Steps {
         let spinner = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{spinner:.cyan} {elapsed:.dim}  {msg}");
             let bar = ProgressBar::new_spinner();
@@ -25,8 +25,13 @@ impl Steps {
         Steps { clock, spinner }
     }
 
+    /// The clock that the lines show.
+    pub(super) fn clock(&self) -> Clock {
+        self.clock
+    }
+
     /// Something begins.
-    pub(super) fn begin(&self, text: &str) {
+    pub(in crate::cli) fn begin(&self, text: &str) {
         match &self.spinner {
             Some(spinner) => spinner.set_message(text.to_owned()),
             None => self.line(' ', text),
@@ -34,7 +39,7 @@ impl Steps {
     }
 
     /// How it goes: for terminals only.
-    pub(super) fn progress(&self, text: &str) {
+    pub(in crate::cli) fn progress(&self, text: &str) {
         if let Some(spinner) = &self.spinner {
             spinner.set_message(text.to_owned());
         }
@@ -59,7 +64,7 @@ impl Steps {
     }
 
     /// Takes the spinner away.
-    pub(super) fn clear(&self) {
+    pub(in crate::cli) fn clear(&self) {
         if let Some(spinner) = &self.spinner {
             spinner.finish_and_clear();
         }

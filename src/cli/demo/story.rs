@@ -6,14 +6,12 @@ use super::load::Load;
 use super::recall::recall;
 use super::record::Span;
 use super::report::{Moved, Scene};
-use super::stage::{HEALING, PATIENCE, Stage, admin, is_down};
+use super::stage::{HEALING, Stage, admin, connect, is_down};
 use super::verify::{Verdict, verify};
-use crate::client::{Client, ClientOptions};
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
 use crate::model::admin::{MigrateReply, MigrateRequest};
 use crate::model::{Consistency, NodeId};
-use crate::nats::NatsOptions;
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
 
@@ -35,16 +33,6 @@ pub(super) struct Measured {
     pub(super) crash_noticed: Duration,
     pub(super) leader_failover: Duration,
     pub(super) verdict: Verdict,
-}
-
-pub(super) async fn connect(url: &str, namespace: &str, timeout: Duration) -> Result<Client> {
-    let options = ClientOptions {
-        nats: NatsOptions::new(url),
-        namespace: namespace.to_owned(),
-        timeout,
-        ..ClientOptions::default()
-    };
-    Client::connect(options).await
 }
 
 impl Stage<'_> {
@@ -252,18 +240,5 @@ impl Stage<'_> {
         self.scene(measured, "leader_kill", from);
         self.steps.done(&format!("{leader} is back, every shard is full: {}", load.line()));
         Ok(())
-    }
-
-    /// Waits until there is a cluster to talk to.
-    pub(super) async fn first_client(url: &str, namespace: &str) -> Result<Client> {
-        let deadline = tokio::time::Instant::now() + PATIENCE;
-        loop {
-            match connect(url, namespace, Duration::from_secs(10)).await {
-                Err(error) if error.is_retryable() && tokio::time::Instant::now() < deadline => {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-                other => return other,
-            }
-        }
     }
 }
