@@ -2,6 +2,8 @@
 
 mod bars;
 mod dataset;
+mod demo;
+mod dev;
 mod events;
 mod exit;
 mod follow;
@@ -66,6 +68,10 @@ Exit codes:
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The whole story in one command: a cluster of its own, real data, nodes that join and die.
+    Demo(demo::DemoArgs),
+    /// A playground until Ctrl-C: a nats-server and nodes on this machine.
+    Dev(dev::DevArgs),
     /// Run one node until SIGTERM or Ctrl-C, then leave in order.
     Node(Box<node::NodeArgs>),
     /// The whole cluster on one screen; exit code 4 when a shard has no live replica.
@@ -124,6 +130,8 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
         global.log("ruvector_cluster=warn");
     }
     match command {
+        Command::Demo(args) => demo::run(&global, args).await,
+        Command::Dev(args) => dev::run(&global, args).await,
         Command::Node(args) => node::run(&global, *args).await,
         Command::Status => status::run(&global).await,
         Command::Nodes(command) => nodes::run(&global, command).await,

@@ -22,7 +22,6 @@ use std::time::Duration;
 /// Fixed at start.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
-    pub(crate) node: NodeId,
     pub(crate) instance: InstanceId,
     pub(crate) ttl: Duration,
     /// Pause between the two pings of an early takeover.
@@ -429,7 +428,6 @@ mod tests {
 
     fn lease(node: &str) -> Lease {
         let settings = Settings {
-            node: node.into(),
             instance: instance(node),
             ttl: TTL,
             ping_gap: ms(1_000),

@@ -37,7 +37,6 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) {
     let settings = Settings {
-        node: ctx.node.clone(),
         instance: ctx.instance,
         ttl: ctx.config.lease_ttl,
         ping_gap: ctx.config.heartbeat_interval,

@@ -140,7 +140,7 @@ impl NatsServer {
             if let Ok(Some(status)) = self.child.try_wait() {
                 return Err(Error::Unavailable(format!(
                     "nats-server ended at once ({status}): {}",
-                    last_line(&self.dir.join("nats-server.log"))
+                    super::last_line(&self.log_file())
                 )));
             }
             if let Some(ports) = read_ports(&ports_file) {
@@ -179,9 +179,33 @@ impl NatsServer {
         self.child.id()
     }
 
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Folder of its store, configuration and log.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// Its log file.
+    pub fn log_file(&self) -> PathBuf {
+        self.dir.join("nats-server.log")
+    }
+
+    /// Stops it in order (by its own `--signal`); kills it when it takes longer.
+    pub async fn stop(&mut self, limit: Duration) -> Result<()> {
+        if let Some(pid) = self.pid() {
+            let quit = format!("quit={pid}");
+            let told = Command::new(&self.program).args(["--signal", &quit]).stdin(Stdio::null()).output();
+            let ended =
+                async { told.await.is_ok_and(|o| o.status.success()) && self.child.wait().await.is_ok() };
+            if tokio::time::timeout(limit, ended).await.unwrap_or(false) {
+                return Ok(());
+            }
+        }
+        self.kill().await
     }
 
     /// `kill -9`.
@@ -225,11 +249,6 @@ fn read_ports(file: &Path) -> Option<(u16, u16)> {
     let ports: Ports = serde_json::from_slice(&std::fs::read(file).ok()?).ok()?;
     let port = |urls: &[String]| urls.first()?.rsplit_once(':')?.1.trim_end_matches('/').parse::<u16>().ok();
     Some((port(&ports.nats)?, port(&ports.monitoring).unwrap_or(0)))
-}
-
-fn last_line(log: &Path) -> String {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    text.lines().last().unwrap_or("it wrote no log").to_owned()
 }
 
 fn free_ports(count: usize) -> Result<Vec<u16>> {

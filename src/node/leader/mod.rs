@@ -184,6 +184,7 @@ impl Leader {
                 }
             }
         }
+        self.membership.retain(|node| view.nodes.contains_key(node));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
         self.loads.retain(|node, _| view.nodes.contains_key(node));
         let up = view.nodes.values().filter(|(_, n)| n.status == NodeStatus::Up).map(|(_, n)| n.node.clone());

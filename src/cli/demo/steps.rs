@@ -1,0 +1,77 @@
+//! What the demo says while it runs, on stderr: a spinner for what is going on, a line for what is done.
+
+use crate::clock::Clock;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+/// The lines of one run.
+#[derive(Debug)]
+pub(in crate::cli) struct Steps {
+    clock: Clock,
+    /// Only on a terminal.
+    spinner: Option<ProgressBar>,
+}
+
+impl Steps {
+    pub(in crate::cli) fn new(clock: Clock) -> Steps {
+        let spinner = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{spinner:.cyan} {elapsed:.dim}  {msg}");
+            let bar = ProgressBar::new_spinner();
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            bar.enable_steady_tick(Duration::from_millis(100));
+            bar
+        });
+        Steps { clock, spinner }
+    }
+
+    /// The clock that the lines show.
+    pub(super) fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// Something begins.
+    pub(in crate::cli) fn begin(&self, text: &str) {
+        match &self.spinner {
+            Some(spinner) => spinner.set_message(text.to_owned()),
+            None => self.line(' ', text),
+        }
+    }
+
+    /// How it goes: for terminals only.
+    pub(in crate::cli) fn progress(&self, text: &str) {
+        if let Some(spinner) = &self.spinner {
+            spinner.set_message(text.to_owned());
+        }
+    }
+
+    /// Something is done.
+    pub(super) fn done(&self, text: &str) {
+        self.line('✓', text);
+    }
+
+    /// Something is not as it should be.
+    pub(super) fn bad(&self, text: &str) {
+        self.line('✗', text);
+    }
+
+    fn line(&self, mark: char, text: &str) {
+        let line = format!("{mark} {:5.1} s  {text}", self.clock.now().as_secs_f64());
+        match &self.spinner {
+            Some(spinner) => spinner.suspend(|| say(&line)),
+            None => say(&line),
+        }
+    }
+
+    /// Takes the spinner away.
+    pub(in crate::cli) fn clear(&self) {
+        if let Some(spinner) = &self.spinner {
+            spinner.finish_and_clear();
+        }
+    }
+}
+
+fn say(line: &str) {
+    // Whoever closed stderr does not want to hear about it.
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
