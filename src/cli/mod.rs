@@ -127,8 +127,8 @@ fn complain(text: &str) {
 
 async fn run(cli: Cli) -> crate::Result<Exit> {
     let Cli { global, command } = cli;
-    if !matches!(command, Command::Node(_)) {
-        // A node tells its story; a command only what goes wrong.
+    // A node tells its story, demo and dev tell theirs; a command only what goes wrong.
+    if !matches!(command, Command::Node(_) | Command::Demo(_) | Command::Dev(_)) {
         global.log("ruvector_cluster=warn");
     }
     match command {
