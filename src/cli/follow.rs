@@ -297,13 +297,14 @@ pub(crate) fn outcome(record: &MigrationRecord) -> String {
 
 /// Bars of the migrations under way.
 pub(crate) struct MigrationBars {
-    pub(crate) bars: Bars,
+    // Before the bars that they belong to: dropped in this order.
     lines: BTreeMap<MigrationId, Bar>,
+    pub(crate) bars: Bars,
 }
 
 impl MigrationBars {
     pub(crate) fn new() -> MigrationBars {
-        MigrationBars { bars: Bars::new(), lines: BTreeMap::new() }
+        MigrationBars { lines: BTreeMap::new(), bars: Bars::new() }
     }
 
     pub(crate) fn show(&mut self, record: &MigrationRecord) {
