@@ -182,13 +182,9 @@ impl Place {
             "\nIn another terminal:\n\n  export RUVECTOR_NATS={}\n  {program}{scope} status",
             self.nats
         ));
-        for command in [
-            "vectors import examples/data/digits.csv.gz",
-            "vectors count",
-            "shards ls",
-            "shards move 0 --to node-1",
-            "events --follow",
-        ] {
+        for command in
+            ["vectors import examples/data/digits.csv.gz", "vectors count", "shards ls", "events --follow"]
+        {
             lines.push(format!("  {program}{scope} {command}"));
         }
         lines.push(format!("  nats -s {} sub '{namespace}.event.>'", self.nats));

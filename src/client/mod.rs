@@ -6,6 +6,7 @@
 
 mod route;
 mod search;
+mod watch;
 
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
