@@ -5,6 +5,7 @@
 
 use ruvector_cluster::{Cluster, ClusterConfig, Node};
 use ruvector_cluster::{HealthStatus, NodeId, ShardId, playground};
+use std::path::PathBuf;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -25,20 +26,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ..Default::default()
     };
 
-    // Three more nodes, which would be other processes
-    let mut others = Vec::new();
-    for node_id in ["node-2", "node-3", "node-4"] {
-        let data_dir = Some(data.path().join(node_id));
-        others
-            .push(Cluster::new(ClusterConfig { node_id: node_id.into(), data_dir, ..config.clone() }).await?);
-    }
+    // Three more nodes, which would be other processes on other machines
+    let others = tokio::spawn(more_nodes(config.clone(), data.path().to_owned()));
 
     // Create and start cluster
     let cluster = Cluster::new(config).await?;
     cluster.start().await?;
-    for other in &others {
-        other.start().await?;
-    }
+    let others = others.await??;
 
     // Wait for cluster to stabilize
     cluster.wait_for_stable().await?;
@@ -53,6 +47,16 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         node.stop().await?;
     }
     Ok(())
+}
+
+async fn more_nodes(first: ClusterConfig, data: PathBuf) -> ruvector_cluster::Result<Vec<Cluster>> {
+    let mut nodes = Vec::new();
+    for node_id in ["node-2", "node-3", "node-4"] {
+        let data_dir = Some(data.join(node_id));
+        nodes.push(Cluster::new(ClusterConfig { node_id: node_id.into(), data_dir, ..first.clone() }).await?);
+    }
+    futures::future::try_join_all(nodes.iter().map(Cluster::start)).await?;
+    Ok(nodes)
 }
 
 async fn shard_operations(cluster: &Cluster) -> Result<(), Box<dyn std::error::Error>> {
@@ -74,6 +78,9 @@ async fn shard_operations(cluster: &Cluster) -> Result<(), Box<dyn std::error::E
 
     // Trigger rebalance
     cluster.rebalance().await?;
+
+    // It goes on in the background: wait until all is even again
+    cluster.wait_for_stable().await?;
     Ok(())
 }
 
