@@ -4,18 +4,13 @@ use crate::client::Client;
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
 use crate::logic::hash::shard_of;
-use crate::model::admin::{
-    HealthStatus, MigrateReply, MigrateRequest, NodesReply, RebalanceReply, ShardsReply, ShardsRequest,
-    StatusReply,
-};
+use crate::model::admin::{HealthStatus, MigrateReply, MigrateRequest, ShardView};
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
 use crate::model::{NodeId, ShardId};
 use crate::nats::events::EventStream;
 use crate::node::Node as Running;
 use chrono::{DateTime, Utc};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -91,11 +86,6 @@ pub struct Cluster {
     config: Arc<ClusterConfig>,
     running: Arc<RwLock<Option<Arc<Running>>>>,
 }
-
-/// Bound on a question to the leader.
-const ASK: Duration = Duration::from_secs(5);
-/// A leader may just be changing: ask again for so long.
-const LEADER_PATIENCE: Duration = Duration::from_secs(15);
 
 impl Cluster {
     /// Checks the settings. Nothing is connected yet.
@@ -179,7 +169,7 @@ impl Cluster {
         let node = self.node().await?;
         let deadline = Instant::now() + Duration::from_secs(120);
         loop {
-            let why = match (node.ready(), ask::<_, StatusReply>(&node, "status", &()).await) {
+            let why = match (node.ready(), node.client.admin().status().await) {
                 (Ok(()), Ok(s)) if s.status == HealthStatus::Green && s.migrations == 0 => return Ok(()),
                 (Err(error), _) | (_, Err(error)) => error.to_string(),
                 (Ok(()), Ok(s)) => format!(
@@ -200,9 +190,8 @@ impl Cluster {
     /// All nodes. Without a leader, as this node last saw them.
     pub async fn nodes(&self) -> Result<Vec<Node>> {
         let node = self.node().await?;
-        match ask::<_, NodesReply>(&node, "nodes", &()).await {
-            Ok(reply) => Ok(reply
-                .nodes
+        match node.client.admin().nodes().await {
+            Ok(nodes) => Ok(nodes
                 .into_iter()
                 .map(|view| Node {
                     last_heartbeat: view.last_heartbeat.unwrap_or(view.record.since),
@@ -266,20 +255,16 @@ impl Cluster {
     /// All shards.
     pub async fn shards(&self) -> Result<Vec<Shard>> {
         let node = self.node().await?;
-        let (mut shards, mut from) = (Vec::new(), Some(0));
-        while let Some(start) = from {
-            let page: ShardsReply = ask(&node, "shards", &ShardsRequest { from: start, only: None }).await?;
-            from = page.next;
-            shards.extend(page.shards.into_iter().map(|view| Shard {
-                id: view.record.shard,
-                primary: view.record.primary,
-                replicas: view.record.replicas,
-                status: view.record.status,
-                size_bytes: view.size_bytes,
-                vectors: view.vectors,
-            }));
-        }
-        Ok(shards)
+        let shards = node.client.admin().shards().await?;
+        let shard = |view: ShardView| Shard {
+            id: view.record.shard,
+            primary: view.record.primary,
+            replicas: view.record.replicas,
+            status: view.record.status,
+            size_bytes: view.size_bytes,
+            vectors: view.vectors,
+        };
+        Ok(shards.into_iter().map(shard).collect())
     }
 
     /// Moves a replica of the shard to `target` while reads and writes go on, and waits until it serves
@@ -293,7 +278,7 @@ impl Cluster {
         let node = self.node().await?;
         check_shard(&node, shard)?;
         let request = MigrateRequest { shard, to: target.clone(), from: None };
-        let MigrateReply { migration, .. } = ask(&node, "migrate", &request).await?;
+        let MigrateReply { migration, .. } = node.client.admin().migrate(&request).await?;
         let mut views = node.ctx.views.subscribe();
         let over = views.wait_for(|view| {
             let record = view.migrations.get(&migration);
@@ -316,7 +301,7 @@ impl Cluster {
     /// How the cluster is. Without a leader: red, and says so.
     pub async fn health(&self) -> Result<ClusterHealth> {
         let node = self.node().await?;
-        match ask::<_, StatusReply>(&node, "status", &()).await {
+        match node.client.admin().status().await {
             Ok(s) => Ok(ClusterHealth {
                 status: s.status,
                 healthy_nodes: s.nodes.up,
@@ -350,7 +335,7 @@ impl Cluster {
     /// by [`migrate_shard`](Self::migrate_shard), a few at a time.
     pub async fn rebalance(&self) -> Result<()> {
         let node = self.node().await?;
-        ask::<_, RebalanceReply>(&node, "rebalance", &()).await.map(drop)
+        node.client.admin().rebalance().await.map(drop)
     }
 }
 
@@ -379,22 +364,4 @@ fn local_nodes(node: &Running) -> Vec<Node> {
         weight: record.weight,
     });
     nodes.collect()
-}
-
-/// Asks the leader; while there is none, for a while again.
-async fn ask<Q: Serialize, A: DeserializeOwned>(node: &Running, verb: &str, request: &Q) -> Result<A> {
-    let deadline = Instant::now() + LEADER_PATIENCE;
-    loop {
-        let subject = node.ctx.subjects.admin(verb);
-        match node.ctx.data.call_json(subject, request, ASK).await {
-            Err(Error::Unavailable(text)) if text.contains("nobody listens") => {
-                if Instant::now() >= deadline {
-                    return Err(Error::Unavailable("there is no leader at the moment: try again".into()));
-                }
-            }
-            Err(Error::NotLeader(_)) if Instant::now() < deadline => {}
-            other => return other,
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
 }

@@ -1,4 +1,59 @@
-//! Horizontal scale for a vector database, coordinated through NATS.
+//! Horizontal scale for a vector database, coordinated through NATS JetStream.
+//!
+//! ```text
+//!   Client ──► ruvector.shard.00007.write ──► any replica of shard 7
+//!                                                  │ append
+//!                                                  ▼
+//!                              JetStream stream ruvector_log_00007   ◄── acknowledged = safe
+//!                                  │               │              │
+//!                                  ▼               ▼              ▼
+//!                              replica on n1   replica on n2   replica on n3
+//! ```
+//!
+//! **The log is the bus.** Every write to a shard is one entry of that shard's JetStream stream; replicas
+//! apply the stream in order. Any replica takes writes, since the stream orders them; the leader only
+//! decides where replicas live.
+//!
+//! # A tour
+//!
+//! - [`Cluster`]: one node, running in this process; questions about the cluster; moving shards.
+//! - [`Client`]: upsert, get, delete, search, count; routed, retried, with a session.
+//! - [`ShardStore`] and [`StoreFactory`]: bring your own database.
+//! - [`EventStream`]: the timeline of the cluster.
+//! - [`model`]: records and messages, as they are on NATS.
+//!
+//! ```no_run
+//! use ruvector_cluster::{Cluster, ClusterConfig, SearchQuery, VectorEntry};
+//!
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let cluster = Cluster::new(ClusterConfig {
+//!     node_id: "node-1".to_string(),
+//!     seeds: vec!["127.0.0.1:4222".parse()?],
+//!     dimensions: Some(3),
+//!     ..Default::default()
+//! })
+//! .await?;
+//! cluster.start().await?;
+//! cluster.wait_for_stable().await?;
+//! let client = cluster.client().await?;
+//! client.upsert(vec![VectorEntry::new("a", vec![1.0, 0.0, 0.0])]).await?;
+//! let hits = client.search(SearchQuery::new(vec![0.9, 0.1, 0.0], 10)).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Words
+//!
+//! | word | means |
+//! |---|---|
+//! | `term` | number of one leadership; the fencing token on everything that a leader writes |
+//! | `instance` | one run of a node process; a restarted node keeps its id and has another instance |
+//! | `rack` | failure domain of a node; replicas of a shard should be in different racks |
+//! | `shard map` | all shard records together: who holds what |
+//! | `primary`, `replica` | the holder that coordinates a shard; every holder |
+//! | `log`, `sequence` | a shard's JetStream stream; position in it |
+//! | `applied`, `durable` | highest sequence that a replica has applied, has fsynced |
+//! | `migration` | bringing a replica to a node, and for a move retiring another |
 
 #[cfg(feature = "cli")]
 #[doc(hidden)]
@@ -20,7 +75,7 @@ pub mod playground;
 pub mod store;
 mod view;
 
-pub use client::{Client, ClientOptions, Found, SearchOutcome, Written};
+pub use client::{Admin, Client, ClientOptions, Found, SearchOutcome, Written};
 pub use cluster::{Cluster, ClusterEvent, ClusterHealth, Node, Shard};
 pub use config::ClusterConfig;
 pub use error::{Error, Result};
@@ -31,3 +86,8 @@ pub use model::{
 };
 pub use nats::{EventStream, NatsOptions};
 pub use store::{MemoryStores, RedbOptions, RedbStores, ShardStore, StoreFactory};
+
+/// The README's code is compiled, too.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

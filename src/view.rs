@@ -112,10 +112,10 @@ impl View {
             Part::Shards => {
                 let record: ShardRecord = parse(bytes)?;
                 record.check(key)?;
-                if let Some(cluster) = &self.cluster {
-                    if record.shard.0 >= cluster.num_shards {
-                        return Err(Error::Invalid(format!("the cluster has {} shards", cluster.num_shards)));
-                    }
+                if let Some(cluster) = &self.cluster
+                    && record.shard.0 >= cluster.num_shards
+                {
+                    return Err(Error::Invalid(format!("the cluster has {} shards", cluster.num_shards)));
                 }
                 match self.shards.get(&record.shard) {
                     Some((_, known)) if known.term > record.term => {

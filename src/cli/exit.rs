@@ -16,7 +16,6 @@ pub(crate) enum Exit {
     /// NATS or the cluster cannot be reached.
     Unreachable = 3,
     /// Reached, and not healthy.
-    #[allow(dead_code, reason = "used by status")]
     Unhealthy = 4,
 }
 

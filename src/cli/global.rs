@@ -17,46 +17,50 @@ pub(crate) enum Output {
     Json,
 }
 
+const CONNECTION: &str = "Connection";
+
 /// Global flags.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Global {
-    /// NATS servers, separated by commas.
+    /// NATS servers of one cluster, separated by commas.
     #[arg(
         long,
         global = true,
         env = "RUVECTOR_NATS",
+        hide_env_values = true,
         default_value = "nats://127.0.0.1:4222",
-        value_name = "URL[,URL…]"
+        value_name = "URL[,URL…]",
+        help_heading = CONNECTION
     )]
     pub(crate) nats: String,
     /// First token of every subject, bucket and stream.
-    #[arg(long, global = true, default_value = "ruvector")]
+    #[arg(long, global = true, default_value = "ruvector", help_heading = CONNECTION)]
     pub(crate) namespace: String,
     /// NATS credentials file (JWT and NKey).
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) creds: Option<PathBuf>,
     /// File with an NKey seed.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) nkey: Option<PathBuf>,
     /// NATS user.
-    #[arg(long, global = true, env = "RUVECTOR_USER")]
+    #[arg(long, global = true, env = "RUVECTOR_USER", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) user: Option<String>,
     /// NATS password.
-    #[arg(long, global = true, env = "RUVECTOR_PASSWORD", hide_env_values = true)]
+    #[arg(long, global = true, env = "RUVECTOR_PASSWORD", hide_env_values = true, help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) password: Option<String>,
     /// Extra root certificates (PEM).
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) tls_ca: Option<PathBuf>,
     /// Client certificate (PEM).
-    #[arg(long, global = true, value_name = "FILE", requires = "tls_key")]
+    #[arg(long, global = true, value_name = "FILE", requires = "tls_key", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) tls_cert: Option<PathBuf>,
     /// Key of the client certificate (PEM).
-    #[arg(long, global = true, value_name = "FILE", requires = "tls_cert")]
+    #[arg(long, global = true, value_name = "FILE", requires = "tls_cert", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) tls_key: Option<PathBuf>,
     /// Prefix of reply subjects, for users who may subscribe to their own only.
-    #[arg(long, global = true, value_name = "PREFIX")]
+    #[arg(long, global = true, value_name = "PREFIX", help_heading = CONNECTION, hide_short_help = true)]
     pub(crate) inbox_prefix: Option<String>,
-    /// How to print.
+    /// How data is printed: for people, or for programs.
     #[arg(long, short, global = true, value_enum, default_value_t)]
     pub(crate) output: Output,
     /// Say more on stderr; twice for everything.

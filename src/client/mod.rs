@@ -4,9 +4,12 @@
 //! it has written or seen before. It retries within a deadline; a write carries an operation id, so a
 //! repeated one takes effect once.
 
+mod admin;
 mod route;
 mod search;
 mod watch;
+
+pub use admin::Admin;
 
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
@@ -59,6 +62,9 @@ impl Default for ClientOptions {
 
 /// Longest bound on one operation: well below the two minutes for which operation ids are remembered.
 const MAX_TIMEOUT: Duration = Duration::from_secs(30);
+/// Bound on what a node does on behalf of others, who usually wait 5 s: they should see our error, not
+/// a time-out of theirs.
+const INSIDE_TIMEOUT: Duration = Duration::from_secs(4);
 /// Shards written at a time by one bulk write.
 const PARALLEL_SHARDS: usize = 16;
 /// Entries of one message.
@@ -163,7 +169,7 @@ impl Client {
             subjects,
             views,
             cluster,
-            timeout: Duration::from_secs(5),
+            timeout: INSIDE_TIMEOUT,
             session: Mutex::default(),
             turn: AtomicU64::new(fresh_id().as_u64_pair().0),
             _stop: None,

@@ -62,6 +62,8 @@ impl Client {
                     match asked {
                         Asked::Answer(Ok(answer)) => return Ok(answer),
                         Asked::Answer(Err(error)) if !error.is_retryable() => return Err(error),
+                        // The log is the same for all replicas; a disk is not, so the others are asked once.
+                        Asked::Answer(Err(error @ Error::Full(_))) if tries >= MAX_COPIES => return Err(error),
                         Asked::Answer(Err(error)) => last = error,
                         Asked::NoResponders => last = Error::Unavailable(format!("nobody serves shard {shard}")),
                         Asked::NoAnswer(error) => last = error,

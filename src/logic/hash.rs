@@ -4,7 +4,7 @@ use crate::model::ShardId;
 use std::num::NonZeroU32;
 
 /// Number of a key: XXH3-64, seed 0, over its raw bytes. The algorithm is frozen since xxHash 0.8.0.
-pub fn key_hash(key: &[u8]) -> u64 {
+pub(crate) fn key_hash(key: &[u8]) -> u64 {
     xxhash_rust::xxh3::xxh3_64(key)
 }
 
@@ -12,7 +12,7 @@ pub fn key_hash(key: &[u8]) -> u64 {
 ///
 /// Returns a bucket below `buckets`. Going from n to n + 1 buckets moves 1 / (n + 1) of the keys, all to
 /// the new bucket.
-pub fn jump_hash(mut key: u64, buckets: NonZeroU32) -> u32 {
+pub(crate) fn jump_hash(mut key: u64, buckets: NonZeroU32) -> u32 {
     let buckets = i64::from(buckets.get());
     let (mut bucket, mut next) = (0i64, 0i64);
     while next < buckets {
@@ -26,7 +26,7 @@ pub fn jump_hash(mut key: u64, buckets: NonZeroU32) -> u32 {
 }
 
 /// The shard of a vector's id.
-pub fn shard_of(key: &str, num_shards: NonZeroU32) -> ShardId {
+pub(crate) fn shard_of(key: &str, num_shards: NonZeroU32) -> ShardId {
     ShardId(jump_hash(key_hash(key.as_bytes()), num_shards))
 }
 

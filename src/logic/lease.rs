@@ -22,7 +22,6 @@ use std::time::Duration;
 /// Fixed at start.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
-    pub(crate) node: NodeId,
     pub(crate) instance: InstanceId,
     pub(crate) ttl: Duration,
     /// Pause between the two pings of an early takeover.
@@ -355,11 +354,12 @@ impl Lease {
 
     /// Starts whatever is due, one compare-and-set and one read at a time.
     fn drive(&mut self, now: Duration, out: &mut Vec<Action>) {
-        if self.pending.is_none() && self.unknown.is_none() {
-            if let Some((claim, term, expected)) = self.wanted(now) {
-                self.pending = Some(Pending { claim, term, expected, sent: now });
-                out.push(Action::Cas { expected, claim, term });
-            }
+        if self.pending.is_none()
+            && self.unknown.is_none()
+            && let Some((claim, term, expected)) = self.wanted(now)
+        {
+            self.pending = Some(Pending { claim, term, expected, sent: now });
+            out.push(Action::Cas { expected, claim, term });
         }
         if !self.reading && now >= self.next_read && self.pending.is_none() {
             self.reading = true;
@@ -428,13 +428,8 @@ mod tests {
     }
 
     fn lease(node: &str) -> Lease {
-        let settings = Settings {
-            node: node.into(),
-            instance: instance(node),
-            ttl: TTL,
-            ping_gap: ms(1_000),
-            early_takeover: true,
-        };
+        let settings =
+            Settings { instance: instance(node), ttl: TTL, ping_gap: ms(1_000), early_takeover: true };
         Lease::new(settings, ms(0))
     }
 

@@ -76,9 +76,9 @@ impl Membership {
         }
     }
 
-    /// The node's record was deleted.
-    pub(crate) fn on_removed(&mut self, node: &str) {
-        self.nodes.remove(node);
+    /// Forgets nodes whose record was deleted.
+    pub(crate) fn retain(&mut self, exists: impl Fn(&str) -> bool) {
+        self.nodes.retain(|node, _| exists(node));
     }
 
     /// A heartbeat. One from a process that the record does not name is ignored.
@@ -146,11 +146,6 @@ impl Membership {
             }
         }
         out
-    }
-
-    /// When the node was last heard of.
-    pub(crate) fn heard(&self, node: &str) -> Option<Duration> {
-        self.nodes.get(node).map(|known| known.heard)
     }
 }
 

@@ -4,7 +4,7 @@
 //! the network or draws a random number, so every step can be tested and replayed.
 
 pub(crate) mod dedup;
-pub mod hash;
+pub(crate) mod hash;
 pub(crate) mod lease;
 pub(crate) mod membership;
 pub(crate) mod planner;

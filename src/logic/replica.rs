@@ -67,10 +67,10 @@ pub(crate) fn course(
         if log.last_seq < known {
             return Course::LogLost(format!("the log ends at {}, {known} was acknowledged", log.last_seq));
         }
-        if let (Some(mine), Some(logged)) = (held.checksum.as_deref(), logged) {
-            if mine != logged {
-                return Course::LogLost(format!("the log has another entry at {}", held.applied));
-            }
+        if let (Some(mine), Some(logged)) = (held.checksum.as_deref(), logged)
+            && mine != logged
+        {
+            return Course::LogLost(format!("the log has another entry at {}", held.applied));
         }
         return reach(held.applied, log);
     }

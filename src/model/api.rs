@@ -182,12 +182,12 @@ mod tests {
 
     #[test]
     fn the_same_text_is_the_same_operation() {
-        let id = |text: &str| op_id(Some(text), || Uuid::nil()).unwrap();
+        let id = |text: &str| op_id(Some(text), Uuid::nil).unwrap();
         assert_eq!(id("order 7"), id("order 7"));
         assert_ne!(id("order 7"), id("order 8"));
         let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
         assert_eq!(id(uuid).to_string(), uuid);
-        assert!(op_id(Some(""), || Uuid::nil()).is_err());
+        assert!(op_id(Some(""), Uuid::nil).is_err());
     }
 
     #[test]

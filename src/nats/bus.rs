@@ -125,24 +125,24 @@ impl Bus {
     }
 
     /// JSON request, JSON reply: `{"error":{…}}` or the value itself.
-    pub(crate) async fn call_json<Q: Serialize, A: DeserializeOwned>(
+    pub(crate) async fn ask_json<Q: Serialize, A: DeserializeOwned>(
         &self,
         subject: String,
         request: &Q,
         timeout: Duration,
-    ) -> Result<A> {
-        let body =
-            serde_json::to_vec(request).map_err(|e| Error::Internal(format!("encoding failed: {e}")))?;
+    ) -> Asked<Result<A>> {
+        let body = match serde_json::to_vec(request) {
+            Ok(body) => body,
+            Err(e) => return Asked::Answer(Err(Error::Internal(format!("encoding failed: {e}")))),
+        };
         match self.request_raw(subject.clone(), self.headers(JSON), body.into(), timeout).await {
-            Asked::Answer(message) => {
-                if let Ok(Failure { error }) = serde_json::from_slice(&message.payload) {
-                    return Err(error.into());
-                }
-                serde_json::from_slice(&message.payload)
-                    .map_err(|e| Error::Invalid(format!("the reply on {subject} does not parse: {e}")))
-            }
-            Asked::NoResponders => Err(Error::Unavailable(format!("nobody listens on {subject}"))),
-            Asked::NoAnswer(error) => Err(error),
+            Asked::Answer(message) => Asked::Answer(match serde_json::from_slice(&message.payload) {
+                Ok(Failure { error }) => Err(error.into()),
+                Err(_) => serde_json::from_slice(&message.payload)
+                    .map_err(|e| Error::Invalid(format!("the reply on {subject} does not parse: {e}"))),
+            }),
+            Asked::NoResponders => Asked::NoResponders,
+            Asked::NoAnswer(error) => Asked::NoAnswer(error),
         }
     }
 

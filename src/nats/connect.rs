@@ -226,13 +226,13 @@ impl Nats {
                     )));
                 }
                 Err(error) => {
-                    if let Patience::For(limit) = patience {
-                        if started.elapsed() + pause >= limit {
-                            return Err(Error::Unavailable(format!(
-                                "no NATS server answers at {}: {error}; start one, or name another with --nats",
-                                options.shown()
-                            )));
-                        }
+                    if let Patience::For(limit) = patience
+                        && started.elapsed() + pause >= limit
+                    {
+                        return Err(Error::Unavailable(format!(
+                            "no NATS server answers at {}: {error}; start one, or name another with --nats",
+                            options.shown()
+                        )));
                     }
                     info!(servers = options.shown(), "NATS is not there yet ({error}), trying again");
                     tokio::time::sleep(pause).await;

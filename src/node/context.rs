@@ -74,7 +74,7 @@ impl Context {
     /// Publishes an event, best effort, and logs it.
     pub(crate) async fn event(&self, mut event: Event) {
         event.at = wall();
-        event.term = self.leads();
+        event.term = event.term.or(self.leads());
         info!(event = event.event, "{}", event.message);
         let subject = self.subjects.event(&event.event);
         if let Err(error) = self.control.publish_json(subject, &event).await {

@@ -15,6 +15,7 @@ const LOCK: &str = "lock";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Identity {
     pub(crate) node: NodeId,
+    pub(crate) namespace: String,
     pub(crate) cluster: ClusterRecord,
 }
 
@@ -72,27 +73,45 @@ impl DataDir {
         serde_json::from_slice(&bytes).map(Some).map_err(broken)
     }
 
+    /// The settings of the cluster that the folder belongs to; `None` if it is new.
+    ///
+    /// # Errors
+    /// `Invalid` for a folder of another node or namespace.
+    pub(crate) fn settings(&self, node: &str, namespace: &str) -> Result<Option<ClusterRecord>> {
+        let Some(found) = self.identity()? else { return Ok(None) };
+        let path = self.path.display();
+        if found.node != node {
+            return Err(Error::Invalid(format!(
+                "data folder {path} belongs to node {}, not {node}: choose another with --data-dir",
+                found.node
+            )));
+        }
+        if found.namespace != namespace {
+            return Err(Error::Invalid(format!(
+                "data folder {path} belongs to another cluster (namespace {}, not {namespace}): choose another with --data-dir",
+                found.namespace
+            )));
+        }
+        Ok(Some(found.cluster))
+    }
+
     /// Checks that the folder belongs to this node and cluster, and writes it down if it is new.
     ///
     /// # Errors
     /// `Invalid` for a folder of another node or cluster.
-    pub(crate) fn claim(&self, node: &str, cluster: &ClusterRecord) -> Result<()> {
-        let wanted = Identity { node: node.to_owned(), cluster: cluster.clone() };
-        if let Some(found) = self.identity()? {
-            let path = self.path.display();
-            if found.node != node {
+    pub(crate) fn claim(&self, node: &str, namespace: &str, cluster: &ClusterRecord) -> Result<()> {
+        let wanted =
+            Identity { node: node.to_owned(), namespace: namespace.to_owned(), cluster: cluster.clone() };
+        if let Some(found) = self.settings(node, namespace)? {
+            if found.cluster_id != cluster.cluster_id {
                 return Err(Error::Invalid(format!(
-                    "data folder {path} belongs to node {}, not {node}: choose another with --data-dir",
-                    found.node
+                    "data folder {} belongs to another cluster ({}, this one is {}): choose another with --data-dir",
+                    self.path.display(),
+                    found.cluster_id,
+                    cluster.cluster_id
                 )));
             }
-            if found.cluster.cluster_id != cluster.cluster_id {
-                return Err(Error::Invalid(format!(
-                    "data folder {path} belongs to another cluster ({}, this one is {}): choose another with --data-dir",
-                    found.cluster.cluster_id, cluster.cluster_id
-                )));
-            }
-            if found == wanted {
+            if found == *cluster {
                 return Ok(());
             }
         }
@@ -136,10 +155,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let open = DataDir::open(dir.path()).unwrap();
         assert!(DataDir::open(dir.path()).unwrap_err().to_string().contains("in use"));
-        open.claim("a", &cluster(1)).unwrap();
-        open.claim("a", &cluster(1)).unwrap();
-        assert!(open.claim("b", &cluster(1)).unwrap_err().to_string().contains("belongs to node a"));
-        assert!(open.claim("a", &cluster(2)).unwrap_err().to_string().contains("another cluster"));
+        open.claim("a", "rv", &cluster(1)).unwrap();
+        open.claim("a", "rv", &cluster(1)).unwrap();
+        assert!(open.claim("b", "rv", &cluster(1)).unwrap_err().to_string().contains("belongs to node a"));
+        assert!(open.claim("a", "rv", &cluster(2)).unwrap_err().to_string().contains("another cluster"));
+        let error = open.settings("a", "other").unwrap_err().to_string();
+        assert!(error.contains("another cluster"), "{error}");
         drop(open);
         assert_eq!(DataDir::open(dir.path()).unwrap().identity().unwrap().unwrap().node, "a");
     }

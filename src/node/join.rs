@@ -68,12 +68,12 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let facts = server_facts(&control).await?;
     let buckets = Buckets::new(&control, &subjects);
     let replicas = ensure_buckets(&control, &buckets, &facts, config.log_replicas).await?;
-    let known =
-        data_dir.as_ref().map(DataDir::identity).transpose()?.flatten().map(|identity| identity.cluster);
+    let settings = |dir: &DataDir| dir.settings(&config.node_id, &config.namespace);
+    let known = data_dir.as_ref().map(settings).transpose()?.flatten();
     let cluster = agree(&buckets, &config, replicas, known).await?;
     facts.allow_replicas(cluster.log_replicas)?;
     if let Some(dir) = &data_dir {
-        dir.claim(&config.node_id, &cluster)?;
+        dir.claim(&config.node_id, &config.namespace, &cluster)?;
     }
     ensure_events(&control, &subjects, cluster.log_replicas).await?;
     let (data, bulk) = (connect("data").await?, connect("bulk").await?);

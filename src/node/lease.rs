@@ -37,7 +37,6 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) {
     let settings = Settings {
-        node: ctx.node.clone(),
         instance: ctx.instance,
         ttl: ctx.config.lease_ttl,
         ping_gap: ctx.config.heartbeat_interval,
@@ -185,9 +184,8 @@ impl Driver {
         self.leader = Some(stop.clone());
         let (ctx, resign) = (self.ctx.clone(), self.resign.clone());
         self.ctx.tasks.spawn(async move {
-            let story =
-                Story::new("leader.elected", format!("{} leads in term {term}", ctx.node)).node(&ctx.node);
-            ctx.event(story.with("term", term)).await;
+            let story = Story::new("leader.elected", format!("{} leads in term {term}", ctx.node));
+            ctx.event(Story { term: Some(term), ..story.node(&ctx.node) }).await;
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
                 ended = leader::run(ctx, term) => ended,

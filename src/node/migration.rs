@@ -83,6 +83,7 @@ async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<(
     subscribed
         .map_err(|_| Error::Unavailable("NATS did not take the subscriptions in time".into()))
         .map(drop)?;
+    pause("migration-serving").await;
     update(ctx, id, |record| {
         record.phase = record.phase.max(MigrationPhase::Cutover);
         record.lag = 0;

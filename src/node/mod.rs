@@ -124,10 +124,10 @@ impl Node {
         info!(node = ctx.node, "leaving");
         self.lease_stop.cancel();
         let lease = self.lease.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(lease) = lease {
-            if tokio::time::timeout(GOODBYE, lease).await.is_err() {
-                warn!("the lease could not be released in time; it will run out");
-            }
+        if let Some(lease) = lease
+            && tokio::time::timeout(GOODBYE, lease).await.is_err()
+        {
+            warn!("the lease could not be released in time; it will run out");
         }
         let fenced = self.fatal.borrow().is_some();
         if !fenced && ctx.control.nats.is_connected() {

@@ -1,6 +1,7 @@
 //! What a node does at intervals: heartbeats, load reports, truncation of its primaries' logs, metrics.
 
 use crate::clock::wall;
+use crate::error::Result;
 use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
@@ -16,11 +17,11 @@ use tracing::{debug, info};
 /// Pause between load reports.
 const LOAD: Duration = Duration::from_secs(5);
 /// Pause between truncations.
-const TRUNCATE: Duration = Duration::from_secs(10);
+const TRUNCATE: Duration = Duration::from_secs(5);
 /// Entries that stay although every holder has them, so that a replica that was briefly away finds them.
 const MARGIN: u64 = 256;
-/// Fewer are not worth a request.
-const WORTH: u64 = 512;
+/// Fewer new entries are not worth a look.
+const LEAST: u64 = 16;
 /// A log below this is left alone: replaying it is cheaper than a snapshot.
 const WORTH_BYTES: u64 = 4 << 20;
 
@@ -124,7 +125,7 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             };
             let known = done.get(&shard).copied().unwrap_or(0);
             if report.state != ReplicaState::Serving
-                || report.durable < known + WORTH
+                || report.durable < known + LEAST
                 || report.log_id != record.log_id
             {
                 continue;
@@ -136,27 +137,27 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         }
         ask_durable(&ctx, &view, holders, &mut low).await;
         for (shard, durable) in low {
-            let first = durable.saturating_sub(MARGIN) + 1;
-            let known = done.get(&shard).copied().unwrap_or(0);
-            if first < known + WORTH {
-                continue;
-            }
-            match ctx.logs.info(shard).await {
-                Ok(Some(info)) if info.bytes >= WORTH_BYTES && info.first_seq < first => {
-                    match ctx.logs.truncate(shard, first).await {
-                        Ok(purged) => {
-                            info!(%shard, first, purged, "the log is truncated");
-                            done.insert(shard, first);
-                        }
-                        Err(error) => debug!(%shard, "{error}"),
-                    }
-                }
-                // Too small to bother, or done by somebody else: look again when it has grown.
-                Ok(_) => drop(done.insert(shard, first)),
+            match truncate(&ctx, shard, durable).await {
+                // Also when it is not worth it yet: look again when more is on disk.
+                Ok(()) => drop(done.insert(shard, durable)),
                 Err(error) => debug!(%shard, "{error}"),
             }
         }
     }
+}
+
+/// Truncates one log if that frees enough; all of what may go when the log is filling up.
+async fn truncate(ctx: &Context, shard: ShardId, durable: u64) -> Result<()> {
+    let Some(info) = ctx.logs.info(shard).await? else { return Ok(()) };
+    let most = ctx.cluster.log_max_bytes.max(1) as u64;
+    let margin = if info.bytes > most / 2 { 0 } else { MARGIN };
+    let first = durable.saturating_sub(margin) + 1;
+    if info.bytes < WORTH_BYTES.min(most / 4) || info.first_seq >= first {
+        return Ok(());
+    }
+    let purged = ctx.logs.truncate(shard, first).await?;
+    info!(%shard, first, purged, "the log is truncated");
+    Ok(())
 }
 
 /// Lowers each shard to what its other holders have on disk; whoever does not answer, or not about this

@@ -1,4 +1,4 @@
-//! A bound on bytes per second that can be changed while it is in use.
+//! A bound on bytes per second.
 
 use crate::clock::Clock;
 use std::sync::Mutex;
@@ -21,11 +21,6 @@ struct State {
 impl RateLimit {
     pub(crate) fn new(clock: Clock, bytes_per_s: Option<u64>) -> Self {
         RateLimit { clock, state: Mutex::new(State { bytes_per_s, paid_until: Duration::ZERO }) }
-    }
-
-    /// Changes the rate; `None` is unlimited.
-    pub(crate) fn set(&self, bytes_per_s: Option<u64>) {
-        self.lock().bytes_per_s = bytes_per_s;
     }
 
     pub(crate) fn get(&self) -> Option<u64> {

@@ -92,7 +92,11 @@ impl NodeProcess {
 
     /// Waits until it has ended by itself; says how.
     pub async fn wait(&mut self) -> Result<std::process::ExitStatus> {
-        self.child.wait().await.map_err(|e| Error::Unavailable(format!("waiting for {}: {e}", self.id())))
+        // Waiting closes stdin, which would ask it to leave.
+        let stdin = self.child.stdin.take();
+        let ended = self.child.wait().await;
+        drop(stdin);
+        ended.map_err(|e| Error::Unavailable(format!("waiting for {}: {e}", self.id())))
     }
 
     /// Starts it again on its data, after it was killed or stopped.

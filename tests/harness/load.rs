@@ -23,7 +23,7 @@ struct Key {
 }
 
 /// Running load.
-pub struct Load {
+pub(crate) struct Load {
     keys: Arc<Vec<Key>>,
     dimensions: usize,
     stop: Arc<AtomicBool>,
@@ -46,7 +46,7 @@ struct Stats {
 
 /// What came out.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     pub acknowledged: u64,
     pub reads: u64,
     pub failed_writes: u64,
@@ -71,7 +71,7 @@ fn version(entry: &Option<VectorEntry>) -> u64 {
 
 impl Load {
     /// Starts `writers` writers, each with keys of its own, and as many readers.
-    pub fn start(client: &Client, writers: usize) -> Load {
+    pub(crate) fn start(client: &Client, writers: usize) -> Load {
         let keys = Arc::new((0..writers * KEYS_PER_WRITER).map(|_| Key::default()).collect::<Vec<_>>());
         let (stop, stats) = (Arc::new(AtomicBool::new(false)), Arc::new(Stats::default()));
         let dimensions = client.settings().dimensions;
@@ -121,7 +121,7 @@ impl Load {
             while !stop.load(Ordering::Relaxed) {
                 turn += 7;
                 let key = turn % keys.len();
-                let linearizable = turn % 3 == 0;
+                let linearizable = turn.is_multiple_of(3);
                 let consistency = if linearizable { Consistency::Linearizable } else { Consistency::Session };
                 let before = keys[key].acknowledged.load(Ordering::SeqCst);
                 match client.get_with(&id(key), consistency).await {
@@ -130,7 +130,7 @@ impl Load {
                         let after = keys[key].sent.load(Ordering::SeqCst);
                         stats.reads.fetch_add(1, Ordering::Relaxed);
                         stats.read_times.lock().unwrap().push(Instant::now());
-                        let mut wrong = |what: &str| {
+                        let wrong = |what: &str| {
                             let text = format!(
                                 "{what}: {} got {got}, acknowledged before {before}, seen {}, sent {after}, {consistency:?}",
                                 id(key),
@@ -160,12 +160,12 @@ impl Load {
     }
 
     /// Number of acknowledged writes so far.
-    pub fn acknowledged(&self) -> u64 {
+    pub(crate) fn acknowledged(&self) -> u64 {
         self.stats.acknowledged.load(Ordering::Relaxed)
     }
 
     /// Waits until so many more writes have been acknowledged.
-    pub async fn more(&self, writes: u64) {
+    pub(crate) async fn more(&self, writes: u64) {
         let goal = self.acknowledged() + writes;
         super::eventually("writes go on", || async {
             let now = self.acknowledged();
@@ -175,7 +175,7 @@ impl Load {
     }
 
     /// Stops, reads everything back, and panics if an acknowledged write is lost or a read was wrong.
-    pub async fn finish(self) -> Outcome {
+    pub(crate) async fn finish(self) -> Outcome {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             task.await.expect("a load task panicked");

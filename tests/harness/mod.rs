@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of the harness")]
 
-pub mod load;
+pub(crate) mod load;
 
 use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess};
 use ruvector_cluster::{Client, ClientOptions, NatsOptions};
@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::Instant;
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ruvector-cluster");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_ruvector-cluster");
 /// Longest wait for anything: a loaded machine is slow, a broken product never gets there.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Waits until `check` gives a value; panics with `what` and its last reason when it does not.
-pub async fn eventually<T, F, Fut>(what: &str, check: F) -> T
+pub(crate) async fn eventually<T, F, Fut>(what: &str, check: F) -> T
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result<T, String>>,
@@ -25,7 +25,7 @@ where
     within(LIMIT, what, check).await
 }
 
-pub async fn within<T, F, Fut>(limit: Duration, what: &str, mut check: F) -> T
+pub(crate) async fn within<T, F, Fut>(limit: Duration, what: &str, mut check: F) -> T
 where
     F: FnMut() -> Fut,
     Fut: Future<Output = Result<T, String>>,
@@ -42,7 +42,7 @@ where
 
 /// How a test cluster is set up.
 #[derive(Debug, Clone)]
-pub struct Setup {
+pub(crate) struct Setup {
     pub nodes: usize,
     pub shards: usize,
     pub replication_factor: usize,
@@ -71,14 +71,14 @@ impl Default for Setup {
 }
 
 impl Setup {
-    pub fn arg(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn arg(mut self, name: &str, value: &str) -> Self {
         self.args.extend([name.to_owned(), value.to_owned()]);
         self
     }
 }
 
 /// A cluster of processes; everything ends and is deleted when it is dropped.
-pub struct TestCluster {
+pub(crate) struct TestCluster {
     pub nats: Vec<NatsServer>,
     pub nodes: Vec<NodeProcess>,
     pub raw: async_nats::Client,
@@ -88,16 +88,16 @@ pub struct TestCluster {
 
 impl Drop for TestCluster {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            if let Some(dir) = self.dir.take() {
-                let kept = dir.keep();
-                eprintln!("logs and data are kept in {}", kept.display());
-                for node in &self.nodes {
-                    let text = std::fs::read_to_string(node.log_file()).unwrap_or_default();
-                    let lines: Vec<&str> = text.lines().collect();
-                    let tail = &lines[lines.len().saturating_sub(25)..];
-                    eprintln!("--- {}\n{}", node.id(), tail.join("\n"));
-                }
+        if std::thread::panicking()
+            && let Some(dir) = self.dir.take()
+        {
+            let kept = dir.keep();
+            eprintln!("logs and data are kept in {}", kept.display());
+            for node in &self.nodes {
+                let text = std::fs::read_to_string(node.log_file()).unwrap_or_default();
+                let lines: Vec<&str> = text.lines().collect();
+                let tail = &lines[lines.len().saturating_sub(25)..];
+                eprintln!("--- {}\n{}", node.id(), tail.join("\n"));
             }
         }
     }
@@ -105,7 +105,7 @@ impl Drop for TestCluster {
 
 impl TestCluster {
     /// Starts NATS and the nodes, and waits until the cluster is green.
-    pub async fn start(setup: Setup) -> TestCluster {
+    pub(crate) async fn start(setup: Setup) -> TestCluster {
         let mut cluster = TestCluster::start_nats(setup).await;
         for _ in 0..cluster.setup.nodes {
             cluster.add_node();
@@ -115,7 +115,7 @@ impl TestCluster {
     }
 
     /// Starts NATS alone.
-    pub async fn start_nats(setup: Setup) -> TestCluster {
+    pub(crate) async fn start_nats(setup: Setup) -> TestCluster {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let nats = if setup.nats_cluster {
             NatsServer::start_cluster(dir.path()).await.expect("three nats-servers")
@@ -133,16 +133,16 @@ impl TestCluster {
         TestCluster { nats, nodes: Vec::new(), raw, setup, dir: Some(dir) }
     }
 
-    pub fn dir(&self) -> &Path {
+    pub(crate) fn dir(&self) -> &Path {
         self.dir.as_ref().expect("not dropped").path()
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         self.nats.iter().map(NatsServer::url).collect::<Vec<_>>().join(",")
     }
 
     /// How the next node would be started.
-    pub fn node_options(&self, id: &str) -> NodeOptions {
+    pub(crate) fn node_options(&self, id: &str) -> NodeOptions {
         let number = |n: usize| n.to_string();
         let mut args: Vec<String> = Vec::new();
         let mut add = |name: &str, value: String| args.extend([name.to_owned(), value]);
@@ -179,76 +179,76 @@ impl TestCluster {
     }
 
     /// Starts one more node.
-    pub fn add_node(&mut self) -> String {
+    pub(crate) fn add_node(&mut self) -> String {
         let id = format!("n{}", self.nodes.len() + 1);
         let options = self.node_options(&id);
         self.nodes.push(NodeProcess::start(options).expect("the node starts"));
         id
     }
 
-    pub fn node(&mut self, id: &str) -> &mut NodeProcess {
+    pub(crate) fn node(&mut self, id: &str) -> &mut NodeProcess {
         self.nodes.iter_mut().find(|node| node.id() == id).expect("a node of this name")
     }
 
     /// Sends a signal with the system's own tool: tests have no unsafe code either.
-    pub fn signal(&mut self, id: &str, signal: &str) {
+    pub(crate) fn signal(&mut self, id: &str, signal: &str) {
         let pid = self.node(id).pid().expect("it runs");
         let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status();
         assert!(sent.expect("kill runs").success());
     }
 
     /// A failpoint: whoever comes there waits.
-    pub fn pause_at(&self, place: &str) {
+    pub(crate) fn pause_at(&self, place: &str) {
         let folder = self.dir().join("pauses");
         let _ = std::fs::remove_file(folder.join(format!("{place}.reached")));
         std::fs::write(folder.join(place), "").expect("failpoint");
     }
 
-    pub fn resume(&self, place: &str) {
+    pub(crate) fn resume(&self, place: &str) {
         let _ = std::fs::remove_file(self.dir().join("pauses").join(place));
     }
 
-    pub async fn wait_reached(&self, place: &str) {
+    pub(crate) async fn wait_reached(&self, place: &str) {
         let file = self.dir().join("pauses").join(format!("{place}.reached"));
         eventually(place, || async { if file.exists() { Ok(()) } else { Err("nobody came there".into()) } })
             .await;
     }
 
-    pub async fn client(&self) -> Client {
+    pub(crate) async fn client(&self) -> Client {
         self.client_with(Duration::from_secs(10)).await
     }
 
-    pub async fn client_with(&self, timeout: Duration) -> Client {
+    pub(crate) async fn client_with(&self, timeout: Duration) -> Client {
         let options =
             ClientOptions { nats: NatsOptions::new(&self.url()), timeout, ..ClientOptions::default() };
         Client::connect(options).await.expect("a client connects")
     }
 
     /// A JSON request on any subject, as a user of another language makes it.
-    pub async fn ask(&self, subject: &str, request: &Value) -> Result<Value, String> {
+    pub(crate) async fn ask(&self, subject: &str, request: &Value) -> Result<Value, String> {
         let body = serde_json::to_vec(request).expect("JSON");
         let reply = self.raw.request(subject.to_owned(), body.into()).await.map_err(|e| e.to_string())?;
         serde_json::from_slice(&reply.payload).map_err(|e| e.to_string())
     }
 
-    pub async fn admin(&self, verb: &str, request: Value) -> Result<Value, String> {
+    pub(crate) async fn admin(&self, verb: &str, request: Value) -> Result<Value, String> {
         self.ask(&format!("ruvector.admin.{verb}"), &request).await
     }
 
-    pub async fn api(&self, verb: &str, request: Value) -> Value {
+    pub(crate) async fn api(&self, verb: &str, request: Value) -> Value {
         self.ask(&format!("ruvector.api.{verb}"), &request).await.expect("an answer")
     }
 
-    pub async fn status(&self) -> Result<Value, String> {
+    pub(crate) async fn status(&self) -> Result<Value, String> {
         self.admin("status", json!({})).await
     }
 
     /// Waits until every shard is full on all nodes that run and nothing moves.
-    pub async fn wait_green(&self) {
+    pub(crate) async fn wait_green(&self) {
         self.wait_green_with(self.nodes.len()).await;
     }
 
-    pub async fn wait_green_with(&self, up: usize) {
+    pub(crate) async fn wait_green_with(&self, up: usize) {
         eventually("the cluster is green", || async {
             let status = self.status().await?;
             let good =
@@ -258,7 +258,7 @@ impl TestCluster {
         .await;
     }
 
-    pub async fn leader(&self) -> String {
+    pub(crate) async fn leader(&self) -> String {
         eventually("there is a leader", || async {
             let status = self.status().await?;
             status["leader"].as_str().map(str::to_owned).ok_or_else(|| status.to_string())
@@ -267,13 +267,13 @@ impl TestCluster {
     }
 
     /// A node that does not lead.
-    pub async fn follower(&self) -> String {
+    pub(crate) async fn follower(&self) -> String {
         let leader = self.leader().await;
         let other = self.nodes.iter().map(NodeProcess::id).find(|id| *id != leader);
         other.expect("another node").to_owned()
     }
 
-    pub async fn shard(&self, shard: u32) -> Value {
+    pub(crate) async fn shard(&self, shard: u32) -> Value {
         eventually("the shard is known", || async {
             let reply = self.admin("shards", json!({"only": shard})).await?;
             reply["shards"].get(0).cloned().ok_or_else(|| reply.to_string())
@@ -281,13 +281,13 @@ impl TestCluster {
         .await
     }
 
-    pub async fn bucket(&self, name: &str) -> async_nats::jetstream::kv::Store {
+    pub(crate) async fn bucket(&self, name: &str) -> async_nats::jetstream::kv::Store {
         let context = async_nats::jetstream::new(self.raw.clone());
         context.get_key_value(format!("ruvector_{name}")).await.expect("the bucket")
     }
 
     /// Waits for a migration to end; returns its record.
-    pub async fn migrated(&self, id: &str) -> Value {
+    pub(crate) async fn migrated(&self, id: &str) -> Value {
         let bucket = self.bucket("migrations").await;
         eventually("the migration ends", || async {
             let value = bucket.get(id).await.map_err(|e| e.to_string())?.ok_or("no record")?;
@@ -303,7 +303,7 @@ impl TestCluster {
     }
 
     /// One sample of a node's metrics.
-    pub async fn metric(&mut self, id: &str, name: &str) -> Option<f64> {
+    pub(crate) async fn metric(&mut self, id: &str, name: &str) -> Option<f64> {
         let record = self.bucket("nodes").await.get(id).await.ok()??;
         let record: Value = serde_json::from_slice(&record).ok()?;
         let text = http_get(record["addr"].as_str()?, "/metrics").await.ok()?;
@@ -313,7 +313,7 @@ impl TestCluster {
 }
 
 /// One HTTP request, without a library: status line and body.
-pub async fn http_get(addr: &str, path: &str) -> std::io::Result<String> {
+pub(crate) async fn http_get(addr: &str, path: &str) -> std::io::Result<String> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::TcpStream::connect(addr).await?;
     let request = format!("GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");

@@ -98,6 +98,8 @@ pub(crate) struct ReadOptions {
     pub(crate) limit: Option<u64>,
     /// IDX file with one whole number for each row, stored as the payload `{"label": n}`.
     pub(crate) labels: Option<PathBuf>,
+    /// Refuse rows without an id instead of making one up.
+    pub(crate) require_ids: bool,
 }
 
 /// An open data set: its entries in file order.
@@ -111,6 +113,7 @@ pub(crate) struct Dataset {
     rows: Box<dyn Rows>,
     labels: Option<idx::Labels>,
     id_prefix: String,
+    require_ids: bool,
     dimensions: Option<usize>,
     /// Read ahead by the constructor.
     first: Option<VectorEntry>,
@@ -185,6 +188,7 @@ impl Dataset {
             rows,
             labels,
             id_prefix,
+            require_ids: options.require_ids,
             first: None,
             left: options.limit.unwrap_or(u64::MAX),
             row: 0,
@@ -226,7 +230,11 @@ impl Dataset {
             ));
         }
         check_dimensions(found as u64)?;
-        let id = row.id.unwrap_or_else(|| format!("{}-{}", self.id_prefix, self.row));
+        let id = match row.id {
+            Some(id) => id,
+            None if self.require_ids => return invalid("it has no \"id\""),
+            None => format!("{}-{}", self.id_prefix, self.row),
+        };
         let mut entry = VectorEntry { id, vector: row.vector, payload: row.payload };
         if let Some(labels) = &mut self.labels {
             let label = labels.next_label()?;

@@ -8,6 +8,7 @@ use crate::model::admin::{HealthStatus, NodesReply, ShardView, ShardsReply, Shar
 use crate::model::records::{MigrationRecord, NodeStatus};
 use crate::model::{MigrationId, NodeId};
 use crate::nats::NatsOptions;
+use crate::nats::bus::Asked;
 use crate::playground::LocalCluster;
 use crate::view::{Buckets, View, parse};
 use serde::Serialize;
@@ -30,7 +31,11 @@ pub(super) async fn admin<Q: Serialize, A: DeserializeOwned>(
     verb: &str,
     request: &Q,
 ) -> Result<A> {
-    client.bus().call_json(client.subjects().admin(verb), request, ASK).await
+    match client.bus().ask_json(client.subjects().admin(verb), request, ASK).await {
+        Asked::Answer(answer) => answer,
+        Asked::NoResponders => Err(Error::Unavailable("there is no leader at the moment".into())),
+        Asked::NoAnswer(error) => Err(error),
+    }
 }
 
 pub(super) async fn connect(url: &str, namespace: &str, timeout: Duration) -> Result<Client> {

@@ -173,11 +173,11 @@ impl Stage<'_> {
             steps.progress(&format!("{held} of {share} shards are there; {}", load.line()));
             if held + 1 >= share { Ok(()) } else { Err(format!("it holds {held} of {share}")) }
         });
-        if let Err(error) = balanced.await {
-            if Stage::held(&self.client, node).await? == 0 {
-                self.steps.bad(&format!("nothing moves by itself ({error}): asking for one move"));
-                self.move_one(node).await?;
-            }
+        if let Err(error) = balanced.await
+            && Stage::held(&self.client, node).await? == 0
+        {
+            self.steps.bad(&format!("nothing moves by itself ({error}): asking for one move"));
+            self.move_one(node).await?;
         }
         self.heal(load).await
     }

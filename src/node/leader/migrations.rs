@@ -202,13 +202,13 @@ impl Leader {
         phase: MigrationPhase,
         why: &str,
     ) -> Result<()> {
-        if let Some((_, record)) = self.shards.get(&migration.shard) {
-            if record.migration.as_deref() == Some(migration.id.as_str()) {
-                let mut record = record.clone();
-                record.joining.clear();
-                record.migration = None;
-                self.write_shard(record).await?;
-            }
+        if let Some((_, record)) = self.shards.get(&migration.shard)
+            && record.migration.as_deref() == Some(migration.id.as_str())
+        {
+            let mut record = record.clone();
+            record.joining.clear();
+            record.migration = None;
+            self.write_shard(record).await?;
         }
         self.end(migration, phase, why).await
     }
@@ -283,11 +283,11 @@ impl Leader {
             if migration.phase == MigrationPhase::Cleanup && source_gone {
                 crate::node::migration::complete(&self.ctx, &migration.id).await;
             }
-            if at >= KEEP_COUNT || wall() - migration.updated_at > KEEP {
-                if let Err(error) = self.ctx.buckets.migrations.delete(&migration.id).await {
-                    debug!("{error}");
-                    return;
-                }
+            if (at >= KEEP_COUNT || wall() - migration.updated_at > KEEP)
+                && let Err(error) = self.ctx.buckets.migrations.delete(&migration.id).await
+            {
+                debug!("{error}");
+                return;
             }
         }
     }

@@ -177,13 +177,14 @@ impl Leader {
             self.membership.on_record(now, record);
             match record.status {
                 NodeStatus::Down | NodeStatus::Left => {
-                    drop(self.down_since.entry(record.node.clone()).or_insert(now))
+                    self.down_since.entry(record.node.clone()).or_insert(now);
                 }
                 NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining => {
-                    drop(self.down_since.remove(&record.node))
+                    self.down_since.remove(&record.node);
                 }
             }
         }
+        self.membership.retain(|node| view.nodes.contains_key(node));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
         self.loads.retain(|node, _| view.nodes.contains_key(node));
         let up = view.nodes.values().filter(|(_, n)| n.status == NodeStatus::Up).map(|(_, n)| n.node.clone());
@@ -261,10 +262,10 @@ impl Leader {
             }
             // Looked at again with the next heartbeat, ping or tick: membership believes the record.
             Cas::Lost | Cas::Unknown(_) => {
-                if let Some(found) = self.ctx.buckets.nodes.get(node).await? {
-                    if let Ok(record) = parse::<NodeRecord>(&found.value) {
-                        self.membership.on_record(self.ctx.clock.now(), &record);
-                    }
+                if let Some(found) = self.ctx.buckets.nodes.get(node).await?
+                    && let Ok(record) = parse::<NodeRecord>(&found.value)
+                {
+                    self.membership.on_record(self.ctx.clock.now(), &record);
                 }
             }
         }
@@ -348,10 +349,10 @@ impl Leader {
                 _ if migrating => waiting = true,
                 Step::Copy { shard, from, to, reason } => {
                     waiting = true;
-                    if self.may_start(from.as_deref(), &to) {
-                        if let Err(error) = self.start_migration(shard, from, &to, reason).await {
-                            self.soft(error)?;
-                        }
+                    if self.may_start(from.as_deref(), &to)
+                        && let Err(error) = self.start_migration(shard, from, &to, reason).await
+                    {
+                        self.soft(error)?;
                     }
                 }
                 Step::Remove { shard, node, reason } => self.remove_replica(shard, &node, reason).await?,

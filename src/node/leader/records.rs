@@ -247,10 +247,10 @@ impl Leader {
         if !record.has_replica(node) || !others {
             return Ok(());
         }
-        if record.primary == node {
-            if let Some(next) = record.replicas.iter().find(|n| *n != node && self.is_live(n)).cloned() {
-                record.promote(&next);
-            }
+        if record.primary == node
+            && let Some(next) = record.replicas.iter().find(|n| *n != node && self.is_live(n)).cloned()
+        {
+            record.promote(&next);
         }
         record.replicas.retain(|n| n != node);
         match self.write_shard(record).await {

@@ -87,13 +87,15 @@ pub(crate) struct Replica {
     checkpoints: Mutex<VecDeque<(Uuid, Digest)>>,
     checkpointed: watch::Sender<u64>,
     /// The window of operation ids, for snapshots; `(applied, notes)` asked from the loop.
-    snapshots: tokio::sync::mpsc::Sender<oneshot::Sender<(u64, Vec<(u64, Vec<u8>)>)>>,
+    snapshots: tokio::sync::mpsc::Sender<oneshot::Sender<Window>>,
     pub(crate) counters: Counters,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
-type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<(u64, Vec<(u64, Vec<u8>)>)>>;
+/// Applied sequence, and the window of operation ids there as notes.
+pub(crate) type Window = (u64, Vec<(u64, Vec<u8>)>);
+type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
 
 impl Replica {
     /// Opens the store and starts the loop.
@@ -234,6 +236,11 @@ impl Replica {
                 self.status.borrow().applied
             ))),
         }
+    }
+
+    /// Resolves when the replica is being closed: whoever holds it lets go.
+    pub(crate) async fn closing(&self) {
+        self.stop.cancelled().await;
     }
 
     fn stopping(&self) -> Error {
@@ -533,7 +540,7 @@ impl Replica {
     }
 
     /// Applied sequence and window of operation ids, at one moment.
-    pub(crate) async fn window(&self) -> Result<(u64, Vec<(u64, Vec<u8>)>)> {
+    pub(crate) async fn window(&self) -> Result<Window> {
         let (ask, answer) = oneshot::channel();
         let asked = async {
             self.snapshots.send(ask).await.ok()?;

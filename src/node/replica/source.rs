@@ -49,7 +49,11 @@ pub(crate) async fn stream_snapshot(
         let _permit = permit;
         let (shard, transfer) = (replica.shard, request.transfer.clone());
         let mut sender = Sender { ctx, request, acks, stored: 0, index: 0 };
-        match sender.run(&replica, seq, window).await {
+        let sent = tokio::select! {
+            sent = sender.run(&replica, seq, window) => sent,
+            () = replica.closing() => Err(Error::Unavailable("the replica is closing".into())),
+        };
+        match sent {
             Ok(()) => info!(%shard, transfer, chunks = sender.index, "the snapshot was sent"),
             Err(error) => debug!(%shard, transfer, "sending the snapshot ended early: {error}"),
         }

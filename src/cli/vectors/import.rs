@@ -1,0 +1,304 @@
+//! `vectors import`: a data set file into the cluster.
+//!
+//! A blocking thread reads, a bounded channel holds a few batches, and as many are on their way as asked
+//! for. A batch keeps its operation id over all its tries, so that trying again takes effect once.
+
+use super::joined;
+use crate::cli::bars::{Bars, Shape};
+use crate::cli::dataset::{Dataset, ReadOptions};
+use crate::cli::exit::Exit;
+use crate::cli::global::Global;
+use crate::cli::render::{self, count, note};
+use crate::client::{Client, Written};
+use crate::clock::fresh_id;
+use crate::error::{Error, Result};
+use crate::model::{ShardId, VectorEntry};
+use clap::Args;
+use futures::StreamExt;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Bytes of one batch, at most: large vectors make small batches.
+const BATCH_BYTES: usize = 4 << 20;
+/// A batch is tried for so long: operation ids are remembered for two minutes.
+const TRY_FOR: Duration = Duration::from_secs(105);
+const STOPPING: &str = "stopping …";
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LAST_PAUSE: Duration = Duration::from_secs(3);
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// Data set; its name says the format.
+    file: PathBuf,
+    /// Vectors sent at once.
+    #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    batch: u32,
+    /// Batches on their way at once.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+    parallel: u32,
+    /// Begins the ids of rows that have none [default: the name of the file].
+    #[arg(long, value_name = "PREFIX")]
+    id_prefix: Option<String>,
+    /// IDX file with a label for each row, stored as payload {"label": n} [default: the one beside FILE].
+    #[arg(long, value_name = "FILE")]
+    labels: Option<PathBuf>,
+    /// Stop after so many vectors.
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+}
+
+/// What an import did.
+#[derive(Debug, Serialize)]
+struct Imported {
+    imported: u64,
+    dimensions: usize,
+    seconds: f64,
+    vectors_per_s: f64,
+}
+
+pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<Exit> {
+    let ImportArgs { file, batch, parallel, id_prefix, labels, limit } = args;
+    let options = ReadOptions { id_prefix, limit, labels, ..ReadOptions::default() };
+    let name = file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let source = Source::open(&name, move || Dataset::open(&file, &options)).await?;
+    let client = global.client().await?;
+    let dimensions = source.dataset.dimensions().unwrap_or(client.settings().dimensions);
+    let loader = Loader { batch: batch as usize, parallel: parallel as usize };
+    let loaded = loader.load(&client, source).await?;
+    let seconds = loaded.took.as_secs_f64();
+    let imported = Imported {
+        imported: loaded.count,
+        dimensions,
+        seconds: (seconds * 1_000.0).round() / 1_000.0,
+        vectors_per_s: (loaded.count as f64 / seconds.max(1e-6)).round(),
+    };
+    render::show(global.output, &imported, |done| {
+        format!(
+            "{} of {} imported in {:.2} s: {}/s",
+            count(done.imported, "vector"),
+            count(done.dimensions as u64, "dimension"),
+            done.seconds,
+            count(done.vectors_per_s as u64, "vector"),
+        )
+    })?;
+    loaded.end
+}
+
+/// An open data set.
+pub(crate) struct Source {
+    label: String,
+    dataset: Dataset,
+}
+
+impl Source {
+    /// Opens it on a thread that may block.
+    pub(crate) async fn open(
+        label: &str,
+        open: impl FnOnce() -> Result<Dataset> + Send + 'static,
+    ) -> Result<Source> {
+        let dataset = joined(tokio::task::spawn_blocking(open).await)?;
+        Ok(Source { label: label.to_owned(), dataset })
+    }
+}
+
+/// How to load.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Loader {
+    pub(crate) batch: usize,
+    pub(crate) parallel: usize,
+}
+
+/// What was loaded, also when it did not end well.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    pub(crate) count: u64,
+    pub(crate) seqs: BTreeMap<ShardId, u64>,
+    took: Duration,
+    pub(crate) end: Result<Exit>,
+}
+
+impl Loader {
+    /// Sends everything; Ctrl-C ends it after the batches that are on their way.
+    ///
+    /// # Errors
+    /// Before anything is sent; what goes wrong later is part of the answer.
+    pub(crate) async fn load(self, client: &Client, source: Source) -> Result<Loaded> {
+        let Source { label, dataset } = source;
+        let cluster = client.settings().dimensions;
+        if let Some(found) = dataset.dimensions().filter(|found| *found != cluster) {
+            return Err(Error::Invalid(format!(
+                "{label} has vectors of {found} dimensions, the cluster takes {cluster}: nothing was sent"
+            )));
+        }
+        let bars = Bars::new();
+        let mut bar = bars.add(&label, dataset.total, Shape::Count);
+        let started = Instant::now();
+        let stop = CancellationToken::new();
+        let (send, mut batches) = mpsc::channel(self.parallel);
+        let reading = tokio::task::spawn_blocking(move || read(dataset, self.batch, &send));
+        let sends = futures::stream::poll_fn(|cx| batches.poll_recv(cx))
+            .take_until(stop.clone().cancelled_owned())
+            .map(|batch| async { attempt(client, batch, &bars).await })
+            .buffer_unordered(self.parallel);
+        tokio::pin!(sends);
+        let mut loaded =
+            Loaded { count: 0, seqs: BTreeMap::new(), took: Duration::ZERO, end: Ok(Exit::Done) };
+        bar.set(0, "", "");
+        loop {
+            let written = tokio::select! {
+                written = sends.next() => written,
+                _ = tokio::signal::ctrl_c() => {
+                    if stop.is_cancelled() {
+                        // Asked twice: do not wait for anything.
+                        loaded.end = Ok(Exit::Failed);
+                        break;
+                    }
+                    stop.cancel();
+                    bar.set(loaded.count, STOPPING, "");
+                    continue;
+                }
+            };
+            match written {
+                Some(Ok(written)) => {
+                    loaded.count += written.count;
+                    loaded.seqs.extend(written.seqs);
+                    bar.set(loaded.count, if stop.is_cancelled() { STOPPING } else { "" }, "");
+                }
+                Some(Err(error)) => {
+                    loaded.end = loaded.end.and(Err(error));
+                    stop.cancel();
+                }
+                None => break,
+            }
+        }
+        loaded.took = started.elapsed();
+        drop(bar);
+        loaded.end = match (loaded.end, stop.is_cancelled()) {
+            (Err(error), _) => {
+                Err(error.context(format!("{} were stored before the end", count(loaded.count, "vector"))))
+            }
+            (Ok(_), true) => {
+                note(format!(
+                    "interrupted: {} were stored; doing it again replaces them",
+                    count(loaded.count, "vector")
+                ));
+                Ok(Exit::Failed)
+            }
+            // The file may have ended with an error.
+            (Ok(exit), false) => joined(reading.await).map(|()| exit),
+        };
+        Ok(loaded)
+    }
+}
+
+/// Cuts the data set into batches, as long as somebody takes them.
+fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) -> Result<()> {
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    for entry in dataset {
+        let entry = match entry {
+            Ok(entry) => entry,
+            Err(error) => {
+                // What was read before is good.
+                let _ = send.blocking_send(batch);
+                return Err(error);
+            }
+        };
+        bytes += entry.wire_bytes();
+        batch.push(entry);
+        if batch.len() >= size || bytes >= BATCH_BYTES {
+            if send.blocking_send(std::mem::take(&mut batch)).is_err() {
+                return Ok(());
+            }
+            bytes = 0;
+        }
+    }
+    if !batch.is_empty() {
+        let _ = send.blocking_send(batch);
+    }
+    Ok(())
+}
+
+/// Sends one batch until it is stored, or has failed for good.
+async fn attempt(client: &Client, batch: Vec<VectorEntry>, bars: &Bars) -> Result<Written> {
+    let op_id = fresh_id();
+    let deadline = Instant::now() + TRY_FOR;
+    let (mut pause, mut told) = (FIRST_PAUSE, false);
+    loop {
+        let error = match client.upsert_as(op_id, batch.clone()).await {
+            Ok(written) => return Ok(written),
+            Err(error) if error.is_retryable() && Instant::now() + pause < deadline => error,
+            Err(error) => return Err(error),
+        };
+        if !told {
+            let seconds = TRY_FOR.as_secs();
+            bars.aside(|| {
+                note(format!(
+                    "{} wait, trying for up to {seconds} s: {error}",
+                    count(batch.len() as u64, "vector")
+                ))
+            });
+            told = true;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::dataset::Format;
+
+    fn lines(count: usize, bad: &str) -> Dataset {
+        let mut text: String =
+            (0..count).map(|n| format!("{{\"id\":\"{n}\",\"vector\":[1,{n}]}}\n")).collect();
+        text.push_str(bad);
+        Dataset::from_reader(Format::Jsonl, "x", std::io::Cursor::new(text), &ReadOptions::default()).unwrap()
+    }
+
+    fn batches(dataset: Dataset, size: usize) -> (Vec<usize>, Result<()>) {
+        let (send, mut receive) = mpsc::channel(100);
+        let end = read(dataset, size, &send);
+        drop(send);
+        let mut sizes = Vec::new();
+        while let Ok(batch) = receive.try_recv() {
+            sizes.push(batch.len());
+        }
+        (sizes, end)
+    }
+
+    #[test]
+    fn a_data_set_is_cut_into_batches() {
+        assert_eq!(batches(lines(25, ""), 10), (vec![10, 10, 5], Ok(())));
+        assert_eq!(batches(lines(20, ""), 10), (vec![10, 10], Ok(())));
+    }
+
+    #[test]
+    fn what_stands_before_a_bad_line_is_sent() {
+        let (sizes, end) = batches(lines(13, "{\"id\":7"), 10);
+        assert_eq!(sizes, [10, 3]);
+        assert!(end.unwrap_err().to_string().contains("line 14"));
+    }
+
+    #[test]
+    fn large_vectors_make_small_batches() {
+        let row = format!("{{\"vector\":[{}]}}\n", vec!["1"; 65_536].join(","));
+        let text = row.repeat(40);
+        let dataset =
+            Dataset::from_reader(Format::Jsonl, "x", std::io::Cursor::new(text), &ReadOptions::default())
+                .unwrap();
+        assert_eq!(batches(dataset, 500).0, [16, 16, 8]);
+    }
+
+    #[test]
+    fn a_reader_that_nobody_listens_to_ends() {
+        let (send, receive) = mpsc::channel(1);
+        drop(receive);
+        assert_eq!(read(lines(25, ""), 10, &send), Ok(()));
+    }
+}

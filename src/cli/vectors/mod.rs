@@ -1,0 +1,170 @@
+//! `vectors`: the data.
+
+mod import;
+mod search;
+mod write;
+
+use super::exit::Exit;
+use super::global::Global;
+use super::render::{self, Cell, Tone, facts, note, number};
+use crate::error::{Error, Result};
+use crate::model::api::{CountReply, DeleteReply, GetReply, StoredEntry, to_seqs};
+use crate::model::{Consistency, Payload};
+use clap::{Args, Subcommand};
+use std::str::FromStr;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VectorsCommand {
+    /// Loads a data set: npy, fvecs, bvecs, csv, jsonl or IDX (MNIST), each also as .gz.
+    ///
+    /// Rows without an id of their own get `<prefix>-<row>`, so importing a file again replaces what it
+    /// stored before. Should an id occur twice in the file, only --parallel 1 says which one stays.
+    Import(import::ImportArgs),
+    /// Stores one vector, or many given as JSON lines; an id that exists is replaced.
+    Upsert(write::UpsertArgs),
+    /// One vector; exit code 1 if it is not there.
+    Get {
+        /// Its id.
+        id: String,
+        #[command(flatten)]
+        fresh: Freshness,
+    },
+    /// Removes vectors.
+    Delete {
+        /// Their ids.
+        #[arg(required = true, value_name = "ID")]
+        ids: Vec<String>,
+    },
+    /// The nearest vectors to one.
+    Search(search::SearchArgs),
+    /// How many there are.
+    Count {
+        #[command(flatten)]
+        fresh: Freshness,
+    },
+}
+
+/// How fresh a read must be.
+#[derive(Debug, Args)]
+pub(crate) struct Freshness {
+    /// How fresh: `linearizable` sees every write acknowledged before; `eventual` and `session` take what a
+    /// replica has, which also works while no log can be written (a session is as long as one command).
+    #[arg(long, value_name = "HOW", default_value = "linearizable")]
+    pub(crate) consistency: Consistency,
+}
+
+/// A vector on the command line: `[0.1, 0.2]`.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Numbers(pub(crate) Vec<f32>);
+
+impl FromStr for Numbers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Numbers, String> {
+        let numbers = serde_json::from_str::<Vec<f32>>(text);
+        numbers
+            .map(Numbers)
+            .map_err(|e| format!("a JSON array of numbers is needed, such as [0.1, 0.2]: {e}"))
+    }
+}
+
+/// A payload or filter on the command line: `{"label": 3}`.
+pub(crate) fn object(text: &str) -> Result<Payload, String> {
+    let parsed = serde_json::from_str(text);
+    parsed.map_err(|e| format!("a JSON object is needed, such as {{\"label\": 3}}: {e}"))
+}
+
+pub(crate) async fn run(global: &Global, command: VectorsCommand) -> Result<Exit> {
+    match command {
+        VectorsCommand::Import(args) => import::run(global, args).await,
+        VectorsCommand::Upsert(args) => write::upsert(global, args).await,
+        VectorsCommand::Get { id, fresh } => get(global, &id, fresh.consistency).await,
+        VectorsCommand::Delete { ids } => delete(global, ids).await,
+        VectorsCommand::Search(args) => search::run(global, args).await,
+        VectorsCommand::Count { fresh } => {
+            let reply = CountReply { count: global.client().await?.count_with(fresh.consistency).await? };
+            render::show(global.output, &reply, |reply| reply.count.to_string())?;
+            Ok(Exit::Done)
+        }
+    }
+}
+
+async fn get(global: &Global, id: &str, consistency: Consistency) -> Result<Exit> {
+    let found = global.client().await?.get_with(id, consistency).await?;
+    let reply = GetReply { entry: found.entry.map(StoredEntry::from), shard: found.shard, seq: found.seq };
+    let missing = reply.entry.is_none();
+    if missing {
+        note(format!("there is no vector {id:?} (it would be in shard {})", reply.shard));
+    }
+    match (missing, global.output) {
+        (true, super::global::Output::Table) => {}
+        _ => drop(render::show(global.output, &reply, sheet)?),
+    }
+    Ok(if missing { Exit::Failed } else { Exit::Done })
+}
+
+fn sheet(reply: &GetReply) -> String {
+    let Some(entry) = &reply.entry else { return String::new() };
+    let payload = match &entry.payload {
+        Some(payload) => compact(payload),
+        None => "-".to_owned(),
+    };
+    facts([
+        ("id", Cell::new(&entry.id).tone(Tone::Strong)),
+        ("shard", Cell::new(format!("{} (sequence {})", reply.shard, reply.seq))),
+        ("payload", Cell::new(payload)),
+        ("vector", Cell::new(start_of(&entry.vector))),
+    ])
+}
+
+/// A payload on one line.
+pub(crate) fn compact(payload: &Payload) -> String {
+    serde_json::to_string(payload).unwrap_or_default()
+}
+
+/// The first numbers of a vector, and how many there are; JSON output has them all.
+fn start_of(vector: &[f32]) -> String {
+    const SHOWN: usize = 8;
+    let shown: Vec<String> = vector.iter().take(SHOWN).map(|number| format!("{number}")).collect();
+    let more = if vector.len() > SHOWN { ", …" } else { "" };
+    format!("[{}{more}] ({})", shown.join(", "), render::count(vector.len() as u64, "dimension"))
+}
+
+async fn delete(global: &Global, ids: Vec<String>) -> Result<Exit> {
+    let asked = ids.len() as u64;
+    let written = global.client().await?.delete(ids).await?;
+    let reply = DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs) };
+    if reply.deleted < asked {
+        note(format!("{} of {} were not there", number(asked.saturating_sub(reply.deleted)), number(asked)));
+    }
+    render::show(global.output, &reply, |reply| {
+        format!("{} deleted", render::count(reply.deleted, "vector"))
+    })?;
+    Ok(Exit::Done)
+}
+
+/// Ends a blocking task's panic as an error.
+pub(crate) fn joined<T>(result: Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    result.unwrap_or_else(|e| Err(Error::Internal(format!("a reader has stopped: {e}"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vectors_and_objects_are_json() {
+        assert_eq!("[1, -2.5]".parse::<Numbers>().unwrap(), Numbers(vec![1.0, -2.5]));
+        for text in ["", "1,2", "[1,\"x\"]", "{}"] {
+            assert!(text.parse::<Numbers>().is_err(), "{text}");
+        }
+        assert_eq!(object("{\"a\":1}").unwrap()["a"], 1);
+        assert!(object("[1]").is_err());
+    }
+
+    #[test]
+    fn a_long_vector_is_cut_and_counted() {
+        assert_eq!(start_of(&[1.0, 2.5]), "[1, 2.5] (2 dimensions)");
+        assert_eq!(start_of(&[0.0; 64]), "[0, 0, 0, 0, 0, 0, 0, 0, …] (64 dimensions)");
+    }
+}
