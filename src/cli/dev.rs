@@ -81,14 +81,14 @@ pub(crate) async fn run(global: &Global, args: DevArgs) -> Result<Exit> {
         ended = Box::pin(play(&mut local, global, &args, &dir, &steps)) => ended,
     };
     steps.begin("stopping");
+    let started = local.is_some();
     let stopped = match local {
         Some(local) => local.stop(GOODBYE).await,
         None => Ok(()),
     };
     steps.clear();
-    if let (Err(error), Some(temporary)) = (&ended, temporary) {
-        let kept = temporary.keep();
-        return Err(error.clone().context(format!("logs and data are kept in {}", kept.display())));
+    if let (true, Err(_), Some(temporary)) = (started, &ended, temporary) {
+        eprintln!("logs and data are kept in {}", temporary.keep().display());
     }
     ended.and(stopped).map(|()| Exit::Done)
 }
@@ -182,13 +182,9 @@ impl Place {
             "\nIn another terminal:\n\n  export RUVECTOR_NATS={}\n  {program}{scope} status",
             self.nats
         ));
-        for command in [
-            "vectors import examples/data/digits.csv.gz",
-            "vectors count",
-            "shards ls",
-            "shards move 0 --to node-1",
-            "events --follow",
-        ] {
+        for command in
+            ["vectors import examples/data/digits.csv.gz", "vectors count", "shards ls", "events --follow"]
+        {
             lines.push(format!("  {program}{scope} {command}"));
         }
         lines.push(format!("  nats -s {} sub '{namespace}.event.>'", self.nats));

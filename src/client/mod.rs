@@ -7,6 +7,7 @@
 mod admin;
 mod route;
 mod search;
+mod watch;
 
 pub use admin::Admin;
 

@@ -12,6 +12,7 @@ use crate::model::{Consistency, SearchQuery};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 const WRITERS: u64 = 4;
@@ -89,7 +90,7 @@ impl Load {
             tasks.spawn(shared.clone().write_all_the_time(task, stop.clone()));
         }
         for task in 0..READERS {
-            tasks.spawn(shared.clone().read_all_the_time(WRITERS + task, stop.clone()));
+            tasks.spawn(shared.clone().read_all_the_time(task, stop.clone()));
         }
         tasks.spawn(shared.clone().search_all_the_time(stop.clone()));
         Load { shared, stop, tasks }
@@ -133,8 +134,9 @@ struct Turns {
 }
 
 impl Turns {
-    fn new(period: Duration, stop: CancellationToken) -> Turns {
-        let mut tick = tokio::time::interval(period);
+    /// Tasks with the same period take turns: `phase` is a share of it, 0 to 1.
+    fn new(period: Duration, phase: f32, stop: CancellationToken) -> Turns {
+        let mut tick = tokio::time::interval_at(Instant::now() + period.mul_f32(phase), period);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         Turns { tick, stop, turn: 0 }
     }
@@ -155,7 +157,7 @@ impl Shared {
     }
 
     async fn write_all_the_time(self: Arc<Self>, task: u64, stop: CancellationToken) {
-        let mut turns = Turns::new(PERIOD, stop);
+        let mut turns = Turns::new(PERIOD, task as f32 / WRITERS as f32, stop);
         while let Some(turn) = turns.next().await {
             let write = self.books().ledger.begin_write(random(task, turn));
             self.write(write).await;
@@ -188,9 +190,9 @@ impl Shared {
     }
 
     async fn read_all_the_time(self: Arc<Self>, task: u64, stop: CancellationToken) {
-        let mut turns = Turns::new(PERIOD, stop);
+        let mut turns = Turns::new(PERIOD, task as f32 / READERS as f32, stop);
         while let Some(turn) = turns.next().await {
-            let random = random(task, turn);
+            let random = random(WRITERS + task, turn);
             let read = if turn % 3 == 0 { None } else { self.books().ledger.begin_read(random) };
             match read {
                 Some(read) => self.read(read).await,
@@ -235,7 +237,7 @@ impl Shared {
     }
 
     async fn search_all_the_time(self: Arc<Self>, stop: CancellationToken) {
-        let mut turns = Turns::new(SEARCH_PERIOD, stop);
+        let mut turns = Turns::new(SEARCH_PERIOD, 0.0, stop);
         while let Some(turn) = turns.next().await {
             self.search(random(u64::MAX, turn)).await;
         }

@@ -59,23 +59,26 @@ pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<Exit> {
 
     // Children are ended before their folder is: so the cluster is owned here, not by what may be cut off.
     let mut local = None;
-    let ended = tokio::select! {
+    let mut ended = tokio::select! {
         ended = Box::pin(perform(&mut local, global, &args, &data, folder.path(), &steps)) => Some(ended),
         () = interrupted() => None,
     };
     steps.clear();
-    if let Some(local) = local {
+    let started = local.is_some();
+    if let Some(mut local) = local {
+        // A process that nobody killed has ended: that is why, whatever was noticed first.
+        if let (Some(Err(error)), Err(why)) = (&mut ended, local.check_running()) {
+            *error = why;
+        }
         local.kill().await;
     }
-    let keep = args.keep || matches!(&ended, Some(Err(_))) || matches!(&ended, Some(Ok(r)) if !r.passed());
-    let kept = keep.then(|| folder.keep());
-    let report = match ended {
-        Some(Ok(report)) => report,
-        Some(Err(error)) => return Err(with_logs(error, kept.as_deref())),
-        None => {
-            eprintln!("interrupted: every process was ended");
-            return Ok(Exit::Failed);
-        }
+    let failed = ended.as_ref().is_some_and(|ended| !ended.as_ref().is_ok_and(Report::passed));
+    if args.keep || (failed && started) {
+        eprintln!("logs and data are kept in {}", folder.keep().display());
+    }
+    let Some(report) = ended.transpose()? else {
+        eprintln!("interrupted: every process was ended");
+        return Ok(Exit::Failed);
     };
     match global.output {
         Output::Json => {
@@ -84,17 +87,7 @@ pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<Exit> {
         }
         Output::Table => println!("\n{}", report.table()),
     }
-    if let Some(kept) = &kept {
-        eprintln!("logs and data are in {}", kept.display());
-    }
     Ok(if report.passed() { Exit::Done } else { Exit::Failed })
-}
-
-fn with_logs(error: Error, kept: Option<&Path>) -> Error {
-    match kept {
-        Some(dir) => error.context(format!("logs and data are kept in {}", dir.display())),
-        None => error,
-    }
 }
 
 async fn perform(

@@ -16,7 +16,8 @@ pub(in crate::cli) struct Steps {
 impl Steps {
     pub(in crate::cli) fn new(clock: Clock) -> Steps {
         let spinner = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{spinner:.cyan} {elapsed:.dim}  {msg}");
+            let style =
+                ProgressStyle::with_template("{spinner:.cyan} {elapsed:>5:.dim}    {prefix}  {msg:.dim}");
             let bar = ProgressBar::new_spinner();
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
             bar.enable_steady_tick(Duration::from_millis(100));
@@ -33,7 +34,10 @@ impl Steps {
     /// Something begins.
     pub(in crate::cli) fn begin(&self, text: &str) {
         match &self.spinner {
-            Some(spinner) => spinner.set_message(text.to_owned()),
+            Some(spinner) => {
+                spinner.set_message("");
+                spinner.set_prefix(text.to_owned());
+            }
             None => self.line(' ', text),
         }
     }

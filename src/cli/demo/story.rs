@@ -99,7 +99,7 @@ impl Stage<'_> {
 
     async fn heal(&mut self, load: &Load) -> Result<()> {
         let (nodes, steps) = (self.local.nodes().len(), self.steps);
-        self.until_green(nodes, |text| steps.progress(&format!("{text} — {}", load.line()))).await
+        self.until_green(nodes, |text| steps.progress(&format!("{text}; {}", load.line()))).await
     }
 
     /// Imports all vectors; a part that gets no answer is sent again under its operation id.
@@ -125,7 +125,7 @@ impl Stage<'_> {
         let mut written = futures::stream::iter(parts).buffer_unordered(PARALLEL);
         while let Some(count) = written.try_next().await? {
             done += count;
-            steps.progress(&format!("importing: {done} of {total} vectors"));
+            steps.progress(&format!("{done} of {total}"));
         }
         drop(written);
         let count = self.client.count_with(Consistency::Linearizable).await?;
@@ -170,7 +170,7 @@ impl Stage<'_> {
         let steps = self.steps;
         let balanced = self.until("the new node has its share of shards", REBALANCE, async |client| {
             let held = Stage::held(client, node).await.map_err(|e| e.to_string())?;
-            steps.progress(&format!("{held} of {share} shards are on {node} — {}", load.line()));
+            steps.progress(&format!("{held} of {share} shards are there; {}", load.line()));
             if held + 1 >= share { Ok(()) } else { Err(format!("it holds {held} of {share}")) }
         });
         if let Err(error) = balanced.await
