@@ -8,6 +8,7 @@ mod events;
 mod exit;
 mod follow;
 mod global;
+mod interrupt;
 mod leader;
 mod migrations;
 mod node;

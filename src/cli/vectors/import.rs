@@ -8,6 +8,7 @@ use crate::cli::bars::{Bars, Shape};
 use crate::cli::dataset::{Dataset, ReadOptions};
 use crate::cli::exit::Exit;
 use crate::cli::global::Global;
+use crate::cli::interrupt::Interrupts;
 use crate::cli::render::{self, count, note};
 use crate::client::{Client, Written};
 use crate::clock::fresh_id;
@@ -138,6 +139,7 @@ impl Loader {
         }
         let bars = Bars::new();
         let mut bar = bars.add(&label, dataset.total, Shape::Count);
+        let mut interrupts = Interrupts::new()?;
         let started = Instant::now();
         let stop = CancellationToken::new();
         let (send, mut batches) = mpsc::channel(self.parallel);
@@ -154,7 +156,7 @@ impl Loader {
         loop {
             let written = tokio::select! {
                 written = sends.next() => written,
-                _ = tokio::signal::ctrl_c() => {
+                () = interrupts.next() => {
                     if stop.is_cancelled() {
                         // Asked twice: do not wait for anything.
                         loaded.end = Ok(Exit::Failed);
