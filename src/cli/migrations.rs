@@ -248,6 +248,6 @@ mod tests {
             text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         let why = "an operator asked for it";
         assert_eq!(lines[1], format!("m-00007-ab 7 n1 n4 snapshot 45 % 1.0 KiB 1m ago 1m {why}"));
-        assert_eq!(lines[2], format!("m-00007-ab 7 n1 n4 completed 100 % 1.0 KiB 1m ago - {why}"));
+        assert_eq!(lines[2], format!("m-00007-ab 7 n1 n4 completed 100 % 1.0 KiB 1m ago 1.5s {why}"));
     }
 }

@@ -422,6 +422,9 @@ pub struct MigrationRecord {
     pub started_at: DateTime<Utc>,
     /// Last progress.
     pub updated_at: DateTime<Utc>,
+    /// When the shard's record was swapped.
+    #[serde(default)]
+    pub moved_at: Option<DateTime<Utc>>,
     /// What went wrong last.
     #[serde(default)]
     pub error: Option<String>,

@@ -41,7 +41,7 @@ impl Leader {
     pub(super) fn may_start(&self, from: Option<&str>, to: &str) -> bool {
         let running = self.running();
         let per_node = self.ctx.config.migrations_per_node;
-        let total = (self.members.len() / 2).max(2).max(per_node);
+        let total = (self.present.len() / 2).max(2).max(per_node);
         let count = |side: &dyn Fn(&MigrationRecord) -> bool| running.iter().filter(|m| side(m)).count();
         let started = self.shards.values().filter(|(_, r)| r.migration.is_some()).count();
         running.len().max(started) < total
@@ -76,6 +76,7 @@ impl Leader {
             lag: 0,
             started_at: now,
             updated_at: now,
+            moved_at: None,
             error: None,
         };
         let value = serde_json::to_vec(&migration).map_err(|e| Error::Internal(e.to_string()))?;
@@ -238,6 +239,7 @@ impl Leader {
             }
             record.phase = phase;
             record.updated_at = wall();
+            record.moved_at = phase.is_success().then(wall);
             if let Some(error) = error {
                 record.error = Some(error.to_owned());
             }
