@@ -14,8 +14,6 @@ mod replica;
 mod replicas;
 mod requests;
 
-pub(crate) use requests::best;
-
 use crate::client::Client;
 use crate::clock::wall;
 use crate::config::ClusterConfig;
