@@ -158,6 +158,11 @@ async fn truncate(ctx: &Context, shard: ShardId, durable: u64) -> Result<()> {
     if info.bytes < WORTH_BYTES.min(most / 4) || info.first_seq >= first {
         return Ok(());
     }
+    // Truncating beyond the end would hide that the log has lost its tail; another log is not ours to cut.
+    let view = ctx.view();
+    if view.shard(shard).is_none_or(|record| record.log_id != info.id) || first > info.last_seq + 1 {
+        return Ok(());
+    }
     let purged = ctx.logs.truncate(shard, first).await?;
     info!(%shard, first, purged, "the log is truncated");
     Ok(())

@@ -44,7 +44,8 @@ pub(crate) async fn answer_pings(ctx: Arc<Context>, replicas: Arc<Replicas>, mut
                 PingRequest::default()
             })
         };
-        let held = request.shards.iter().filter_map(|shard| replicas.get(*shard).ok());
+        let most = ctx.cluster.num_shards as usize;
+        let held = request.shards.iter().take(most).filter_map(|shard| replicas.get(*shard).ok());
         let reply = PingReply {
             node: ctx.node.clone(),
             instance: ctx.instance,

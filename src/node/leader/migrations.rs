@@ -256,7 +256,7 @@ impl Leader {
     /// A shard that names a migration which is over, or has no record, is set free.
     async fn release_orphans(&mut self) -> Result<()> {
         let view = self.ctx.view();
-        let over = |id: &String| view.migrations.get(id).is_some_and(|(_, m)| !m.phase.is_running());
+        let over = |id: &String| view.migrations.get(id).is_none_or(|(_, m)| !m.phase.is_running());
         let orphans: Vec<ShardId> = self
             .shards
             .iter()
@@ -266,6 +266,15 @@ impl Leader {
         for shard in orphans {
             let Some((_, record)) = self.shards.get(&shard) else { continue };
             let mut record = record.clone();
+            // Our copy may be a moment behind: only what the bucket does not have, or has as over, is.
+            let id = record.migration.clone().unwrap_or_default();
+            let running = match self.ctx.buckets.migrations.get(&id).await {
+                Ok(found) => found.and_then(|found| parse::<MigrationRecord>(&found.value).ok()),
+                Err(error) => return self.soft(error),
+            };
+            if running.is_some_and(|record| record.phase.is_running()) {
+                continue;
+            }
             record.joining.clear();
             record.migration = None;
             if let Err(error) = self.write_shard(record).await {

@@ -10,6 +10,8 @@ mod admin;
 mod migrations;
 mod records;
 
+use records::Verdict;
+
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
@@ -59,6 +61,8 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     let ended = || Error::Unavailable("a subscription of the leader ended".into());
     loop {
         tokio::select! {
+            // Heartbeats first: whoever has sent one must not be judged silent.
+            biased;
             message = heartbeats.next() => leader.on_heartbeat(&message.ok_or_else(ended)?).await?,
             message = loads.next() => leader.on_load(&message.ok_or_else(ended)?),
             message = admin.next() => leader.on_admin(&message.ok_or_else(ended)?).await?,
@@ -96,6 +100,10 @@ struct Leader {
     watched: BTreeMap<String, (String, Duration)>,
     /// Shards whose stream has been checked in this term.
     logs_checked: BTreeSet<ShardId>,
+    /// Logs that were found wanting, what for, and since when.
+    log_suspects: BTreeMap<ShardId, (Verdict, Duration)>,
+    next_log_check: Duration,
+    last_tick: Duration,
     last_gc: Duration,
     pinged: mpsc::Sender<(NodeId, PingOutcome)>,
 }
@@ -118,6 +126,9 @@ impl Leader {
             balance: false,
             watched: BTreeMap::new(),
             logs_checked: BTreeSet::new(),
+            log_suspects: BTreeMap::new(),
+            next_log_check: now,
+            last_tick: now,
             last_gc: now,
             pinged,
         }
@@ -240,7 +251,11 @@ impl Leader {
         why: &str,
     ) -> Result<()> {
         self.check_lease()?;
-        let Some(found) = self.ctx.buckets.nodes.get(node).await? else { return Ok(()) };
+        let found = match self.ctx.buckets.nodes.get(node).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(()),
+            Err(error) => return self.soft(error),
+        };
         let Ok(mut record) = parse::<NodeRecord>(&found.value) else { return Ok(()) };
         // Another process took the name meanwhile: the verdict was about the old one.
         if record.instance != instance || record.status == status || record.status == NodeStatus::Left {
@@ -272,7 +287,7 @@ impl Leader {
             }
             // Looked at again with the next heartbeat, ping or tick: membership believes the record.
             Cas::Lost | Cas::Unknown(_) => {
-                if let Some(found) = self.ctx.buckets.nodes.get(node).await?
+                if let Ok(Some(found)) = self.ctx.buckets.nodes.get(node).await
                     && let Ok(record) = parse::<NodeRecord>(&found.value)
                 {
                     self.membership.on_record(self.ctx.clock.now(), &record);
@@ -283,7 +298,13 @@ impl Leader {
     }
 
     async fn tick(&mut self) -> Result<()> {
-        let actions = self.membership.on_tick(self.ctx.clock.now());
+        let now = self.ctx.clock.now();
+        if now.saturating_sub(self.last_tick) > self.ctx.config.heartbeat_interval {
+            // We were held up ourselves, and heartbeats may still be in the queue: judge nobody for that.
+            self.membership.forgive(now);
+        }
+        self.last_tick = now;
+        let actions = self.membership.on_tick(now);
         self.members(actions).await?;
         self.resolve_unsure().await?;
         self.oversee_migrations().await?;
