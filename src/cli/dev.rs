@@ -2,7 +2,8 @@
 
 use super::demo::{Stage, Steps};
 use super::exit::Exit;
-use super::global::{Global, Output};
+use super::global::Global;
+use super::render::{note, show};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::model::DistanceMetric;
@@ -22,10 +23,10 @@ pub(crate) struct DevArgs {
     /// Number of shards of a new cluster [default: 16].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     shards: Option<u32>,
-    /// Dimensions of every vector in a new cluster [default: 64, as examples/data/digits.csv.gz has].
+    /// Dimensions of every vector in a new cluster [default: 4].
     #[arg(long)]
     dimensions: Option<usize>,
-    /// cosine, euclidean or dot_product, for a new cluster [default: euclidean].
+    /// cosine, euclidean or dot_product, for a new cluster [default: cosine].
     #[arg(long)]
     metric: Option<DistanceMetric>,
     /// Keep data and logs here, and go on with what is here [default: a temporary folder].
@@ -88,7 +89,7 @@ pub(crate) async fn run(global: &Global, args: DevArgs) -> Result<Exit> {
     };
     steps.clear();
     if let (true, Err(_), Some(temporary)) = (started, &ended, temporary) {
-        eprintln!("logs and data are kept in {}", temporary.keep().display());
+        note(format!("logs and data are kept in {}", temporary.keep().display()));
     }
     ended.and(stopped).map(|()| Exit::Done)
 }
@@ -121,13 +122,7 @@ async fn play(
         client.view().node(node).map_or_else(String::new, |record| format!("http://{}", record.addr))
     });
     steps.clear();
-    match global.output {
-        Output::Json => {
-            let json = serde_json::to_string(&place);
-            println!("{}", json.map_err(|e| Error::Internal(format!("encoding failed: {e}")))?);
-        }
-        Output::Table => println!("{}", place.text(&global.namespace, args.dir.is_some())),
-    }
+    show(global.output, &place, |place| place.text(&global.namespace, args.dir.is_some()))?;
     loop {
         tokio::time::sleep(LOOK).await;
         local.check_running()?;
@@ -145,8 +140,8 @@ impl DevArgs {
         let or = |given: Option<String>, usual: &str| given.or((!existing).then(|| usual.to_owned()));
         let pairs = [
             ("--num-shards", or(self.shards.map(|n| n.to_string()), "16")),
-            ("--dimensions", or(self.dimensions.map(|n| n.to_string()), "64")),
-            ("--metric", or(self.metric.map(|m| m.to_string()), "euclidean")),
+            ("--dimensions", or(self.dimensions.map(|n| n.to_string()), "4")),
+            ("--metric", or(self.metric.map(|m| m.to_string()), "cosine")),
         ];
         let given = pairs.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?]));
         given.flatten().collect()
