@@ -4,10 +4,11 @@ use super::demo::{Stage, Steps};
 use super::exit::Exit;
 use super::global::Global;
 use super::render::{note, show};
+use crate::client::Client;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::model::DistanceMetric;
-use crate::playground::{LocalCluster, LocalOptions, interrupted};
+use crate::playground::{LocalCluster, LocalOptions, NodeProcess, interrupted};
 use clap::Args;
 use serde::Serialize;
 use std::net::{Ipv4Addr, TcpListener};
@@ -48,6 +49,8 @@ struct Place {
     nats: String,
     monitoring: String,
     dir: PathBuf,
+    dimensions: usize,
+    metric: DistanceMetric,
     nodes: Vec<NodePlace>,
 }
 
@@ -118,9 +121,7 @@ async fn play(
     let mut stage = Stage::open(local, &global.namespace, steps).await?;
     stage.until_green(args.nodes.into(), |text| steps.progress(&text)).await?;
     let client = stage.client.clone();
-    let place = Place::of(local, dir, |node| {
-        client.view().node(node).map_or_else(String::new, |record| format!("http://{}", record.addr))
-    });
+    let place = Place::of(local, dir, &client);
     steps.clear();
     show(global.output, &place, |place| place.text(&global.namespace, args.dir.is_some()))?;
     loop {
@@ -149,8 +150,10 @@ impl DevArgs {
 }
 
 impl Place {
-    fn of(local: &LocalCluster, dir: &Path, http: impl Fn(&str) -> String) -> Place {
-        let node = |node: &crate::playground::NodeProcess| NodePlace {
+    fn of(local: &LocalCluster, dir: &Path, client: &Client) -> Place {
+        let view = client.view();
+        let http = |node: &str| view.node(node).map_or_else(String::new, |r| format!("http://{}", r.addr));
+        let node = |node: &NodeProcess| NodePlace {
             node: node.id().to_owned(),
             http: http(node.id()),
             log: node.log_file(),
@@ -159,12 +162,17 @@ impl Place {
             nats: local.url(),
             monitoring: local.nats().monitor_url(),
             dir: dir.to_owned(),
+            dimensions: client.settings().dimensions,
+            metric: client.settings().metric,
             nodes: local.nodes().iter().map(node).collect(),
         }
     }
 
     fn text(&self, namespace: &str, kept: bool) -> String {
-        let mut lines = vec![format!("NATS     {}   monitoring {}", self.nats, self.monitoring)];
+        let mut lines = vec![
+            format!("vectors  of {} dimensions, {}", self.dimensions, self.metric),
+            format!("NATS     {}   monitoring {}", self.nats, self.monitoring),
+        ];
         for node in &self.nodes {
             lines.push(format!("{:8} {}/metrics   log {}", node.node, node.http, node.log.display()));
         }
@@ -173,17 +181,16 @@ impl Place {
         // As it was called, so that the lines can be pasted.
         let program = std::env::args().next().unwrap_or_else(|| "ruvector-cluster".to_owned());
         let scope = if namespace == "ruvector" { String::new() } else { format!(" --namespace {namespace}") };
-        lines.push(format!(
-            "\nIn another terminal:\n\n  export RUVECTOR_NATS={}\n  {program}{scope} status",
-            self.nats
-        ));
-        for command in
-            ["vectors import examples/data/digits.csv.gz", "vectors count", "shards ls", "events --follow"]
-        {
-            lines.push(format!("  {program}{scope} {command}"));
+        lines.push(format!("\nIn another terminal:\n\n  export RUVECTOR_NATS={}", self.nats));
+        let mut commands = vec!["status", "nodes ls", "shards ls", "events --follow"];
+        if self.dimensions == 4 {
+            commands.extend([
+                "vectors upsert first --vector '[1, 0, 0, 0]'",
+                "vectors search --vector '[0.9, 0.1, 0, 0]' -k 1",
+            ]);
         }
-        lines.push(format!("  nats -s {} sub '{namespace}.event.>'", self.nats));
-        lines.push("\nCtrl-C ends it.".to_owned());
+        lines.extend(commands.iter().map(|command| format!("  {program}{scope} {command}")));
+        lines.push(format!("  nats -s {} sub '{namespace}.event.>'\n\nCtrl-C ends it.", self.nats));
         lines.join("\n")
     }
 }

@@ -81,6 +81,7 @@ impl Stage<'_> {
         let victim = victim.ok_or_else(|| Error::Internal("every node leads".into()))?.to_owned();
         self.kill(load, measured, &victim).await?;
         self.restart(load, measured, &victim).await?;
+        let leader = self.leader().await?;
         self.kill_leader(load, measured, &leader).await
     }
 
