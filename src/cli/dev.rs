@@ -2,11 +2,13 @@
 
 use super::demo::{Stage, Steps};
 use super::exit::Exit;
-use super::global::{Global, Output};
+use super::global::Global;
+use super::render::{note, show};
+use crate::client::Client;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::model::DistanceMetric;
-use crate::playground::{LocalCluster, LocalOptions, interrupted};
+use crate::playground::{LocalCluster, LocalOptions, NodeProcess, interrupted};
 use clap::Args;
 use serde::Serialize;
 use std::net::{Ipv4Addr, TcpListener};
@@ -22,10 +24,10 @@ pub(crate) struct DevArgs {
     /// Number of shards of a new cluster [default: 16].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     shards: Option<u32>,
-    /// Dimensions of every vector in a new cluster [default: 64, as examples/data/digits.csv.gz has].
+    /// Dimensions of every vector in a new cluster [default: 4].
     #[arg(long)]
     dimensions: Option<usize>,
-    /// cosine, euclidean or dot_product, for a new cluster [default: euclidean].
+    /// cosine, euclidean or dot_product, for a new cluster [default: cosine].
     #[arg(long)]
     metric: Option<DistanceMetric>,
     /// Keep data and logs here, and go on with what is here [default: a temporary folder].
@@ -47,6 +49,8 @@ struct Place {
     nats: String,
     monitoring: String,
     dir: PathBuf,
+    dimensions: usize,
+    metric: DistanceMetric,
     nodes: Vec<NodePlace>,
 }
 
@@ -88,7 +92,7 @@ pub(crate) async fn run(global: &Global, args: DevArgs) -> Result<Exit> {
     };
     steps.clear();
     if let (true, Err(_), Some(temporary)) = (started, &ended, temporary) {
-        eprintln!("logs and data are kept in {}", temporary.keep().display());
+        note(format!("logs and data are kept in {}", temporary.keep().display()));
     }
     ended.and(stopped).map(|()| Exit::Done)
 }
@@ -117,17 +121,9 @@ async fn play(
     let mut stage = Stage::open(local, &global.namespace, steps).await?;
     stage.until_green(args.nodes.into(), |text| steps.progress(&text)).await?;
     let client = stage.client.clone();
-    let place = Place::of(local, dir, |node| {
-        client.view().node(node).map_or_else(String::new, |record| format!("http://{}", record.addr))
-    });
+    let place = Place::of(local, dir, &client);
     steps.clear();
-    match global.output {
-        Output::Json => {
-            let json = serde_json::to_string(&place);
-            println!("{}", json.map_err(|e| Error::Internal(format!("encoding failed: {e}")))?);
-        }
-        Output::Table => println!("{}", place.text(&global.namespace, args.dir.is_some())),
-    }
+    show(global.output, &place, |place| place.text(&global.namespace, args.dir.is_some()))?;
     loop {
         tokio::time::sleep(LOOK).await;
         local.check_running()?;
@@ -145,8 +141,8 @@ impl DevArgs {
         let or = |given: Option<String>, usual: &str| given.or((!existing).then(|| usual.to_owned()));
         let pairs = [
             ("--num-shards", or(self.shards.map(|n| n.to_string()), "16")),
-            ("--dimensions", or(self.dimensions.map(|n| n.to_string()), "64")),
-            ("--metric", or(self.metric.map(|m| m.to_string()), "euclidean")),
+            ("--dimensions", or(self.dimensions.map(|n| n.to_string()), "4")),
+            ("--metric", or(self.metric.map(|m| m.to_string()), "cosine")),
         ];
         let given = pairs.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?]));
         given.flatten().collect()
@@ -154,8 +150,10 @@ impl DevArgs {
 }
 
 impl Place {
-    fn of(local: &LocalCluster, dir: &Path, http: impl Fn(&str) -> String) -> Place {
-        let node = |node: &crate::playground::NodeProcess| NodePlace {
+    fn of(local: &LocalCluster, dir: &Path, client: &Client) -> Place {
+        let view = client.view();
+        let http = |node: &str| view.node(node).map_or_else(String::new, |r| format!("http://{}", r.addr));
+        let node = |node: &NodeProcess| NodePlace {
             node: node.id().to_owned(),
             http: http(node.id()),
             log: node.log_file(),
@@ -164,12 +162,17 @@ impl Place {
             nats: local.url(),
             monitoring: local.nats().monitor_url(),
             dir: dir.to_owned(),
+            dimensions: client.settings().dimensions,
+            metric: client.settings().metric,
             nodes: local.nodes().iter().map(node).collect(),
         }
     }
 
     fn text(&self, namespace: &str, kept: bool) -> String {
-        let mut lines = vec![format!("NATS     {}   monitoring {}", self.nats, self.monitoring)];
+        let mut lines = vec![
+            format!("vectors  of {} dimensions, {}", self.dimensions, self.metric),
+            format!("NATS     {}   monitoring {}", self.nats, self.monitoring),
+        ];
         for node in &self.nodes {
             lines.push(format!("{:8} {}/metrics   log {}", node.node, node.http, node.log.display()));
         }
@@ -178,17 +181,16 @@ impl Place {
         // As it was called, so that the lines can be pasted.
         let program = std::env::args().next().unwrap_or_else(|| "ruvector-cluster".to_owned());
         let scope = if namespace == "ruvector" { String::new() } else { format!(" --namespace {namespace}") };
-        lines.push(format!(
-            "\nIn another terminal:\n\n  export RUVECTOR_NATS={}\n  {program}{scope} status",
-            self.nats
-        ));
-        for command in
-            ["vectors import examples/data/digits.csv.gz", "vectors count", "shards ls", "events --follow"]
-        {
-            lines.push(format!("  {program}{scope} {command}"));
+        lines.push(format!("\nIn another terminal:\n\n  export RUVECTOR_NATS={}", self.nats));
+        let mut commands = vec!["status", "nodes ls", "shards ls", "events --follow"];
+        if self.dimensions == 4 {
+            commands.extend([
+                "vectors upsert first --vector '[1, 0, 0, 0]'",
+                "vectors search --vector '[0.9, 0.1, 0, 0]' -k 1",
+            ]);
         }
-        lines.push(format!("  nats -s {} sub '{namespace}.event.>'", self.nats));
-        lines.push("\nCtrl-C ends it.".to_owned());
+        lines.extend(commands.iter().map(|command| format!("  {program}{scope} {command}")));
+        lines.push(format!("  nats -s {} sub '{namespace}.event.>'\n\nCtrl-C ends it.", self.nats));
         lines.join("\n")
     }
 }

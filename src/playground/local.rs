@@ -1,9 +1,10 @@
 //! A whole cluster on this machine: one nats-server and node processes, all in one folder.
 //!
 //! The folder holds `nats/` (store and log of the server), one folder per node with its data, and one log
-//! file per node. Nothing here decides when the cluster is ready: ask it through a client.
+//! file per node. A Ctrl-C reaches only this program, which then ends its children in order: see
+//! [`interrupted`](super::interrupted). Nothing here decides when the cluster is ready: ask it through a client.
 
-use super::{NatsServer, NodeOptions, NodeProcess, find_nats_server};
+use super::{NatsServer, NodeOptions, NodeProcess, ServerOptions};
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -39,9 +40,8 @@ impl LocalCluster {
     /// # Errors
     /// `NotFound` when there is no nats-server program, `Unavailable` when it does not come up.
     pub async fn start(dir: &Path, options: LocalOptions) -> Result<LocalCluster> {
-        let program = find_nats_server()?;
-        let nats = NatsServer::start_with(&program, &dir.join("nats"), "single.conf", &[], options.nats_port)
-            .await?;
+        let server = ServerOptions { port: options.nats_port, own_group: true, ..ServerOptions::single()? };
+        let nats = NatsServer::start_with(&dir.join("nats"), server).await?;
         Ok(LocalCluster { options, dir: dir.to_owned(), nats, nodes: Vec::new(), killed: BTreeSet::new() })
     }
 
@@ -60,6 +60,7 @@ impl LocalCluster {
             namespace: self.options.namespace.clone(),
             rack: format!("rack-{number}"),
             args: self.options.node_args.clone(),
+            own_group: true,
             ..NodeOptions::default()
         })?;
         self.nodes.push(node);

@@ -8,26 +8,19 @@ mod nats_server;
 mod node_process;
 
 pub use local::{LocalCluster, LocalOptions};
-pub use nats_server::{NatsServer, find_nats_server, nats_or_start};
+pub use nats_server::{NatsServer, ServerOptions, find_nats_server, nats_or_start};
 pub use node_process::{NodeOptions, NodeProcess};
 
 use std::path::Path;
 
-/// Waits until somebody wants this program to end: Ctrl-C, SIGTERM, or the terminal is closed. A Ctrl-C in
-/// a terminal reaches the children too, so a nats-server never outlives a program that has no time to
-/// drop its handle.
+/// Waits until somebody wants this program to end: Ctrl-C, SIGTERM, or the terminal is closed.
 pub async fn interrupted() {
     use tokio::signal::unix::{SignalKind, signal};
-    let signals =
-        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()), signal(SignalKind::hangup()));
-    match signals {
-        (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) => tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        },
-        _ => std::future::pending().await,
-    }
+    let ends = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()];
+    // A signal that cannot be caught ends the program anyway.
+    let mut caught: Vec<_> = ends.into_iter().filter_map(|kind| signal(kind).ok()).collect();
+    let any = caught.iter_mut().map(|signal| Box::pin(signal.recv()));
+    futures::future::select_all(any).await;
 }
 
 /// What a log file ends with: why a process has ended.

@@ -43,14 +43,44 @@ pub fn find_nats_server() -> Result<PathBuf> {
     })
 }
 
+/// How to start a nats-server.
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    /// The program.
+    pub program: PathBuf,
+    /// Which of the project's configurations.
+    pub config: String,
+    /// Further arguments.
+    pub args: Vec<String>,
+    /// Where clients connect; 0: a free port.
+    pub port: u16,
+    /// A Ctrl-C in the terminal does not reach it: whoever started it ends it.
+    pub own_group: bool,
+}
+
+impl ServerOptions {
+    /// One server on a free port, by `nats/single.conf`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no nats-server.
+    pub fn single() -> Result<ServerOptions> {
+        let config = "single.conf".to_owned();
+        Ok(ServerOptions {
+            program: find_nats_server()?,
+            config,
+            args: Vec::new(),
+            port: 0,
+            own_group: false,
+        })
+    }
+}
+
 /// A running nats-server.
 #[derive(Debug)]
 pub struct NatsServer {
     child: Child,
-    program: PathBuf,
+    options: ServerOptions,
     dir: PathBuf,
-    config: String,
-    extra: Vec<String>,
     client_port: u16,
     monitor_port: u16,
 }
@@ -68,7 +98,7 @@ impl NatsServer {
     /// # Errors
     /// `NotFound` when there is no nats-server, `Unavailable` when it does not come up.
     pub async fn start(dir: &Path) -> Result<NatsServer> {
-        Self::start_with(&find_nats_server()?, dir, "single.conf", &[], 0).await
+        Self::start_with(dir, ServerOptions::single()?).await
     }
 
     /// Starts three servers that form one JetStream cluster.
@@ -76,17 +106,17 @@ impl NatsServer {
     /// # Errors
     /// As [`start`](Self::start).
     pub async fn start_cluster(dir: &Path) -> Result<Vec<NatsServer>> {
-        let program = find_nats_server()?;
+        let single = ServerOptions::single()?;
         for attempt in 0..3 {
             let ports = free_ports(3)?;
             let routes: Vec<String> = ports.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect();
             let starts = (0..3).map(|i| {
-                let extra =
+                let args =
                     ["--cluster".to_owned(), routes[i].clone(), "--routes".to_owned(), routes.join(",")];
-                let (program, dir) = (program.clone(), dir.join(format!("nats-{}", i + 1)));
-                async move {
-                    Self::start_with(&program, &dir, &format!("cluster-{}.conf", i + 1), &extra, 0).await
-                }
+                let config = format!("cluster-{}.conf", i + 1);
+                let options = ServerOptions { config, args: args.to_vec(), ..single.clone() };
+                let dir = dir.join(format!("nats-{}", i + 1));
+                async move { Self::start_with(&dir, options).await }
             });
             let started: Result<Vec<NatsServer>> =
                 futures::future::join_all(starts).await.into_iter().collect();
@@ -100,34 +130,19 @@ impl NatsServer {
         Err(Error::Unavailable("three nats-servers could not be started".into()))
     }
 
-    /// Starts `program` with one of the project's configurations and further arguments. `client_port` 0
-    /// is a free one.
+    /// Starts one server; everything that it writes goes to `dir`.
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub async fn start_with(
-        program: &Path,
-        dir: &Path,
-        config: &str,
-        extra: &[String],
-        client_port: u16,
-    ) -> Result<NatsServer> {
+    pub async fn start_with(dir: &Path, options: ServerOptions) -> Result<NatsServer> {
         let failed = |e: std::io::Error| Error::Unavailable(format!("nats-server in {}: {e}", dir.display()));
         std::fs::create_dir_all(dir).map_err(failed)?;
         for (name, text) in CONFIGS {
             std::fs::write(dir.join(name), text).map_err(failed)?;
         }
-        let port = |port: u16| if port == 0 { "-1".to_owned() } else { port.to_string() };
-        let child = spawn(program, dir, config, extra, &port(client_port), "-1").map_err(failed)?;
-        let mut server = NatsServer {
-            child,
-            program: program.to_owned(),
-            dir: dir.to_owned(),
-            config: config.to_owned(),
-            extra: extra.to_vec(),
-            client_port,
-            monitor_port: 0,
-        };
+        let child = spawn(&options, dir, options.port, 0).map_err(failed)?;
+        let client_port = options.port;
+        let mut server = NatsServer { child, options, dir: dir.to_owned(), client_port, monitor_port: 0 };
         server.wait_ready().await?;
         Ok(server)
     }
@@ -198,7 +213,8 @@ impl NatsServer {
     pub async fn stop(&mut self, limit: Duration) -> Result<()> {
         if let Some(pid) = self.pid() {
             let quit = format!("quit={pid}");
-            let told = Command::new(&self.program).args(["--signal", &quit]).stdin(Stdio::null()).output();
+            let told =
+                Command::new(&self.options.program).args(["--signal", &quit]).stdin(Stdio::null()).output();
             let ended =
                 async { told.await.is_ok_and(|o| o.status.success()) && self.child.wait().await.is_ok() };
             if tokio::time::timeout(limit, ended).await.unwrap_or(false) {
@@ -217,32 +233,29 @@ impl NatsServer {
     /// Starts it again on its store and its ports.
     pub async fn restart(&mut self) -> Result<()> {
         let failed = |e: std::io::Error| Error::Unavailable(format!("nats-server cannot be started: {e}"));
-        let (port, monitor) = (self.client_port.to_string(), self.monitor_port.to_string());
-        self.child =
-            spawn(&self.program, &self.dir, &self.config, &self.extra, &port, &monitor).map_err(failed)?;
+        self.child = spawn(&self.options, &self.dir, self.client_port, self.monitor_port).map_err(failed)?;
         self.wait_ready().await
     }
 }
 
-fn spawn(
-    program: &Path,
-    dir: &Path,
-    config: &str,
-    extra: &[String],
-    port: &str,
-    monitor: &str,
-) -> std::io::Result<Child> {
+fn spawn(options: &ServerOptions, dir: &Path, port: u16, monitor: u16) -> std::io::Result<Child> {
     let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join("nats-server.log"))?;
-    Command::new(program)
+    let [port, monitor] =
+        [port, monitor].map(|port| if port == 0 { "-1".to_owned() } else { port.to_string() });
+    let mut command = Command::new(&options.program);
+    command
         // The configured store is relative, so it lands in the folder.
         .current_dir(dir)
-        .args(["-c", config, "-p", port, "-m", monitor, "--ports_file_dir", "."])
-        .args(extra)
+        .args(["-c", &options.config, "-p", &port, "-m", &monitor, "--ports_file_dir", "."])
+        .args(&options.args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log)
-        .kill_on_drop(true)
-        .spawn()
+        .kill_on_drop(true);
+    if options.own_group {
+        command.process_group(0);
+    }
+    command.spawn()
 }
 
 fn read_ports(file: &Path) -> Option<(u16, u16)> {

@@ -25,6 +25,8 @@ pub struct NodeOptions {
     pub args: Vec<String>,
     /// Further environment variables.
     pub env: Vec<(String, String)>,
+    /// A Ctrl-C in the terminal does not reach it: whoever started it ends it.
+    pub own_group: bool,
 }
 
 /// A node process; killed when dropped.
@@ -137,6 +139,9 @@ fn spawn(options: &NodeOptions) -> Result<Child> {
         .stdout(Stdio::null())
         .stderr(log)
         .kill_on_drop(true);
+    if options.own_group {
+        command.process_group(0);
+    }
     if !options.namespace.is_empty() {
         command.args(["--namespace", &options.namespace]);
     }

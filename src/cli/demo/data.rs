@@ -17,36 +17,46 @@ pub(super) struct Data {
     pub(super) dimensions: usize,
 }
 
-/// Reads a file, or the digits that come with the program.
+/// Reads files, or the digits that come with the program.
 ///
 /// # Errors
-/// `Invalid` for a file that cannot be read, is empty, or names an id twice.
-pub(super) async fn read(file: Option<PathBuf>, limit: Option<u64>) -> Result<Data> {
+/// `Invalid` for a file that cannot be read, for different dimensions, for an id that comes twice, and
+/// when there are no vectors.
+pub(super) async fn read(files: Vec<PathBuf>, limit: Option<u64>) -> Result<Data> {
     let reading = tokio::task::spawn_blocking(move || {
         let options = ReadOptions { limit, ..ReadOptions::default() };
-        let dataset = match &file {
-            Some(path) => Dataset::open(path, &options)?,
-            None => Dataset::from_reader(Format::Csv, "digits.csv", DIGITS, &options)?,
+        let sets = if files.is_empty() {
+            vec![Dataset::from_reader(Format::Csv, "digits.csv", DIGITS, &options)]
+        } else {
+            files.iter().map(|path| Dataset::open(path, &options)).collect()
         };
-        let dimensions = dataset.dimensions().unwrap_or(0);
-        let entries = dataset.collect::<Result<Vec<VectorEntry>>>()?;
-        check(&entries)?;
-        Ok(Data { entries: Arc::new(entries), dimensions })
+        let mut entries = Vec::new();
+        for set in sets {
+            for entry in set? {
+                entries.push(entry?);
+            }
+        }
+        Ok(Data { dimensions: check(&entries)?, entries: Arc::new(entries) })
     });
     reading.await.map_err(|e| Error::Internal(format!("reading the data set failed: {e}")))?
 }
 
-fn check(entries: &[VectorEntry]) -> Result<()> {
-    if entries.is_empty() {
-        return Err(Error::Invalid("the data set is empty".into()));
-    }
+/// The dimensions of all.
+fn check(entries: &[VectorEntry]) -> Result<usize> {
+    let invalid = |text: String| Err(Error::Invalid(text));
+    let Some(first) = entries.first() else { return invalid("the data set is empty".into()) };
+    let dimensions = first.vector.len();
     let mut ids = HashSet::with_capacity(entries.len());
-    match entries.iter().find(|entry| !ids.insert(entry.id.as_str())) {
-        Some(entry) => {
-            Err(Error::Invalid(format!("the data set has two vectors with the id {:?}", entry.id)))
+    for entry in entries {
+        if !ids.insert(entry.id.as_str()) {
+            return invalid(format!("the data set has two vectors with the id {:?}", entry.id));
         }
-        None => Ok(()),
+        if entry.vector.len() != dimensions {
+            let (id, other) = (&entry.id, entry.vector.len());
+            return invalid(format!("the vectors have {dimensions} dimensions, but {id:?} has {other}"));
+        }
     }
+    Ok(dimensions)
 }
 
 #[cfg(test)]
@@ -55,9 +65,9 @@ mod tests {
 
     #[tokio::test]
     async fn the_digits_are_there() {
-        let data = read(None, None).await.unwrap();
+        let data = read(vec![], None).await.unwrap();
         assert_eq!((data.entries.len(), data.dimensions), (1_797, 64));
-        assert_eq!(read(None, Some(10)).await.unwrap().entries.len(), 10);
-        assert!(read(None, Some(0)).await.is_err());
+        assert_eq!(read(vec![], Some(10)).await.unwrap().entries.len(), 10);
+        assert!(read(vec![], Some(0)).await.is_err());
     }
 }

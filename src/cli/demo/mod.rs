@@ -16,7 +16,8 @@ mod story;
 mod verify;
 
 use super::exit::Exit;
-use super::global::{Global, Output};
+use super::global::Global;
+use super::render::{note, show};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::playground::{LocalCluster, LocalOptions, interrupted};
@@ -39,10 +40,11 @@ pub(crate) struct DemoArgs {
     /// Replicas of each shard; at least 2, since nodes are killed.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=7))]
     replication_factor: u8,
-    /// Vectors to import: .csv, .npy, .fvecs, .bvecs, .jsonl or IDX, plain or .gz [default: 1,797 digits].
+    /// Vectors to import: .csv, .npy, .fvecs, .bvecs, .jsonl or IDX, plain or .gz; may be given more than
+    /// once [default: 1,797 handwritten digits].
     #[arg(long, value_name = "FILE")]
-    dataset: Option<PathBuf>,
-    /// Import so many vectors at most.
+    dataset: Vec<PathBuf>,
+    /// Import so many vectors of each file at most.
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
     /// Keep the folder with logs and data.
@@ -74,19 +76,13 @@ pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<Exit> {
     }
     let failed = ended.as_ref().is_some_and(|ended| !ended.as_ref().is_ok_and(Report::passed));
     if args.keep || (failed && started) {
-        eprintln!("logs and data are kept in {}", folder.keep().display());
+        note(format!("logs and data are kept in {}", folder.keep().display()));
     }
     let Some(report) = ended.transpose()? else {
-        eprintln!("interrupted: every process was ended");
+        note("interrupted: every process was ended");
         return Ok(Exit::Failed);
     };
-    match global.output {
-        Output::Json => {
-            let json = serde_json::to_string(&report);
-            println!("{}", json.map_err(|e| Error::Internal(format!("encoding failed: {e}")))?);
-        }
-        Output::Table => println!("\n{}", report.table()),
-    }
+    show(global.output, &report, |report| format!("\n{}", report.text()))?;
     Ok(if report.passed() { Exit::Done } else { Exit::Failed })
 }
 

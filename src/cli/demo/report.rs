@@ -3,9 +3,9 @@
 use super::load::Books;
 use super::record::Span;
 use super::story::Measured;
+use crate::cli::render::{Cell, Tone, count, facts, number, table};
 use crate::model::admin::ShardView;
 use crate::model::records::MigrationRecord;
-use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -131,7 +131,7 @@ impl Moved {
 impl std::fmt::Display for Moved {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (count, megabytes, took) = (self.shards, self.bytes as f64 / 1e6, self.took.as_secs_f64());
-        write!(f, "{count} shards, {megabytes:.1} MB, moved to it in {took:.1} s")
+        write!(f, "{count} shards, {megabytes:.1} MB, in {took:.1} s")
     }
 }
 
@@ -185,51 +185,41 @@ impl Report {
     }
 
     /// For people.
-    pub(super) fn table(&self) -> String {
-        let mut facts = Table::new();
-        facts.load_style(comfy_table::presets::NOTHING);
-        for (name, value) in self.facts() {
-            facts.add_row([name.to_owned(), value]);
-        }
-        let mut scenes = Table::new();
-        scenes.load_style(comfy_table::presets::NOTHING);
-        scenes.set_header(["while", "longest pause in", "", "slowest", "", "failed"]);
-        scenes.add_row(["", "writes", "reads", "write", "read", "requests"]);
-        for scene in self.more.calm.iter().chain(&self.events) {
-            scenes.add_row(scene.row());
-        }
-        for column in scenes.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        let mut text = format!("{}\n\n{}", facts.trim_fmt(), scenes.trim_fmt());
-        for remark in &self.more.remarks {
-            text.push_str(&format!("\n  {remark}"));
+    pub(super) fn text(&self) -> String {
+        let head = ["WHILE", "WRITE PAUSE", "READ PAUSE", "SLOWEST WRITE", "SLOWEST READ", "FAILED"];
+        let scenes = self.more.calm.iter().chain(&self.events).map(Scene::row).collect();
+        let mut text = format!("{}\n\n{}", facts(self.facts()), table(&head, scenes));
+        if !self.more.remarks.is_empty() {
+            text.push_str(&format!("\n\n{}", self.more.remarks.join("\n")));
         }
         text
     }
 
-    fn facts(&self) -> Vec<(&'static str, String)> {
+    fn facts(&self) -> Vec<(&'static str, Cell)> {
         let More { moved, steady, reads, .. } = &self.more;
+        let good = |good: bool, text: String| Cell::new(text).tone(if good { Tone::Good } else { Tone::Bad });
+        let data = format!("{} of {} dimensions", count(self.vectors as u64, "vector"), self.dimensions);
+        let recall = format!("{:.4} against an exact scan", self.recall_at_10);
+        let writes = count(self.acknowledged, "write");
+        let under_load = format!("{writes}, {} of them while nodes came and went", number(*steady));
+        let wrong = format!("{} of {}", number(self.wrong_reads), count(*reads as u64, "read"));
         vec![
-            ("cluster", format!("{} nodes, {} shards", self.nodes, self.shards)),
-            ("data", format!("{} vectors of {} dimensions", self.vectors, self.dimensions)),
-            ("recall@10", format!("{:.4} against an exact scan", self.recall_at_10)),
-            (
-                "acknowledged",
-                format!("{} writes, {steady} of them while nodes came and went", self.acknowledged),
-            ),
-            ("lost", self.lost.to_string()),
-            ("wrong reads", format!("{} of {reads}", self.wrong_reads)),
-            ("failed", format!("{} requests after 1 s", self.failed_requests)),
-            ("moved", format!("{moved}, {} MB/s", self.move_mb_per_s)),
-            ("crash noticed", format!("after {} ms", self.crash_noticed_ms)),
-            ("leader replaced", format!("after {} ms", self.leader_failover_ms)),
+            ("cluster", Cell::new(format!("{} nodes, {} shards", self.nodes, self.shards))),
+            ("data", Cell::new(data)),
+            ("recall@10", good(self.recall_at_10 >= EXACT, recall)),
+            ("acknowledged", Cell::new(under_load)),
+            ("lost", good(self.lost == 0, number(self.lost))),
+            ("wrong", good(self.wrong_reads == 0, wrong)),
+            ("failed", Cell::new(format!("{} after 1 s", count(self.failed_requests as u64, "request")))),
+            ("moved", Cell::new(format!("{moved}, {} MB/s", self.move_mb_per_s))),
+            ("crash", Cell::new(format!("noticed after {} ms", number(self.crash_noticed_ms)))),
+            ("leader", Cell::new(format!("replaced after {} ms", number(self.leader_failover_ms)))),
         ]
     }
 }
 
 impl Scene {
-    fn row(&self) -> [String; 6] {
+    fn row(&self) -> Vec<Cell> {
         let title = match self.name {
             "calm" => "nothing happens",
             "node_join" => "a node joins, shards move",
@@ -238,14 +228,14 @@ impl Scene {
             "leader_kill" => "the leader is killed and starts again",
             other => other,
         };
-        let ms = |ms: u64| format!("{ms} ms");
-        [
-            title.to_owned(),
+        let ms = |ms: u64| Cell::right(format!("{} ms", number(ms)));
+        vec![
+            Cell::new(title),
             ms(self.write_gap_ms),
             ms(self.read_gap_ms),
             ms(millis(self.slowest_write)),
             ms(millis(self.slowest_read)),
-            self.failed.to_string(),
+            Cell::number(self.failed as u64),
         ]
     }
 }

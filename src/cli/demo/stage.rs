@@ -4,15 +4,12 @@ use super::steps::Steps;
 use crate::client::{Client, ClientOptions};
 use crate::clock::Clock;
 use crate::error::{Error, Result};
-use crate::model::admin::{HealthStatus, NodesReply, ShardView, ShardsReply, ShardsRequest, StatusReply};
+use crate::model::admin::HealthStatus;
 use crate::model::records::{MigrationRecord, NodeStatus};
 use crate::model::{MigrationId, NodeId};
 use crate::nats::NatsOptions;
-use crate::nats::bus::Asked;
 use crate::playground::LocalCluster;
 use crate::view::{Buckets, View, parse};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -22,22 +19,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) const HEALING: Duration = Duration::from_secs(300);
 /// Pause between two looks.
 const LOOK: Duration = Duration::from_millis(100);
-/// One question to the leader.
+/// How long one look waits for a leader.
 const ASK: Duration = Duration::from_secs(2);
 
-/// Asks the leader.
-pub(super) async fn admin<Q: Serialize, A: DeserializeOwned>(
-    client: &Client,
-    verb: &str,
-    request: &Q,
-) -> Result<A> {
-    match client.bus().ask_json(client.subjects().admin(verb), request, ASK).await {
-        Asked::Answer(answer) => answer,
-        Asked::NoResponders => Err(Error::Unavailable("there is no leader at the moment".into())),
-        Asked::NoAnswer(error) => Err(error),
-    }
-}
-
+/// A client with this deadline.
 pub(super) async fn connect(url: &str, namespace: &str, timeout: Duration) -> Result<Client> {
     let options = ClientOptions {
         nats: NatsOptions::new(url),
@@ -109,7 +94,7 @@ impl<'a> Stage<'a> {
         mut shown: impl FnMut(String),
     ) -> Result<()> {
         self.until("the cluster is green", HEALING, async |client| {
-            let status: StatusReply = admin(client, "status", &()).await.map_err(|e| e.to_string())?;
+            let status = client.admin().patience(ASK).status().await.map_err(|e| e.to_string())?;
             if status.status == HealthStatus::Green && status.nodes.up == up && status.migrations == 0 {
                 return Ok(());
             }
@@ -144,20 +129,8 @@ impl<'a> Stage<'a> {
 
     /// Shards that a node holds.
     pub(super) async fn held(client: &Client, node: &str) -> Result<usize> {
-        let reply: NodesReply = admin(client, "nodes", &()).await?;
-        Ok(reply.nodes.iter().find(|view| view.record.node == node).map_or(0, |view| view.shards.len()))
-    }
-
-    /// All shards.
-    pub(super) async fn shards(client: &Client) -> Result<Vec<ShardView>> {
-        let (mut all, mut from) = (Vec::new(), Some(0));
-        while let Some(start) = from {
-            let page: ShardsReply =
-                admin(client, "shards", &ShardsRequest { from: start, only: None }).await?;
-            from = page.next;
-            all.extend(page.shards);
-        }
-        Ok(all)
+        let nodes = client.admin().nodes().await?;
+        Ok(nodes.iter().find(|view| view.record.node == node).map_or(0, |view| view.shards.len()))
     }
 
     /// All migrations, past ones too.

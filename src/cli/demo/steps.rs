@@ -5,6 +5,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
+/// Below the lines: what is going on, and how it goes.
+const TEMPLATE: &str = "{spinner:.cyan}           {prefix}  {wide_msg:.dim}";
+
 /// The lines of one run.
 #[derive(Debug)]
 pub(in crate::cli) struct Steps {
@@ -16,12 +19,11 @@ pub(in crate::cli) struct Steps {
 impl Steps {
     pub(in crate::cli) fn new(clock: Clock) -> Steps {
         let spinner = std::io::stderr().is_terminal().then(|| {
-            let style =
-                ProgressStyle::with_template("{spinner:.cyan} {elapsed:>5:.dim}    {prefix}  {msg:.dim}");
-            let bar = ProgressBar::new_spinner();
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
+            let style = ProgressStyle::with_template(TEMPLATE);
+            let spinner = ProgressBar::new_spinner();
+            spinner.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+            spinner.enable_steady_tick(Duration::from_millis(100));
+            spinner
         });
         Steps { clock, spinner }
     }
@@ -78,4 +80,14 @@ impl Steps {
 fn say(line: &str) {
     // Whoever closed stderr does not want to hear about it.
     let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_is_valid() {
+        ProgressStyle::with_template(TEMPLATE).unwrap();
+    }
 }

@@ -6,11 +6,11 @@ use super::load::Load;
 use super::recall::recall;
 use super::record::Span;
 use super::report::{Moved, Scene};
-use super::stage::{HEALING, Stage, admin, connect, is_down};
+use super::stage::{HEALING, Stage, connect, is_down};
 use super::verify::{Verdict, verify};
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
-use crate::model::admin::{MigrateReply, MigrateRequest};
+use crate::model::admin::MigrateRequest;
 use crate::model::{Consistency, NodeId};
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
@@ -81,6 +81,7 @@ impl Stage<'_> {
         let victim = victim.ok_or_else(|| Error::Internal("every node leads".into()))?.to_owned();
         self.kill(load, measured, &victim).await?;
         self.restart(load, measured, &victim).await?;
+        let leader = self.leader().await?;
         self.kill_leader(load, measured, &leader).await
     }
 
@@ -153,11 +154,11 @@ impl Stage<'_> {
         self.steps.begin(&format!("{node} joins"));
         self.heal_to(load, &node).await?;
         self.scene(measured, "node_join", from);
-        let sizes = Stage::shards(&self.client).await?;
+        let sizes = self.client.admin().shards().await?;
         let fresh = self.migrations().await?;
         let fresh = fresh.into_iter().filter(|(id, _)| !before.contains_key(id)).map(|(_, record)| record);
         measured.moved = Moved::of(fresh, &sizes);
-        self.steps.done(&format!("{node} has joined: {}", measured.moved));
+        self.steps.done(&format!("{node} has joined and taken its share: {}", measured.moved));
         Ok(())
     }
 
@@ -183,11 +184,11 @@ impl Stage<'_> {
     }
 
     async fn move_one(&mut self, node: &NodeId) -> Result<()> {
-        let shards = Stage::shards(&self.client).await?;
+        let shards = self.client.admin().shards().await?;
         let shard = shards.iter().map(|view| &view.record).find(|record| !record.has_replica(node));
         let shard = shard.ok_or_else(|| Error::Internal(format!("{node} holds every shard")))?.shard;
         let request = MigrateRequest { shard, to: node.clone(), from: None };
-        let _: MigrateReply = admin(&self.client, "migrate", &request).await?;
+        self.client.admin().migrate(&request).await?;
         self.until("the shard has moved", HEALING, async |client| match Stage::held(client, node).await {
             Ok(0) => Err("it is still on its way".to_owned()),
             Ok(_) => Ok(()),
