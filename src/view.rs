@@ -60,6 +60,8 @@ pub(crate) struct View {
     pub(crate) nodes: BTreeMap<NodeId, Rev<NodeRecord>>,
     pub(crate) shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
+    /// Revisions at which somebody put garbage, or a deposed leader its record, under a shard's key.
+    pub(crate) overwritten: BTreeMap<ShardId, u64>,
 }
 
 impl View {
@@ -318,7 +320,13 @@ impl Follow {
 
     fn take(&self, change: &Change) {
         let mut outcome = Ok(());
-        self.views.view.send_modify(|view| outcome = Arc::make_mut(view).apply(self.part, change));
+        self.views.view.send_modify(|view| {
+            let view = Arc::make_mut(view);
+            outcome = view.apply(self.part, change);
+            if let (Part::Shards, Err(_), Ok(shard)) = (self.part, &outcome, ShardId::parse(&change.key)) {
+                view.overwritten.insert(shard, change.revision);
+            }
+        });
         if let Err(error) = outcome {
             self.metrics.bad_messages.with_label_values(&["record"]).inc();
             warn!(part = ?self.part, key = change.key, "a record is ignored: {error}");

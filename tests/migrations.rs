@@ -27,10 +27,10 @@ async fn fill(cluster: &TestCluster, client: &Client) {
     }
     // Primaries truncate when every holder has everything on disk; here we do not wait for it.
     let context = async_nats::jetstream::new(cluster.raw.clone());
-    let shard = cluster.shard(SHARD).await;
     let last = client.upsert(vec![VectorEntry::new(ids[0].clone(), vec![1.5; 32])]).await.expect("filling");
     let seq = last.seqs.values().max().copied().expect("a sequence");
     eventually("every holder has it on disk", || async {
+        let shard = cluster.shard(SHARD).await;
         let replicas = shard["replicas"].as_array().expect("replicas");
         for node in replicas.iter().filter_map(Value::as_str) {
             let request = PingRequest { shards: vec![ShardId(SHARD)] };

@@ -67,15 +67,15 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let control = connect("control").await?;
     let facts = server_facts(&control).await?;
     let buckets = Buckets::new(&control, &subjects);
-    let replicas = ensure_buckets(&control, &buckets, &facts, config.log_replicas).await?;
+    let replicas = patiently(|| ensure_buckets(&control, &buckets, &facts, config.log_replicas)).await?;
     let settings = |dir: &DataDir| dir.settings(&config.node_id, &config.namespace);
     let known = data_dir.as_ref().map(settings).transpose()?.flatten();
-    let cluster = agree(&buckets, &config, replicas, known).await?;
+    let cluster = patiently(|| agree(&buckets, &config, replicas, known.clone())).await?;
     facts.allow_replicas(cluster.log_replicas)?;
     if let Some(dir) = &data_dir {
         dir.claim(&config.node_id, &config.namespace, &cluster)?;
     }
-    ensure_events(&control, &subjects, cluster.log_replicas).await?;
+    patiently(|| ensure_events(&control, &subjects, cluster.log_replicas)).await?;
     let (data, bulk) = (connect("data").await?, connect("bulk").await?);
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
     let metrics = Arc::new(Metrics::new()?);
@@ -130,6 +130,20 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         Err(error) => {
             ctx.stop.cancel();
             Err(error)
+        }
+    }
+}
+
+/// JetStream may be starting, or changing its leader: tries for a minute. Each step can be repeated.
+async fn patiently<T, F: Future<Output = Result<T>>>(mut step: impl FnMut() -> F) -> Result<T> {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
+    loop {
+        match step().await {
+            Err(Error::Unavailable(text)) if tokio::time::Instant::now() < deadline => {
+                info!("JetStream is not ready yet ({text}), trying again");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            other => return other,
         }
     }
 }

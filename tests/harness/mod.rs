@@ -249,11 +249,19 @@ impl TestCluster {
     }
 
     pub(crate) async fn wait_green_with(&self, up: usize) {
-        eventually("the cluster is green", || async {
+        // Placement waits a moment after a node has come: green must last longer than that.
+        let since = std::sync::Mutex::new(None);
+        eventually("the cluster is green and stays so", || async {
             let status = self.status().await?;
             let good =
                 status["status"] == "green" && status["migrations"] == 0 && status["nodes"]["up"] == up;
-            if good { Ok(()) } else { Err(status.to_string()) }
+            let mut since = since.lock().expect("not poisoned");
+            if !good {
+                *since = None;
+                return Err(status.to_string());
+            }
+            let steady = since.get_or_insert_with(Instant::now).elapsed() > Duration::from_millis(800);
+            if steady { Ok(()) } else { Err("not for long enough".into()) }
         })
         .await;
     }

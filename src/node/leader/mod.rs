@@ -216,7 +216,8 @@ impl Leader {
             self.balance |= newcomer || self.is_skewed();
         }
         // Somebody wrote under a key that is ours.
-        for (shard, (revision, _)) in &view.shards {
+        let seen = view.shards.iter().map(|(shard, (revision, _))| (shard, revision));
+        for (shard, revision) in seen.chain(&view.overwritten) {
             if self.shards.get(shard).is_some_and(|(known, _)| revision > known) {
                 self.unsure.insert(*shard);
             }
