@@ -221,6 +221,16 @@ impl Views {
         }
     }
 
+    /// Fills in what is known from before, where the bucket has nothing.
+    pub(crate) fn remember(&self, records: &[ShardRecord]) {
+        self.view.send_modify(|view| {
+            let view = Arc::make_mut(view);
+            for record in records {
+                view.shards.entry(record.shard).or_insert_with(|| (0, record.clone()));
+            }
+        });
+    }
+
     /// Takes over a record that we have just written, before the watch brings it.
     pub(crate) fn note_shard(&self, revision: u64, record: &ShardRecord) {
         self.view.send_if_modified(|view| {
@@ -290,6 +300,10 @@ impl Follow {
                 }
                 _ = relist.tick() => {
                     let last = self.bucket.last_revision().await?;
+                    if last < seen {
+                        // The bucket was made anew: an old watch waits for revisions that never come.
+                        return Ok(());
+                    }
                     // Purged keys leave revisions that no watch delivers; a watch that is merely a
                     // moment late catches up before the second look.
                     if last > seen && lagging {

@@ -202,3 +202,46 @@ async fn a_node_that_stays_away_is_replaced_and_its_data_copied() {
     let outcome = load.finish().await;
     assert_eq!(outcome.failed_writes + outcome.failed_reads, 0, "{outcome:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_hangs_delays_requests_but_fails_none() {
+    let mut cluster = TestCluster::start(Setup::default()).await;
+    let client = cluster.client_with(REQUEST).await;
+    let load = Load::start(&client, 3);
+    load.more(100).await;
+    let victim = cluster.follower().await;
+    cluster.signal(&victim, "STOP");
+    load.more(300).await;
+    cluster.signal(&victim, "CONT");
+    cluster.wait_green().await;
+    load.more(100).await;
+    let outcome = load.finish().await;
+    assert_eq!(outcome.failed_writes + outcome.failed_reads, 0, "{outcome:?}");
+    assert!(outcome.longest_write_gap <= REQUEST + SLACK, "{outcome:?}");
+}
+
+/// Processor time of a process, in seconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("a process");
+    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+    let ticks: f64 = fields[11..13].iter().map(|ticks| ticks.parse::<f64>().expect("ticks")).sum();
+    ticks / 100.0
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_cluster_uses_less_than_three_percent_of_a_core_per_node() {
+    let setup = Setup { shards: 64, ..Setup::default() };
+    let setup =
+        setup.arg("--heartbeat-interval", "1s").arg("--failure-timeout", "10s").arg("--lease-ttl", "10s");
+    let cluster = TestCluster::start(setup).await;
+    let pids: Vec<u32> = cluster.nodes.iter().map(|node| node.pid().expect("it runs")).collect();
+    // Processor time, not wall time: a busy machine does not change it. The start is over first.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let before: Vec<f64> = pids.iter().map(|pid| cpu_seconds(*pid)).collect();
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    for (pid, before) in pids.iter().zip(before) {
+        let used = (cpu_seconds(*pid) - before) / 15.0 * 100.0;
+        println!("{used:.1}% of a core");
+        assert!(used < 3.0, "{used:.1}% of a core");
+    }
+}

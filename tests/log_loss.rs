@@ -17,7 +17,9 @@ async fn wait_applied_everywhere(cluster: &TestCluster) {
             let stream = context.get_stream(&name).await.map_err(|e| e.to_string())?;
             let last = stream.cached_info().state.last_sequence;
             let applied = shard["applied"].as_object().ok_or("applied")?;
-            if applied.len() < 3 || applied.values().any(|seq| seq.as_u64() < Some(last)) {
+            if applied.len() < cluster.setup.replication_factor
+                || applied.values().any(|seq| seq.as_u64() < Some(last))
+            {
                 return Err(format!("{name} ends at {last}: {applied:?}"));
             }
         }
@@ -99,6 +101,26 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
         cluster.api("get", json!({"id": "b-199", "consistency": "linearizable"})).await["entry"]["vector"][3],
         199.0
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_restart_after_nats_was_wiped_bring_everything_back() {
+    let mut cluster = TestCluster::start(Setup { replication_factor: 2, ..Setup::default() }).await;
+    let before = fill(&cluster, "a").await;
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).stop(std::time::Duration::from_secs(20)).await.unwrap();
+    }
+    cluster.nats[0].kill().await.unwrap();
+    std::fs::remove_dir_all(cluster.nats[0].dir().join("nats-data")).unwrap();
+    cluster.nats[0].restart().await.unwrap();
+    // One after the other: the first one must not take the cluster for a new one.
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(800)).await;
+    }
+    assert_eq!(count_when_it_answers(&cluster).await, before);
+    cluster.wait_green().await;
+    assert_eq!(count_when_it_answers(&cluster).await, before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

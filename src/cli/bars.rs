@@ -7,8 +7,10 @@ use std::io::IsTerminal;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Plain lines are at least so many percent apart …
+/// Plain lines are so many percent apart …
 const STEP: u64 = 10;
+/// … and, for counts, which may be fast, this long …
+const BREATH: Duration = Duration::from_secs(1);
 /// … or, where nothing is known of the end, this long.
 const PAUSE: Duration = Duration::from_secs(5);
 const REDRAW: Duration = Duration::from_millis(200);
@@ -39,7 +41,7 @@ impl Bars {
         });
         // That counting begins is no news.
         let shown = matches!(what, Shape::Count).then(|| (0, Instant::now()));
-        Bar { bar, label, length, shown, stage: String::new() }
+        Bar { bar, label, length, shape: what, shown, stage: String::new() }
     }
 
     /// Runs something that prints, with the bars out of the way.
@@ -84,6 +86,7 @@ pub(crate) struct Bar {
     bar: Option<ProgressBar>,
     label: String,
     length: Option<u64>,
+    shape: Shape,
     /// What the last plain line said, and when.
     shown: Option<(u64, Instant)>,
     stage: String,
@@ -100,7 +103,7 @@ impl Bar {
             return;
         }
         let now = Instant::now();
-        if due(self.shown, done, self.length, now) || stage != self.stage {
+        if due(self.shape, self.shown, done, self.length, now) || stage != self.stage {
             let far = match self.length {
                 Some(length) => format!("{} %", done * 100 / length.max(1)),
                 None => number(done),
@@ -126,15 +129,17 @@ impl Drop for Bar {
 }
 
 /// Whether it is time for another plain line.
-fn due(shown: Option<(u64, Instant)>, done: u64, length: Option<u64>, now: Instant) -> bool {
+fn due(shape: Shape, shown: Option<(u64, Instant)>, done: u64, length: Option<u64>, now: Instant) -> bool {
     let Some((before, at)) = shown else { return true };
     if done == before {
         return false;
     }
     let percent = |value: u64| value * 100 / length.unwrap_or(0).max(1);
-    match length {
-        Some(_) => percent(done) / STEP != percent(before) / STEP,
-        None => now - at >= PAUSE,
+    let step = percent(done) / STEP != percent(before) / STEP;
+    match (shape, length) {
+        (Shape::Percent, _) => step,
+        (Shape::Count, Some(_)) => step && now - at >= BREATH,
+        (Shape::Count, None) => now - at >= PAUSE,
     }
 }
 
@@ -145,12 +150,17 @@ mod tests {
     #[test]
     fn plain_lines_come_at_every_tenth() {
         let now = Instant::now();
-        assert!(due(None, 0, Some(200), now));
-        assert!(!due(Some((0, now)), 19, Some(200), now));
-        assert!(due(Some((0, now)), 20, Some(200), now));
-        assert!(due(Some((190, now)), 200, Some(200), now));
-        assert!(!due(Some((5, now)), 6, None, now));
-        assert!(due(Some((5, now)), 6, None, now + PAUSE));
+        let due = |shape, before: u64, done, length, after| {
+            super::due(shape, Some((before, now)), done, length, now + after)
+        };
+        assert!(super::due(Shape::Percent, None, 0, Some(100), now));
+        assert!(!due(Shape::Percent, 0, 9, Some(100), PAUSE));
+        assert!(due(Shape::Percent, 9, 10, Some(100), Duration::ZERO));
+        assert!(!due(Shape::Count, 0, 20, Some(200), Duration::ZERO));
+        assert!(due(Shape::Count, 0, 20, Some(200), BREATH));
+        assert!(!due(Shape::Count, 0, 19, Some(200), PAUSE));
+        assert!(!due(Shape::Count, 5, 6, None, BREATH));
+        assert!(due(Shape::Count, 5, 6, None, PAUSE));
     }
 
     #[test]

@@ -271,7 +271,7 @@ fn detail(record: &MigrationRecord) -> String {
 /// How long it took, or has taken so far; not known once the old copy is gone, which is later.
 pub(crate) fn took(record: &MigrationRecord, now: DateTime<Utc>) -> Option<String> {
     let end = match record.phase {
-        MigrationPhase::Completed => return None,
+        MigrationPhase::Completed | MigrationPhase::Cleanup => record.moved_at?,
         phase if phase.is_running() => now,
         _ => record.updated_at,
     };
@@ -297,13 +297,14 @@ pub(crate) fn outcome(record: &MigrationRecord) -> String {
 
 /// Bars of the migrations under way.
 pub(crate) struct MigrationBars {
-    pub(crate) bars: Bars,
+    // Before the bars that they belong to: dropped in this order.
     lines: BTreeMap<MigrationId, Bar>,
+    pub(crate) bars: Bars,
 }
 
 impl MigrationBars {
     pub(crate) fn new() -> MigrationBars {
-        MigrationBars { bars: Bars::new(), lines: BTreeMap::new() }
+        MigrationBars { lines: BTreeMap::new(), bars: Bars::new() }
     }
 
     pub(crate) fn show(&mut self, record: &MigrationRecord) {
@@ -345,6 +346,9 @@ pub(crate) mod tests {
             lag: 0,
             started_at: DateTime::UNIX_EPOCH,
             updated_at: DateTime::UNIX_EPOCH + chrono::TimeDelta::milliseconds(1_500),
+            moved_at: phase
+                .is_success()
+                .then_some(DateTime::UNIX_EPOCH + chrono::TimeDelta::milliseconds(1_500)),
             error: None,
         }
     }
@@ -385,7 +389,7 @@ pub(crate) mod tests {
         assert_eq!(outcome(&moved), "shard 7 n1 → n4: moved, 1.0 KiB in 1.5s");
         let replayed = MigrationRecord { bytes_done: 0, bytes_total: 0, ..moved };
         assert_eq!(outcome(&replayed), "shard 7 n1 → n4: moved by its log alone in 1.5s");
-        assert_eq!(outcome(&record(MigrationPhase::Completed)), "shard 7 n1 → n4: moved, 1.0 KiB");
+        assert_eq!(outcome(&record(MigrationPhase::Completed)), "shard 7 n1 → n4: moved, 1.0 KiB in 1.5s");
         let failed = MigrationRecord {
             from: None,
             error: Some("its target n4 is down".into()),

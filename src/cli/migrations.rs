@@ -3,6 +3,7 @@
 use super::exit::Exit;
 use super::follow::{Change, Follow, MigrationBars, outcome, percent, read, read_all, title, took};
 use super::global::{Global, Output};
+use super::interrupt::Interrupts;
 use super::patience::{admin, patiently};
 use super::render::{
     self, Cell, Reader, Tone, ago, bytes, facts, json_line, local, note, number, plain, put, table,
@@ -133,12 +134,13 @@ pub(crate) fn sheet(record: &MigrationRecord, now: DateTime<Utc>) -> String {
 async fn watch(global: &Global, client: &Client, only: Option<&str>) -> Result<Exit> {
     let mut follow = Follow::start(client, only).await?;
     let mut bars = MigrationBars::new();
+    let mut interrupts = Interrupts::new()?;
     let mut ended: BTreeMap<MigrationId, MigrationPhase> = BTreeMap::new();
     let mut seen = false;
     loop {
         let change = tokio::select! {
             change = follow.next() => change?,
-            _ = tokio::signal::ctrl_c() => return Ok(Exit::Done),
+            () = interrupts.next() => return Ok(Exit::Done),
         };
         let Some(change) = change else { break };
         seen = true;
@@ -185,11 +187,12 @@ async fn cancel(global: &Global, client: &Client, id: MigrationId) -> Result<Exi
 pub(crate) async fn wait(global: &Global, client: &Client, id: &str) -> Result<Exit> {
     let mut follow = Follow::start(client, Some(id)).await?;
     let mut bars = MigrationBars::new();
+    let mut interrupts = Interrupts::new()?;
     let mut last = None;
     loop {
         let change = tokio::select! {
             change = follow.next() => change?,
-            _ = tokio::signal::ctrl_c() => {
+            () = interrupts.next() => {
                 drop(bars);
                 note(format!("migration {id} goes on: see migrations watch {id}, migrations cancel {id}"));
                 return Ok(Exit::Failed);
@@ -245,6 +248,6 @@ mod tests {
             text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         let why = "an operator asked for it";
         assert_eq!(lines[1], format!("m-00007-ab 7 n1 n4 snapshot 45 % 1.0 KiB 1m ago 1m {why}"));
-        assert_eq!(lines[2], format!("m-00007-ab 7 n1 n4 completed 100 % 1.0 KiB 1m ago - {why}"));
+        assert_eq!(lines[2], format!("m-00007-ab 7 n1 n4 completed 100 % 1.0 KiB 1m ago 1.5s {why}"));
     }
 }

@@ -8,6 +8,7 @@ mod events;
 mod exit;
 mod follow;
 mod global;
+mod interrupt;
 mod leader;
 mod migrations;
 mod node;
@@ -120,13 +121,15 @@ pub fn main() -> ExitCode {
 
 fn complain(text: &str) {
     let mark = render::paint(render::Tone::Bad, "error:", render::talk_colours());
-    render::note(format!("{mark} {}", render::plain(text)));
+    // Some errors point at a place in a file, below it.
+    let text: Vec<String> = text.lines().map(render::plain).collect();
+    render::note(format!("{mark} {}", text.join("\n")));
 }
 
 async fn run(cli: Cli) -> crate::Result<Exit> {
     let Cli { global, command } = cli;
-    if !matches!(command, Command::Node(_)) {
-        // A node tells its story; a command only what goes wrong.
+    // A node tells its story, demo and dev tell theirs; a command only what goes wrong.
+    if !matches!(command, Command::Node(_) | Command::Demo(_) | Command::Dev(_)) {
         global.log("ruvector_cluster=warn");
     }
     match command {
@@ -140,5 +143,77 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
         Command::Leader(command) => leader::run(&global, command).await,
         Command::Events(args) => events::run(&global, args).await,
         Command::Vectors(command) => vectors::run(&global, command).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn parse(line: &str) -> Result<Cli, ErrorKind> {
+        let words = line.split_whitespace().map(str::to_owned);
+        Cli::try_parse_from(std::iter::once("ruvector-cluster".to_owned()).chain(words)).map_err(|e| e.kind())
+    }
+
+    #[test]
+    fn every_command_of_the_contract_is_there() {
+        for line in [
+            "status -o json",
+            "status --output json --nats nats://a:1,nats://b:2 --namespace x",
+            "nodes ls",
+            "shards ls",
+            "shards show 7",
+            "shards locate key-1",
+            "shards move 7 --to n2",
+            "shards move 00007 --to n2 --from n1 --wait",
+            "migrations ls",
+            "migrations show m-1",
+            "migrations watch",
+            "migrations watch m-1",
+            "migrations cancel m-1",
+            "leader show",
+            "leader step-down",
+            "events",
+            "events --since 10m --follow",
+            "vectors import f.npy --batch 10 --parallel 2 --id-prefix p --labels l --limit 5",
+            "vectors upsert a --vector [1,-2] --payload {\"x\":1}",
+            "vectors upsert --file -",
+            "vectors get a --consistency eventual",
+            "vectors delete a b",
+            "vectors search --vector [1] -k 5 --filter {\"x\":1} --consistency session --allow-partial",
+            "vectors search --like a",
+            "vectors count",
+        ] {
+            assert!(parse(line).is_ok(), "{line}: {:?}", parse(line).err());
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_told_before_anything_is_asked() {
+        for (line, kind) in [
+            ("shards show x", ErrorKind::ValueValidation),
+            ("shards move 7", ErrorKind::MissingRequiredArgument),
+            ("events --since soon", ErrorKind::ValueValidation),
+            ("vectors upsert a", ErrorKind::MissingRequiredArgument),
+            ("vectors upsert --vector [1]", ErrorKind::MissingRequiredArgument),
+            ("vectors upsert a --vector [1] --file -", ErrorKind::ArgumentConflict),
+            ("vectors upsert a --vector 1,2", ErrorKind::ValueValidation),
+            ("vectors get a --consistency strong", ErrorKind::ValueValidation),
+            ("vectors delete", ErrorKind::MissingRequiredArgument),
+            ("vectors search", ErrorKind::MissingRequiredArgument),
+            ("vectors search --like a --vector [1]", ErrorKind::ArgumentConflict),
+            ("vectors search --like a -k 0", ErrorKind::ValueValidation),
+            ("vectors import f --parallel 0", ErrorKind::ValueValidation),
+            ("nodes", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
+        ] {
+            assert_eq!(parse(line).err(), Some(kind), "{line}");
+        }
     }
 }

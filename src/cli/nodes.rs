@@ -28,17 +28,19 @@ pub(crate) async fn run(global: &Global, command: NodesCommand) -> Result<Exit> 
 
 async fn ls(global: &Global) -> Result<Exit> {
     let client = global.client().await?;
+    let mut leader = None;
     let nodes = match patiently(admin(&client).nodes()).await {
-        Ok(nodes) => nodes,
+        Ok(nodes) => {
+            leader = client.view().leader().and_then(|leader| leader.node.clone());
+            nodes
+        }
         Err(error @ Error::Unavailable(_)) => {
             note(format!("{error}; these are the records as they were written last"));
             recorded(&client.view())
         }
         Err(error) => return Err(error),
     };
-    let view = client.view();
-    let leader = view.leader().and_then(|leader| leader.node.as_deref());
-    render::show(global.output, &nodes, |nodes| listing(nodes, leader, wall()))?;
+    render::show(global.output, &nodes, |nodes| listing(nodes, leader.as_deref(), wall()))?;
     Ok(Exit::Done)
 }
 

@@ -56,17 +56,27 @@ impl Client {
         let (mut tries, mut pause) = (1, PAUSE);
         let mut next = Instant::now() + hedge;
         let mut last = Error::Unavailable(format!("shard {shard} did not answer in time"));
+        // A copy without an answer may still take effect: then nobody may say that nothing has changed.
+        let mut unknown = false;
         loop {
             tokio::select! {
                 Some(asked) = under_way.next() => {
                     match asked {
                         Asked::Answer(Ok(answer)) => return Ok(answer),
+                        // One replica's trouble with its store is not the others'.
+                        Asked::Answer(Err(error @ (Error::Corrupt(_) | Error::Internal(_)))) => last = error,
                         Asked::Answer(Err(error)) if !error.is_retryable() => return Err(error),
                         // The log is the same for all replicas; a disk is not, so the others are asked once.
-                        Asked::Answer(Err(error @ Error::Full(_))) if tries >= MAX_COPIES => return Err(error),
-                        Asked::Answer(Err(error)) => last = error,
+                        Asked::Answer(Err(error @ Error::Full(_))) if tries >= MAX_COPIES && !unknown => return Err(error),
+                        Asked::Answer(Err(error)) => {
+                            unknown |= matches!(error, Error::Unavailable(_));
+                            last = error;
+                        }
                         Asked::NoResponders => last = Error::Unavailable(format!("nobody serves shard {shard}")),
-                        Asked::NoAnswer(error) => last = error,
+                        Asked::NoAnswer(error) => {
+                            unknown = true;
+                            last = error;
+                        }
                     }
                     // The first failures are answered elsewhere at once: one node has just gone.
                     let wait = if tries <= 2 { Duration::ZERO } else { pause };
@@ -81,8 +91,9 @@ impl Client {
                     next = Instant::now() + hedge;
                 }
                 () = tokio::time::sleep_until(deadline) => return Err(match last {
-                    Error::Busy(text) => Error::Busy(text),
-                    Error::Full(text) => Error::Full(text),
+                    Error::Busy(text) if !unknown && under_way.is_empty() => Error::Busy(text),
+                    Error::Full(text) if !unknown && under_way.is_empty() => Error::Full(text),
+                    Error::Corrupt(text) => Error::Corrupt(text),
                     other => Error::Unavailable(format!("shard {shard}: {other} ({tries} tries)")),
                 }),
             }

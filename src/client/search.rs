@@ -10,7 +10,6 @@ use crate::model::records::NodeStatus;
 use crate::model::wire::{SearchReply, SearchRequest, ShardCut};
 use crate::model::{Consistency, NodeId, SearchQuery, SearchResult, ShardId};
 use crate::nats::bus::Asked;
-use crate::node::best;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,7 +69,7 @@ impl Client {
             Err(_) | Ok(()) => {}
         }
         let mut hits: Vec<SearchResult> = search.hits.into_values().collect();
-        best(&mut hits, cluster.metric, k);
+        cluster.metric.nearest(&mut hits, k);
         Ok(SearchOutcome { hits, shards_ok, shards_total: total, seqs: search.seqs, vectors: search.vectors })
     }
 }

@@ -35,8 +35,10 @@ pub(crate) struct Settings {
 pub(crate) enum Event {
     /// Time has passed.
     Tick,
-    /// The record as read from the stream's leader (answer to [`Action::Read`]) or seen by a watch.
+    /// The record as read from the stream's leader: answer to [`Action::Read`].
     Seen(Option<(u64, LeaderRecord)>),
+    /// A watch says that the record has changed: time to read it.
+    Changed,
     /// [`Action::Read`] failed.
     ReadFailed,
     /// Answer to [`Action::Cas`].
@@ -222,6 +224,7 @@ impl Lease {
         let mut out = Vec::new();
         match event {
             Event::Tick => {}
+            Event::Changed => self.next_read = now,
             Event::TermSeen(term) => self.highest_term = self.highest_term.max(term),
             Event::Seen(found) => {
                 self.reading = false;
@@ -242,7 +245,7 @@ impl Lease {
                 self.next_read = now + self.settings.ping_gap;
             }
             Event::Resign => {
-                self.resigning = true;
+                self.resigning = matches!(self.role, Role::Leader { .. });
                 self.not_before = now + self.settings.ttl / 2;
             }
         }

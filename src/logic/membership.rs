@@ -121,6 +121,13 @@ impl Membership {
         }
     }
 
+    /// The leader itself was held up: everybody's silence counts from now.
+    pub(crate) fn forgive(&mut self, now: Duration) {
+        for known in self.nodes.values_mut() {
+            known.heard = now;
+        }
+    }
+
     /// Time has passed.
     pub(crate) fn on_tick(&mut self, now: Duration) -> Vec<Action> {
         let (patience, timeout) = (self.patience(), self.timeout);

@@ -77,6 +77,13 @@ pub(crate) fn course(
     if held.applied == 0 && ordered.log_first_seq == 1 {
         return reach(0, log);
     }
+    if ordered.log_first_seq == 1 {
+        // The record knows nothing of what we hold: it was made anew after NATS had lost everything.
+        return Course::LogLost(format!(
+            "the record names a new log, {} entries of another one are here",
+            held.applied
+        ));
+    }
     // The log was rebuilt from the replica that had applied most: `log_first_seq - 1`. Whoever has
     // exactly that goes on; more would be entries that nobody else ever saw.
     if held.applied + 1 == ordered.log_first_seq && !held.log_id.is_nil() {
@@ -134,6 +141,12 @@ mod tests {
             course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(40)),
             Course::Follow
         );
+    }
+
+    #[test]
+    fn a_store_with_data_is_never_cleared_for_a_log_that_begins_at_one() {
+        let course = course(&held(A, 30), ordered(B, 1), log(B, 1, 0), None, None);
+        assert!(matches!(course, Course::LogLost(_)), "{course:?}");
     }
 
     #[test]

@@ -242,6 +242,9 @@ impl std::fmt::Display for ShardStatus {
     }
 }
 
+/// No cluster has so many leaders: a higher one is garbage, and must not use up the numbers.
+pub const MAX_TERM: Term = 1 << 53;
+
 /// Key `<shard>` of `ruvector_shards`: who holds a shard. Written by the leader only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardRecord {
@@ -281,6 +284,9 @@ impl ShardRecord {
     /// [`Error::Invalid`] for a wrong key, no or doubled holders, or a primary that is no holder.
     pub fn check(&self, key: &str) -> Result<()> {
         same_key(key, &self.shard.token())?;
+        if self.term > MAX_TERM {
+            return Err(Error::Invalid(format!("term {} of shard {} is no term", self.term, self.shard)));
+        }
         for (at, node) in self.holders().enumerate() {
             validate_name("node id", node)?;
             if self.holders().take(at).any(|other| other == node) {
@@ -422,6 +428,9 @@ pub struct MigrationRecord {
     pub started_at: DateTime<Utc>,
     /// Last progress.
     pub updated_at: DateTime<Utc>,
+    /// When the shard's record was swapped.
+    #[serde(default)]
+    pub moved_at: Option<DateTime<Utc>>,
     /// What went wrong last.
     #[serde(default)]
     pub error: Option<String>,

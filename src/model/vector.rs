@@ -170,6 +170,12 @@ impl DistanceMetric {
         }
     }
 
+    /// Keeps the `k` nearest, in order.
+    pub fn nearest(self, hits: &mut Vec<SearchResult>, k: usize) {
+        hits.sort_by(|a, b| self.order(a, b));
+        hits.truncate(k);
+    }
+
     /// Total order of results: nearest first, the id decides between equal scores.
     pub fn order(self, a: &SearchResult, b: &SearchResult) -> std::cmp::Ordering {
         let by_score = match self {

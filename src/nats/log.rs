@@ -108,6 +108,10 @@ impl Logs {
         Logs { nats: nats.clone(), bus: bus.clone(), subjects: subjects.clone() }
     }
 
+    pub(crate) fn is_connected(&self) -> bool {
+        self.nats.is_connected()
+    }
+
     /// State of the stream as its leader has it; `None` if there is none.
     pub(crate) async fn info(&self, shard: ShardId) -> Result<Option<LogInfo>> {
         let name = self.subjects.log_stream(shard);

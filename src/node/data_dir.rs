@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::model::NodeId;
-use crate::model::records::ClusterRecord;
+use crate::model::records::{ClusterRecord, ShardRecord};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 const IDENTITY: &str = "node.json";
 const LOCK: &str = "lock";
+const MAP: &str = "shard-map.json";
 
 /// Who wrote this folder. The settings are kept too: should NATS lose everything, the nodes know them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -115,17 +116,38 @@ impl DataDir {
                 return Ok(());
             }
         }
-        let text = serde_json::to_vec_pretty(&wanted).map_err(|e| Error::Internal(e.to_string()))?;
-        // Whole or not at all: a torn file would lock the node out of its own data.
-        let (temporary, target) = (self.path.join("node.json.new"), self.path.join(IDENTITY));
-        let write = || {
-            let mut file = File::create(&temporary)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            std::fs::rename(&temporary, &target)
-        };
-        write().map_err(|e| Error::Invalid(format!("{} cannot be written: {e}", target.display())))
+        write_whole(&self.path, IDENTITY, &wanted)
     }
+
+    /// The shard map as this node saw it last. Should NATS lose it while no node runs, it is not lost.
+    pub(crate) fn shard_map(&self) -> Vec<ShardRecord> {
+        let bytes = std::fs::read(self.path.join(MAP)).unwrap_or_default();
+        let records: Vec<ShardRecord> = serde_json::from_slice(&bytes).unwrap_or_default();
+        records.into_iter().filter(|record| record.check(&record.shard.token()).is_ok()).collect()
+    }
+
+    /// Where [`shard_map`](Self::shard_map) is kept.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Keeps the shard map of a data folder.
+pub(crate) fn keep_shard_map(folder: &Path, records: &[&ShardRecord]) -> Result<()> {
+    write_whole(folder, MAP, &records)
+}
+
+/// Whole or not at all: a torn file would lock the node out of its own data.
+fn write_whole<T: Serialize>(folder: &Path, name: &str, value: &T) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(|e| Error::Internal(e.to_string()))?;
+    let (temporary, target) = (folder.join(format!("{name}.new")), folder.join(name));
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(&text)?;
+        file.sync_all()?;
+        std::fs::rename(&temporary, &target)
+    };
+    write().map_err(|e| Error::Invalid(format!("{} cannot be written: {e}", target.display())))
 }
 
 #[cfg(test)]

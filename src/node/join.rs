@@ -4,7 +4,7 @@
 //! the record is written by compare-and-set.
 
 use super::context::Context;
-use super::data_dir::DataDir;
+use super::data_dir::{DataDir, keep_shard_map};
 use super::rate::RateLimit;
 use super::replica::blocking;
 use super::requests::subscribe_ping;
@@ -80,6 +80,9 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
     let metrics = Arc::new(Metrics::new()?);
     let views = Views::start(&buckets, &control, Scope::Node, &metrics, &stop, &tasks);
+    if let Some(dir) = &data_dir {
+        views.remember(&dir.shard_map());
+    }
     if let Err(error) = views.synced(SYNC).await {
         stop.cancel();
         return Err(control.violation().map_or(error, |violation| permission_error(&violation)));
@@ -367,6 +370,35 @@ pub(crate) async fn set_own_status(ctx: &Context, status: NodeStatus) -> Result<
         }
     }
     Err(Error::Unavailable("the node record cannot be written".into()))
+}
+
+/// Writes the shard map into the data folder when it has changed, at most once a second.
+pub(crate) async fn keep_map(ctx: Arc<Context>, folder: std::path::PathBuf) {
+    let mut views = ctx.views.subscribe();
+    let mut kept: Vec<(u64, crate::model::ShardId)> = Vec::new();
+    loop {
+        let view = views.borrow_and_update().clone();
+        let now: Vec<_> = view.shards.values().map(|(revision, record)| (*revision, record.shard)).collect();
+        if now != kept {
+            kept = now;
+            let folder = folder.clone();
+            let kept = blocking(move || {
+                let records: Vec<_> = view.shards.values().map(|(_, record)| record).collect();
+                keep_shard_map(&folder, &records)
+            });
+            if let Err(error) = kept.await {
+                warn!("{error}");
+            }
+        }
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            changed = views.changed() => if changed.is_err() { return },
+        }
+    }
 }
 
 /// Watches our own record: writes it again when it is gone or damaged, and gives up when another process

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::logic::lease::{Action, CasOutcome, Claim, Event, Lease, Settings};
 use crate::model::Term;
 use crate::model::events::Event as Story;
-use crate::model::records::LeaderRecord;
+use crate::model::records::{LeaderRecord, MAX_TERM};
 use crate::model::wire::PingRequest;
 use crate::nats::bucket::{Cas, Versioned};
 use crate::node::context::{Context, Leading};
@@ -55,6 +55,7 @@ pub(crate) async fn run(
     let mut views = ctx.views.subscribe();
     driver.feed(Event::Tick).await;
     let mut stopping = false;
+    let mut watched = None;
     loop {
         let now = ctx.clock.now();
         let due = ctx.clock.instant(driver.lease.next_deadline(now));
@@ -72,10 +73,9 @@ pub(crate) async fn run(
                 let view = views.borrow_and_update().clone();
                 let highest = view.shards.values().map(|(_, record)| record.term).max().unwrap_or(0);
                 driver.feed(Event::TermSeen(ctx.saw_term(highest))).await;
-                match &view.leader {
-                    Some(leader) => Event::Seen(Some(leader.clone())),
-                    None => Event::Tick,
-                }
+                // A watch may lag or be of a bucket that was wiped: it only says when to look.
+                let revision = view.leader.as_ref().map(|(revision, _)| *revision);
+                if std::mem::replace(&mut watched, revision) == revision { Event::Tick } else { Event::Changed }
             }
             () = tokio::time::sleep_until(due) => Event::Tick,
         };
@@ -213,7 +213,10 @@ impl Driver {
 
 /// Garbage under the key is a free lease, at its revision: the next holder overwrites it.
 fn read(ctx: &Context, found: Versioned) -> (u64, LeaderRecord) {
-    let record: Result<LeaderRecord> = parse(&found.value);
+    let record: Result<LeaderRecord> = parse(&found.value).and_then(|record: LeaderRecord| {
+        let sane = record.term <= MAX_TERM && record.node.is_some() == record.instance.is_some();
+        if sane { Ok(record) } else { Err(Error::Invalid("the lease makes no sense".into())) }
+    });
     let record = record.unwrap_or_else(|error| {
         ctx.bad_message("record", "?", &error);
         LeaderRecord {

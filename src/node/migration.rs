@@ -20,7 +20,7 @@ use crate::model::wire::DigestRequest;
 use crate::nats::bucket::Cas;
 use crate::node::context::Context;
 use crate::node::failpoint::pause;
-use crate::node::replica::Replica;
+use crate::node::replica::{Progress, Replica};
 use crate::store::Digest;
 use crate::view::parse;
 use std::sync::Arc;
@@ -112,13 +112,21 @@ async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<(
 /// Waits until the replica is close behind the log, writing down how far it is.
 async fn load(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {
     let mut status = replica.watch();
-    let mut shown: Option<(MigrationPhase, u64)> = None;
+    let mut shown: Option<(MigrationPhase, u64, u64)> = None;
+    let mut written = Duration::ZERO;
     loop {
         let now = status.borrow_and_update().clone();
-        let phase = if now.progress.loading { MigrationPhase::Snapshot } else { MigrationPhase::CatchUp };
-        let key = (phase, now.progress.chunks);
-        if shown != Some(key) {
-            let changed_phase = shown.is_none_or(|(before, _)| before != phase);
+        let phase = match &now {
+            status if status.progress.loading => MigrationPhase::Snapshot,
+            // It has not decided yet whether it needs a snapshot.
+            status if status.log_id.is_nil() => MigrationPhase::Prepare,
+            _ => MigrationPhase::CatchUp,
+        };
+        let key = (phase, now.progress.chunks, now.lag);
+        let changed_phase = shown.is_none_or(|(before, ..)| before != phase);
+        // A fast snapshot must not flood the bucket.
+        let due = ctx.clock.now() >= written + PROGRESS;
+        if shown != Some(key) && (changed_phase || due) {
             update(ctx, id, |record| {
                 record.phase = if record.phase < MigrationPhase::Cutover { phase } else { record.phase };
                 record.bytes_done = now.progress.bytes_done;
@@ -130,23 +138,28 @@ async fn load(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()
                 }
             })
             .await?;
-            if changed_phase || now.progress.chunks > 0 {
+            if phase != MigrationPhase::Prepare {
                 progress_event(ctx, id, replica, phase).await;
             }
             shown = Some(key);
+            written = ctx.clock.now();
         }
         if now.caught_up && now.lag <= CLOSE {
-            return Ok(());
+            return finish_load(ctx, id, &now.progress).await;
         }
-        // At most every `PROGRESS`, so that a fast snapshot does not flood the bucket.
-        tokio::time::sleep(if now.caught_up {
-            Duration::from_millis(20)
-        } else {
-            PROGRESS.min(Duration::from_millis(100))
-        })
-        .await;
         let _ = tokio::time::timeout(PROGRESS, status.changed()).await;
     }
+}
+
+/// What the last progress left out.
+async fn finish_load(ctx: &Arc<Context>, id: &str, progress: &Progress) -> Result<()> {
+    update(ctx, id, |record| {
+        record.phase = record.phase.max(MigrationPhase::CatchUp);
+        record.bytes_done = progress.bytes_done;
+        record.bytes_total = progress.bytes_total.max(progress.bytes_done);
+        record.chunks = progress.chunks;
+    })
+    .await
 }
 
 async fn progress_event(ctx: &Arc<Context>, id: &str, replica: &Replica, phase: MigrationPhase) {

@@ -14,8 +14,6 @@ mod replica;
 mod replicas;
 mod requests;
 
-pub(crate) use requests::best;
-
 use crate::client::Client;
 use crate::clock::wall;
 use crate::config::ClusterConfig;
@@ -70,6 +68,9 @@ impl Node {
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
+        if let Some(dir) = &data_dir {
+            ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));
+        }
         ctx.tasks.spawn(join::guard_record(ctx.clone(), fatal.clone()));
         let lease = tokio::spawn(lease::run(ctx.clone(), orders, resign, lease_stop.clone()));
 

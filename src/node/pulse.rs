@@ -71,11 +71,11 @@ fn served(replica: &crate::node::replica::Replica) -> u64 {
     [&counters.reads, &counters.writes, &counters.searches].iter().map(|c| c.load(Ordering::Relaxed)).sum()
 }
 
-/// Publishes load reports, at once when a replica's state has changed.
+/// Publishes load reports, at once when a replica's state or the leader has changed.
 pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut since: BTreeMap<ShardId, (u64, u64, u64)> = BTreeMap::new();
     let mut last = ctx.clock.now();
-    let mut states = BTreeMap::new();
+    let mut states = (None, BTreeMap::new());
     let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.min(LOAD / 5));
     loop {
         tokio::select! {
@@ -83,7 +83,10 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             _ = tick.tick() => {}
         }
         let all = replicas.all();
-        let now_states: BTreeMap<_, _> = all.iter().map(|r| (r.shard, r.status().state)).collect();
+        // A new leader knows nothing of us yet.
+        let leader = ctx.view().leader().map(|leader| leader.term);
+        let now_states: (_, BTreeMap<_, _>) =
+            (leader, all.iter().map(|r| (r.shard, r.status().state)).collect());
         let elapsed = ctx.clock.now() - last;
         if now_states == states && elapsed < LOAD {
             continue;
@@ -153,6 +156,11 @@ async fn truncate(ctx: &Context, shard: ShardId, durable: u64) -> Result<()> {
     let margin = if info.bytes > most / 2 { 0 } else { MARGIN };
     let first = durable.saturating_sub(margin) + 1;
     if info.bytes < WORTH_BYTES.min(most / 4) || info.first_seq >= first {
+        return Ok(());
+    }
+    // Truncating beyond the end would hide that the log has lost its tail; another log is not ours to cut.
+    let view = ctx.view();
+    if view.shard(shard).is_none_or(|record| record.log_id != info.id) || first > info.last_seq + 1 {
         return Ok(());
     }
     let purged = ctx.logs.truncate(shard, first).await?;

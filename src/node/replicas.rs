@@ -5,12 +5,14 @@
 
 use crate::error::{Error, Result};
 use crate::model::ShardId;
-use crate::model::records::MigrationPhase;
+use crate::model::records::{MigrationPhase, ShardRecord};
 use crate::node::context::Context;
 use crate::node::migration;
 use crate::node::replica::{Replica, blocking};
 use crate::store::StoreFactory;
+use crate::view::parse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tracing::{info, warn};
@@ -31,6 +33,8 @@ pub(crate) struct Replicas {
     ctx: Arc<Context>,
     stores: Arc<dyn StoreFactory>,
     slots: Mutex<BTreeMap<ShardId, Slot>>,
+    /// The node is leaving: nothing is opened any more.
+    leaving: AtomicBool,
     /// Migrations to this node whose driver runs.
     driving: Mutex<BTreeSet<String>>,
 }
@@ -41,7 +45,13 @@ const RETRY: Duration = Duration::from_secs(2);
 
 impl Replicas {
     pub(crate) fn new(ctx: Arc<Context>, stores: Arc<dyn StoreFactory>) -> Arc<Self> {
-        Arc::new(Replicas { ctx, stores, slots: Mutex::default(), driving: Mutex::default() })
+        Arc::new(Replicas {
+            ctx,
+            stores,
+            slots: Mutex::default(),
+            leaving: AtomicBool::new(false),
+            driving: Mutex::default(),
+        })
     }
 
     fn slots(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, Slot>> {
@@ -94,6 +104,9 @@ impl Replicas {
 
     /// Opens what is missing, closes what is too much, lets serve what may.
     fn reconcile(self: &Arc<Self>) {
+        if self.leaving.load(Ordering::SeqCst) {
+            return;
+        }
         let (view, now) = (self.ctx.view(), self.ctx.clock.now());
         let me = self.ctx.node.as_str();
         let mut slots = self.slots();
@@ -115,6 +128,12 @@ impl Replicas {
                     slots.insert(*shard, Slot::Closing);
                     self.close(*shard, open);
                 }
+                // It could not be opened, and is not wanted any more.
+                Some(Slot::Opening { not_before })
+                    if !replica && !joining && *not_before != Duration::MAX =>
+                {
+                    slots.remove(shard);
+                }
                 Some(Slot::Opening { .. } | Slot::Closing) | None => {}
             }
         }
@@ -128,12 +147,31 @@ impl Replicas {
                 Ok(replica) => Slot::Open(replica),
                 Err(error) => {
                     warn!(%shard, "the replica cannot be opened: {error}");
+                    if let Error::Corrupt(_) = error {
+                        this.give_up(shard).await;
+                    }
                     Slot::Opening { not_before: this.ctx.clock.now() + RETRY }
                 }
             };
             this.slots().insert(shard, slot);
             this.reconcile();
         });
+    }
+
+    /// A damaged store is deleted, to be copied again, if there is somebody to copy it from.
+    async fn give_up(&self, shard: ShardId) {
+        let view = self.ctx.view();
+        let others = view.shard(shard).is_some_and(|record| {
+            record.replicas.iter().any(|n| *n != self.ctx.node && view.node_status(n).is_live())
+        });
+        if !others {
+            return;
+        }
+        let stores = self.stores.clone();
+        match blocking(move || stores.destroy(shard)).await {
+            Ok(()) => warn!(%shard, "the damaged store is deleted and will be copied from another replica"),
+            Err(error) => warn!(%shard, "the damaged store cannot be deleted: {error}"),
+        }
     }
 
     fn close(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>) {
@@ -160,6 +198,9 @@ impl Replicas {
 
     /// Deletes stores that the map has not wanted here for the grace period.
     async fn sweep(self: &Arc<Self>, unwanted: &mut BTreeMap<ShardId, Duration>) {
+        if self.leaving.load(Ordering::SeqCst) || !self.ctx.control.nats.is_connected() {
+            return;
+        }
         let (stores, now) = (self.stores.clone(), self.ctx.clock.now());
         let Ok(on_disk) = blocking(move || stores.list()).await else { return };
         let view = self.ctx.view();
@@ -173,6 +214,12 @@ impl Replicas {
             }
             let since = *unwanted.entry(shard).or_insert(now);
             if now.saturating_sub(since) < self.ctx.config.retire_after {
+                continue;
+            }
+            // Our copy of the map may be old: the bucket decides.
+            let Ok(Some(found)) = self.ctx.buckets.shards.get(&shard.token()).await else { continue };
+            let current = parse::<ShardRecord>(&found.value);
+            if current.is_ok_and(|now| now.term < record.term || now.holders().any(|n| *n == self.ctx.node)) {
                 continue;
             }
             let stores = self.stores.clone();
@@ -199,6 +246,7 @@ impl Replicas {
 
     /// Closes all, at the end.
     pub(crate) async fn close_all(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
         let open: Vec<_> = {
             let mut slots = self.slots();
             let replicas = slots.values().filter_map(|slot| match slot {

@@ -1,7 +1,6 @@
 //! Answers what is asked of this node by name: `ruvector.node.<node>.<verb>`.
 
 use crate::error::{Error, Result};
-use crate::model::SearchResult;
 use crate::model::wire::{
     DigestRequest, PingReply, PingRequest, ReadRequest, SearchReply, SearchRequest, ShardFailure,
     SnapshotRequest, WriteRequest, decode,
@@ -45,7 +44,8 @@ pub(crate) async fn answer_pings(ctx: Arc<Context>, replicas: Arc<Replicas>, mut
                 PingRequest::default()
             })
         };
-        let held = request.shards.iter().filter_map(|shard| replicas.get(*shard).ok());
+        let most = ctx.cluster.num_shards as usize;
+        let held = request.shards.iter().take(most).filter_map(|shard| replicas.get(*shard).ok());
         let reply = PingReply {
             node: ctx.node.clone(),
             instance: ctx.instance,
@@ -173,14 +173,8 @@ async fn search(ctx: &Arc<Context>, replicas: &Arc<Replicas>, request: SearchReq
             Err(error) => reply.failed.push(ShardFailure { shard, error: (&error).into() }),
         }
     }
-    best(&mut reply.hits, cluster.metric, k);
+    cluster.metric.nearest(&mut reply.hits, k);
     Ok(reply)
-}
-
-/// Keeps the `k` nearest, in order.
-pub(crate) fn best(hits: &mut Vec<SearchResult>, metric: crate::model::DistanceMetric, k: usize) {
-    hits.sort_by(|a, b| metric.order(a, b));
-    hits.truncate(k);
 }
 
 async fn digest(replicas: &Arc<Replicas>, request: DigestRequest) -> Result<crate::store::Digest> {

@@ -8,6 +8,7 @@ use crate::cli::bars::{Bars, Shape};
 use crate::cli::dataset::{Dataset, ReadOptions};
 use crate::cli::exit::Exit;
 use crate::cli::global::Global;
+use crate::cli::interrupt::Interrupts;
 use crate::cli::render::{self, count, note};
 use crate::client::{Client, Written};
 use crate::clock::fresh_id;
@@ -18,6 +19,7 @@ use futures::StreamExt;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -137,13 +139,15 @@ impl Loader {
         }
         let bars = Bars::new();
         let mut bar = bars.add(&label, dataset.total, Shape::Count);
+        let mut interrupts = Interrupts::new()?;
         let started = Instant::now();
         let stop = CancellationToken::new();
         let (send, mut batches) = mpsc::channel(self.parallel);
         let reading = tokio::task::spawn_blocking(move || read(dataset, self.batch, &send));
+        let stalled = AtomicBool::new(false);
         let sends = futures::stream::poll_fn(|cx| batches.poll_recv(cx))
             .take_until(stop.clone().cancelled_owned())
-            .map(|batch| async { attempt(client, batch, &bars).await })
+            .map(|batch| attempt(client, batch, &bars, &stalled))
             .buffer_unordered(self.parallel);
         tokio::pin!(sends);
         let mut loaded =
@@ -152,7 +156,7 @@ impl Loader {
         loop {
             let written = tokio::select! {
                 written = sends.next() => written,
-                _ = tokio::signal::ctrl_c() => {
+                () = interrupts.next() => {
                     if stop.is_cancelled() {
                         // Asked twice: do not wait for anything.
                         loaded.end = Ok(Exit::Failed);
@@ -224,25 +228,28 @@ fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) ->
 }
 
 /// Sends one batch until it is stored, or has failed for good.
-async fn attempt(client: &Client, batch: Vec<VectorEntry>, bars: &Bars) -> Result<Written> {
+async fn attempt(
+    client: &Client,
+    batch: Vec<VectorEntry>,
+    bars: &Bars,
+    stalled: &AtomicBool,
+) -> Result<Written> {
     let op_id = fresh_id();
     let deadline = Instant::now() + TRY_FOR;
-    let (mut pause, mut told) = (FIRST_PAUSE, false);
+    let mut pause = FIRST_PAUSE;
     loop {
         let error = match client.upsert_as(op_id, batch.clone()).await {
-            Ok(written) => return Ok(written),
+            Ok(written) => {
+                stalled.store(false, Ordering::Relaxed);
+                return Ok(written);
+            }
             Err(error) if error.is_retryable() && Instant::now() + pause < deadline => error,
             Err(error) => return Err(error),
         };
-        if !told {
+        // Said once for all batches, until one goes through.
+        if !stalled.swap(true, Ordering::Relaxed) {
             let seconds = TRY_FOR.as_secs();
-            bars.aside(|| {
-                note(format!(
-                    "{} wait, trying for up to {seconds} s: {error}",
-                    count(batch.len() as u64, "vector")
-                ))
-            });
-            told = true;
+            bars.aside(|| note(format!("writes wait, trying for up to {seconds} s: {error}")));
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LAST_PAUSE);

@@ -132,10 +132,11 @@ impl Leader {
         if lost > 0 {
             warnings.push(format!("{lost} replicas report that JetStream lost entries of their log"));
         }
-        let (wanted, members) = (self.ctx.cluster.replication_factor as usize, self.members.len());
+        let (wanted, members) = (self.ctx.cluster.replication_factor as usize, self.present.len());
         if members < wanted {
+            let nodes = if members == 1 { "node is" } else { "nodes are" };
             warnings.push(format!(
-                "{members} nodes are up, {wanted} are needed for {wanted} replicas of each shard"
+                "{members} {nodes} up, {wanted} are needed for {wanted} replicas of each shard"
             ));
         }
         if self.ctx.cluster.log_replicas == 1 {

@@ -41,7 +41,7 @@ impl Leader {
     pub(super) fn may_start(&self, from: Option<&str>, to: &str) -> bool {
         let running = self.running();
         let per_node = self.ctx.config.migrations_per_node;
-        let total = (self.members.len() / 2).max(2).max(per_node);
+        let total = (self.present.len() / 2).max(2).max(per_node);
         let count = |side: &dyn Fn(&MigrationRecord) -> bool| running.iter().filter(|m| side(m)).count();
         let started = self.shards.values().filter(|(_, r)| r.migration.is_some()).count();
         running.len().max(started) < total
@@ -76,6 +76,7 @@ impl Leader {
             lag: 0,
             started_at: now,
             updated_at: now,
+            moved_at: None,
             error: None,
         };
         let value = serde_json::to_vec(&migration).map_err(|e| Error::Internal(e.to_string()))?;
@@ -238,6 +239,7 @@ impl Leader {
             }
             record.phase = phase;
             record.updated_at = wall();
+            record.moved_at = phase.is_success().then(wall);
             if let Some(error) = error {
                 record.error = Some(error.to_owned());
             }
@@ -254,7 +256,7 @@ impl Leader {
     /// A shard that names a migration which is over, or has no record, is set free.
     async fn release_orphans(&mut self) -> Result<()> {
         let view = self.ctx.view();
-        let over = |id: &String| view.migrations.get(id).is_some_and(|(_, m)| !m.phase.is_running());
+        let over = |id: &String| view.migrations.get(id).is_none_or(|(_, m)| !m.phase.is_running());
         let orphans: Vec<ShardId> = self
             .shards
             .iter()
@@ -264,6 +266,15 @@ impl Leader {
         for shard in orphans {
             let Some((_, record)) = self.shards.get(&shard) else { continue };
             let mut record = record.clone();
+            // Our copy may be a moment behind: only what the bucket does not have, or has as over, is.
+            let id = record.migration.clone().unwrap_or_default();
+            let running = match self.ctx.buckets.migrations.get(&id).await {
+                Ok(found) => found.and_then(|found| parse::<MigrationRecord>(&found.value).ok()),
+                Err(error) => return self.soft(error),
+            };
+            if running.is_some_and(|record| record.phase.is_running()) {
+                continue;
+            }
             record.joining.clear();
             record.migration = None;
             if let Err(error) = self.write_shard(record).await {

@@ -10,6 +10,8 @@ mod admin;
 mod migrations;
 mod records;
 
+use records::Verdict;
+
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
@@ -24,7 +26,7 @@ use crate::nats::bus::{Message, sender};
 use crate::nats::unavailable;
 use crate::node::context::Context;
 use crate::node::replica::ping_outcome;
-use crate::view::{Rev, parse};
+use crate::view::{Rev, View, parse};
 use chrono::{DateTime, Utc};
 use futures::StreamExt;
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,6 +61,8 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     let ended = || Error::Unavailable("a subscription of the leader ended".into());
     loop {
         tokio::select! {
+            // Heartbeats first: whoever has sent one must not be judged silent.
+            biased;
             message = heartbeats.next() => leader.on_heartbeat(&message.ok_or_else(ended)?).await?,
             message = loads.next() => leader.on_load(&message.ok_or_else(ended)?),
             message = admin.next() => leader.on_admin(&message.ok_or_else(ended)?).await?,
@@ -86,15 +90,20 @@ struct Leader {
     heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
     loads: BTreeMap<NodeId, LoadReport>,
     down_since: BTreeMap<NodeId, Duration>,
-    /// When the set of members last changed: placement waits a moment.
+    /// When the set of present nodes last changed: placement waits a moment.
     settled_at: Duration,
-    members: BTreeSet<NodeId>,
+    /// Nodes that are up, or suspected for a moment.
+    present: BTreeSet<NodeId>,
     /// Whether counts should be evened out, and not only repaired.
     balance: bool,
     /// Migrations as last seen, and since when without progress.
     watched: BTreeMap<String, (String, Duration)>,
     /// Shards whose stream has been checked in this term.
     logs_checked: BTreeSet<ShardId>,
+    /// Logs that were found wanting, what for, and since when.
+    log_suspects: BTreeMap<ShardId, (Verdict, Duration)>,
+    next_log_check: Duration,
+    last_tick: Duration,
     last_gc: Duration,
     pinged: mpsc::Sender<(NodeId, PingOutcome)>,
 }
@@ -113,27 +122,38 @@ impl Leader {
             loads: BTreeMap::new(),
             down_since: BTreeMap::new(),
             settled_at: now,
-            members: BTreeSet::new(),
+            present: BTreeSet::new(),
             balance: false,
             watched: BTreeMap::new(),
             logs_checked: BTreeSet::new(),
+            log_suspects: BTreeMap::new(),
+            next_log_check: now,
+            last_tick: now,
             last_gc: now,
             pinged,
         }
     }
 
-    /// A rebalancing that the last leader had begun goes on; what an operator has moved by hand, which
-    /// skews the counts a little, stays.
+    /// A rebalancing that the last leader had begun goes on.
     fn resume(&mut self) {
+        self.present = present(&self.ctx.view());
+        self.balance = self.shards.is_empty() || self.is_skewed();
+    }
+
+    fn held(&self, node: &str) -> usize {
+        self.shards.values().filter(|(_, record)| record.has_replica(node)).count()
+    }
+
+    /// Whether the counts are further apart than what an operator's few moves by hand make them.
+    fn is_skewed(&self) -> bool {
         let view = self.ctx.view();
-        let up = view.nodes.values().filter(|(_, n)| n.status == NodeStatus::Up);
-        self.members = up.clone().map(|(_, n)| n.node.clone()).collect();
-        let held = |node: &NodeId| self.shards.values().filter(|(_, r)| r.has_replica(node)).count();
-        let shares: Vec<f64> = up.map(|(_, n)| held(&n.node) as f64 / f64::from(n.weight)).collect();
+        let weight = |node: &NodeId| view.node(node).map_or(1, |record| record.weight);
+        let shares: Vec<f64> =
+            self.present.iter().map(|node| self.held(node) as f64 / f64::from(weight(node))).collect();
         let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
         let highest = shares.iter().copied().fold(0.0, f64::max);
         let lowest = shares.iter().copied().fold(f64::INFINITY, f64::min);
-        self.balance = self.shards.is_empty() || highest - lowest > (mean / 10.0).max(2.0);
+        highest - lowest > (mean / 10.0).max(2.0)
     }
 
     /// Looked at before every write.
@@ -187,12 +207,13 @@ impl Leader {
         self.membership.retain(|node| view.nodes.contains_key(node));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
         self.loads.retain(|node, _| view.nodes.contains_key(node));
-        let up = view.nodes.values().filter(|(_, n)| n.status == NodeStatus::Up).map(|(_, n)| n.node.clone());
-        let members: BTreeSet<NodeId> = up.collect();
-        if members != self.members {
+        let present = present(&view);
+        if present != self.present {
             self.settled_at = now + self.ctx.config.settle();
-            self.balance |= !members.is_subset(&self.members);
-            self.members = members;
+            // A newcomer gets its share. Who was only away for a moment still has it.
+            let newcomer = present.difference(&self.present).any(|node| self.held(node) == 0);
+            self.present = present;
+            self.balance |= newcomer || self.is_skewed();
         }
         // Somebody wrote under a key that is ours.
         for (shard, (revision, _)) in &view.shards {
@@ -230,7 +251,11 @@ impl Leader {
         why: &str,
     ) -> Result<()> {
         self.check_lease()?;
-        let Some(found) = self.ctx.buckets.nodes.get(node).await? else { return Ok(()) };
+        let found = match self.ctx.buckets.nodes.get(node).await {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(()),
+            Err(error) => return self.soft(error),
+        };
         let Ok(mut record) = parse::<NodeRecord>(&found.value) else { return Ok(()) };
         // Another process took the name meanwhile: the verdict was about the old one.
         if record.instance != instance || record.status == status || record.status == NodeStatus::Left {
@@ -262,7 +287,7 @@ impl Leader {
             }
             // Looked at again with the next heartbeat, ping or tick: membership believes the record.
             Cas::Lost | Cas::Unknown(_) => {
-                if let Some(found) = self.ctx.buckets.nodes.get(node).await?
+                if let Ok(Some(found)) = self.ctx.buckets.nodes.get(node).await
                     && let Ok(record) = parse::<NodeRecord>(&found.value)
                 {
                     self.membership.on_record(self.ctx.clock.now(), &record);
@@ -273,7 +298,13 @@ impl Leader {
     }
 
     async fn tick(&mut self) -> Result<()> {
-        let actions = self.membership.on_tick(self.ctx.clock.now());
+        let now = self.ctx.clock.now();
+        if now.saturating_sub(self.last_tick) > self.ctx.config.heartbeat_interval {
+            // We were held up ourselves, and heartbeats may still be in the queue: judge nobody for that.
+            self.membership.forgive(now);
+        }
+        self.last_tick = now;
+        let actions = self.membership.on_tick(now);
         self.members(actions).await?;
         self.resolve_unsure().await?;
         self.oversee_migrations().await?;
@@ -390,24 +421,19 @@ impl Leader {
         self.loads.get(node)?.shards.iter().find(|load| load.shard == shard)
     }
 
+    /// Full: all holders are live, and as many as the nodes allow.
     fn status_of(&self, record: &ShardRecord) -> ShardStatus {
-        let view = self.ctx.view();
-        let members = view
-            .nodes
-            .values()
-            .filter(|(_, n)| matches!(n.status, NodeStatus::Up | NodeStatus::Suspect))
-            .count();
-        let wanted = (self.ctx.cluster.replication_factor as usize).min(members).max(1);
-        let serving = |node: &NodeId| {
+        let wanted = (self.ctx.cluster.replication_factor as usize).min(self.present.len()).max(1);
+        let serves = |node: &NodeId| {
             let failed = self.reported(node, record.shard).is_some_and(|load| match load.state {
                 ReplicaState::Failed => true,
                 ReplicaState::Recovering | ReplicaState::Serving | ReplicaState::LogLost => false,
             });
             self.is_live(node) && !failed
         };
-        match record.replicas.iter().filter(|n| serving(n)).count() {
+        match record.replicas.iter().filter(|n| serves(n)).count() {
             0 => ShardStatus::Offline,
-            live if live < wanted => ShardStatus::Degraded,
+            live if live < wanted || live < record.replicas.len() => ShardStatus::Degraded,
             _ => ShardStatus::Full,
         }
     }
@@ -431,4 +457,9 @@ impl Leader {
         }
         Ok(())
     }
+}
+
+fn present(view: &View) -> BTreeSet<NodeId> {
+    let present = |status| matches!(status, NodeStatus::Up | NodeStatus::Suspect);
+    view.nodes.values().filter(|(_, n)| present(n.status)).map(|(_, n)| n.node.clone()).collect()
 }

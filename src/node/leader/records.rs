@@ -3,18 +3,29 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
+use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{ShardRecord, ShardStatus};
-use crate::model::wire::{PingReply, PingRequest};
+use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
+use crate::nats::log::LogInfo;
+use crate::node::join::restore_buckets;
 use crate::view::parse;
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
+use uuid::Uuid;
 
 /// Records written, and streams created, at a time.
 const PARALLEL: usize = 32;
+/// Pause between two looks at logs.
+const LOG_CHECKS: Duration = Duration::from_millis(500);
+/// A log is given up only if it was found wanting twice, so far apart.
+const SECOND_LOOK: Duration = Duration::from_secs(2);
+/// One look at one log, and one holder's part of it: the leader has other things to do.
+const LOG_LOOK: Duration = Duration::from_millis(1_500);
+const HOLDER: Duration = Duration::from_millis(800);
 
 impl Leader {
     /// Rewrites every shard record under our term, starting from the newest good copy: the bucket's, or
@@ -23,7 +34,13 @@ impl Leader {
     /// # Errors
     /// `Fenced` when a record has a higher term: somebody else leads.
     pub(super) async fn fence(&mut self) -> Result<()> {
-        let stored = self.ctx.buckets.shards.list().await?;
+        let stored = match self.ctx.buckets.shards.list().await {
+            Err(Error::NotFound(_)) => {
+                restore_buckets(&self.ctx).await?;
+                self.ctx.buckets.shards.list().await?
+            }
+            other => other?,
+        };
         let view = self.ctx.view();
         let mut work = Vec::new();
         for shard in (0..self.ctx.cluster.num_shards).map(ShardId) {
@@ -132,7 +149,11 @@ impl Leader {
     pub(super) async fn resolve_unsure(&mut self) -> Result<()> {
         for shard in self.unsure.clone() {
             let key = shard.token();
-            let Ok(found) = self.ctx.buckets.shards.get(&key).await else { return Ok(()) };
+            let found = match self.ctx.buckets.shards.get(&key).await {
+                Ok(found) => found,
+                Err(Error::NotFound(_)) => return restore_buckets(&self.ctx).await.or_else(|e| self.soft(e)),
+                Err(error) => return self.soft(error),
+            };
             let good = found
                 .as_ref()
                 .and_then(|f| parse::<ShardRecord>(&f.value).ok())
@@ -146,8 +167,13 @@ impl Leader {
                     self.shards.insert(shard, (found.revision, record));
                     self.unsure.remove(&shard);
                 }
-                (_, found) => {
-                    let Some((_, ours)) = self.shards.get(&shard).cloned() else {
+                (good, found) => {
+                    // Without a copy of our own: an older leader's first placement that landed late is as
+                    // good as ours would be; anything else makes way.
+                    let Some(ours) = self.shards.get(&shard).map(|(_, ours)| ours.clone()).or(good) else {
+                        if found.is_some() {
+                            self.ctx.buckets.shards.delete(&key).await.or_else(|e| self.soft(e))?;
+                        }
                         self.unsure.remove(&shard);
                         continue;
                     };
@@ -243,7 +269,11 @@ impl Leader {
     pub(super) async fn remove_replica(&mut self, shard: ShardId, node: &str, reason: &str) -> Result<()> {
         let Some((_, record)) = self.shards.get(&shard) else { return Ok(()) };
         let mut record = record.clone();
-        let others = record.replicas.iter().any(|n| n != node && self.is_live(n));
+        let serves = |n: &NodeId| {
+            let state = self.reported(n, shard).map(|load| load.state);
+            self.is_live(n) && state == Some(ReplicaState::Serving)
+        };
+        let others = record.replicas.iter().any(|n| n != node && serves(n));
         if !record.has_replica(node) || !others {
             return Ok(());
         }
@@ -267,62 +297,98 @@ impl Leader {
         }
     }
 
-    /// Finds logs that are not what their record says, and makes them so.
+    /// Finds logs that are not what their record says, and makes them so. A log is only given up after two
+    /// looks, some time apart, that both found it wanting.
     pub(super) async fn rebuild_logs(&mut self) -> Result<()> {
-        let lost = self
-            .loads
-            .values()
-            .flat_map(|report| &report.shards)
-            .filter(|load| load.state == ReplicaState::LogLost);
-        let mut suspects: Vec<ShardId> = lost.map(|load| load.shard).collect();
+        let now = self.ctx.clock.now();
+        if now < self.next_log_check {
+            return Ok(());
+        }
+        self.next_log_check = now + LOG_CHECKS;
+        let reported = self.loads.values().flat_map(|report| &report.shards);
+        let lost = reported.filter(|load| load.state == ReplicaState::LogLost).map(|load| load.shard);
         // Whoever led before may have died between writing a record and creating its log.
-        suspects.extend(self.shards.keys().filter(|shard| !self.logs_checked.contains(shard)).take(PARALLEL));
-        suspects.sort();
-        suspects.dedup();
-        for shard in suspects {
-            let Some((_, record)) = self.shards.get(&shard) else { continue };
-            let (record, info) = (
-                record.clone(),
-                match self.ctx.logs.info(shard).await {
-                    Ok(info) => info,
-                    Err(error) => return self.soft(error),
-                },
-            );
-            let reports = self.holders_say(&record).await;
-            let Some(reports) = reports else { continue };
-            let most =
-                reports.iter().filter(|r| r.log_id == record.log_id).map(|r| r.applied).max().unwrap_or(0);
-            let ours = info.filter(|info| info.id == record.log_id);
-            let damaged =
-                reports.iter().any(|r| r.log_id == record.log_id && r.state == ReplicaState::LogLost);
-            let result = match ours {
-                Some(info) if info.last_seq >= most && !damaged => Ok(()),
-                // Nothing was ever applied, or the record already names the log to be: create it.
-                None if most == 0 || record.log_first_seq > most => self.recreate(&record).await,
-                Some(_) | None => self.rebuild(record, most).await,
+        let unchecked = self.shards.keys().copied().filter(|shard| !self.logs_checked.contains(shard));
+        let mut shards: Vec<ShardId> = lost.chain(unchecked.take(PARALLEL)).collect();
+        shards.sort();
+        shards.dedup();
+        let records =
+            shards.iter().filter_map(|shard| self.shards.get(shard)).map(|(_, record)| record.clone());
+        let this = &*self;
+        let looks = futures::future::join_all(records.map(|record| this.look_at_log(record))).await;
+        for (record, look) in looks {
+            let shard = record.shard;
+            let verdict = match look {
+                Ok(verdict) => verdict,
+                // Not everybody has answered: look again.
+                Err(error) => {
+                    debug!(%shard, "{error}");
+                    continue;
+                }
             };
-            match result {
-                Ok(()) => drop(self.logs_checked.insert(shard)),
-                Err(error) => self.soft(error)?,
+            if verdict == Verdict::Fine {
+                self.logs_checked.insert(shard);
+                self.log_suspects.remove(&shard);
+                continue;
+            }
+            let (first, since) = self.log_suspects.entry(shard).or_insert((verdict.clone(), now)).clone();
+            if first != verdict {
+                self.log_suspects.insert(shard, (verdict, now));
+                continue;
+            }
+            if now.saturating_sub(since) < SECOND_LOOK {
+                continue;
+            }
+            self.log_suspects.remove(&shard);
+            let done = match verdict {
+                Verdict::Fine => Ok(()),
+                Verdict::Create => self.recreate(&record).await,
+                Verdict::Adopt(log_id) => {
+                    let mut record = record;
+                    record.log_id = log_id;
+                    self.write_shard(record).await
+                }
+                Verdict::Rebuild(most) => self.rebuild(record, most).await,
+            };
+            if let Err(error) = done {
+                self.soft(error)?;
             }
         }
         Ok(())
     }
 
-    /// What every live holder says of its replica; `None` unless all of them answer, since the one that
-    /// does not may be the one that has applied most.
-    async fn holders_say(&self, record: &ShardRecord) -> Option<Vec<crate::model::wire::ReplicaReport>> {
-        let live = record.replicas.iter().filter(|n| self.is_live(n));
-        let asks =
-            live.map(|node| {
-                let subject = self.ctx.subjects.node(node, "ping");
-                let request = PingRequest { shards: vec![record.shard] };
-                async move {
-                    self.ctx.control.call::<_, PingReply>(subject, &request, Duration::from_secs(2)).await
-                }
-            });
-        let answers: Result<Vec<PingReply>> = futures::future::join_all(asks).await.into_iter().collect();
-        Some(answers.ok()?.into_iter().flat_map(|reply| reply.replicas).collect())
+    async fn look_at_log(&self, record: ShardRecord) -> (ShardRecord, Result<Verdict>) {
+        let look = async {
+            // Replicas first, the log after: while writes go on it is then never behind what they said.
+            let reports = self.holders_say(&record).await?;
+            let info = self.ctx.logs.info(record.shard).await?;
+            Ok(verdict(&record, &reports, info))
+        };
+        let look = tokio::time::timeout(LOG_LOOK, look).await;
+        let late = || Err(Error::Unavailable("looking at the log took too long".into()));
+        (record, look.unwrap_or_else(|_| late()))
+    }
+
+    /// What every holder says of its replica. All have to answer, since the one that does not may be the
+    /// one that has applied most; only who is gone for good is not waited for.
+    async fn holders_say(&self, record: &ShardRecord) -> Result<Vec<ReplicaReport>> {
+        let view = self.ctx.view();
+        let gone = |node: &&NodeId| view.node(node).is_none_or(|record| self.role(record) == Role::Gone);
+        let asks = record.replicas.iter().filter(|n| !gone(n)).map(|node| {
+            let subject = self.ctx.subjects.node(node, "ping");
+            let request = PingRequest { shards: vec![record.shard] };
+            async move {
+                let reply: PingReply = self.ctx.control.call(subject, &request, HOLDER).await?;
+                let report = reply.replicas.into_iter().find(|report| report.shard == record.shard);
+                let settled = report.filter(|report| report.applied == 0 || !report.log_id.is_nil());
+                settled.ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
+            }
+        });
+        let reports: Vec<ReplicaReport> = futures::future::try_join_all(asks).await?;
+        if reports.is_empty() {
+            return Err(Error::Unavailable("no holder is left".into()));
+        }
+        Ok(reports)
     }
 
     /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record
@@ -334,6 +400,7 @@ impl Leader {
         record.log_first_seq = most + 1;
         let (id, first) = (record.log_id, record.log_first_seq);
         self.write_shard(record.clone()).await?;
+        self.logs_checked.remove(&shard);
         self.recreate(&record).await?;
         let message = format!("the log of shard {shard} was rebuilt and goes on at {first}");
         let event = Event::new("shard.log_rebuilt", message).shard(shard);
@@ -346,10 +413,137 @@ impl Leader {
         let (logs, shard, id) = (&self.ctx.logs, record.shard, record.log_id);
         match logs.create(shard, id, record.log_first_seq, &self.ctx.cluster).await {
             Err(Error::Conflict(_)) => {
+                // Creating may have taken long: somebody else may lead by now, and have made the log anew.
+                self.check_lease()?;
+                let stored = self.ctx.buckets.shards.get(&shard.token()).await?;
+                let stored = stored.and_then(|found| parse::<ShardRecord>(&found.value).ok());
+                if stored.is_none_or(|stored| stored.term != self.term || stored.log_id != id) {
+                    return Err(Error::Conflict(format!("the record of shard {shard} has changed")));
+                }
+                self.check_lease()?;
                 logs.delete(shard).await?;
                 logs.create(shard, id, record.log_first_seq, &self.ctx.cluster).await.map(drop)
             }
             other => other.map(drop),
         }
+    }
+}
+
+/// What is to be done about a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It is what its record says.
+    Fine,
+    /// It does not exist, and nobody has anything that it should hold.
+    Create,
+    /// The record is older than the log that everybody follows.
+    Adopt(Uuid),
+    /// It has lost entries; the most advanced replica has applied this much.
+    Rebuild(u64),
+}
+
+/// Decides, from what every holder has said and the stream as it was seen afterwards.
+fn verdict(record: &ShardRecord, reports: &[ReplicaReport], info: Option<LogInfo>) -> Verdict {
+    let most = reports.iter().map(|report| report.applied).max().unwrap_or(0);
+    let ours = info.filter(|info| info.id == record.log_id);
+    let following = reports.iter().filter(|report| report.applied > 0);
+    match (ours, info) {
+        (Some(ours), _) => {
+            let known = following.clone().filter(|r| r.log_id == record.log_id).map(|r| r.applied).max();
+            let damaged =
+                reports.iter().any(|r| r.state == ReplicaState::LogLost && r.log_id == record.log_id);
+            // A record of a log that begins at 1, and holders of another one: made anew by mistake.
+            let foreign = record.log_first_seq == 1 && following.clone().any(|r| r.log_id != record.log_id);
+            if ours.last_seq < known.unwrap_or(0) || damaged || (foreign && ours.last_seq == 0) {
+                Verdict::Rebuild(most)
+            } else {
+                Verdict::Fine
+            }
+        }
+        (None, Some(other)) if !other.id.is_nil() && other.last_seq >= most => {
+            let all = following.clone().count() > 0 && following.clone().all(|r| r.log_id == other.id);
+            if all { Verdict::Adopt(other.id) } else { gone(record, most) }
+        }
+        (None, _) => gone(record, most),
+    }
+}
+
+fn gone(record: &ShardRecord, most: u64) -> Verdict {
+    // Nothing was ever applied, or the record already names the log to be.
+    if most == 0 || record.log_first_seq > most { Verdict::Create } else { Verdict::Rebuild(most) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use chrono::DateTime;
+
+    const A: Uuid = Uuid::from_u128(1);
+    const B: Uuid = Uuid::from_u128(2);
+
+    fn record(log_id: Uuid, log_first_seq: u64) -> ShardRecord {
+        ShardRecord {
+            shard: ShardId(1),
+            primary: "a".into(),
+            replicas: vec!["a".into(), "b".into()],
+            joining: vec![],
+            status: ShardStatus::Full,
+            term: 1,
+            migration: None,
+            log_id,
+            log_first_seq,
+            updated_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
+    fn said(log_id: Uuid, applied: u64, state: ReplicaState) -> ReplicaReport {
+        ReplicaReport { shard: ShardId(1), state, applied, durable: applied, vectors: 0, bytes: 0, log_id }
+    }
+
+    fn log(id: Uuid, last_seq: u64) -> Option<LogInfo> {
+        Some(LogInfo { id, first_seq: 1, last_seq, messages: 0, bytes: 0 })
+    }
+
+    #[test]
+    fn a_log_that_holds_what_was_applied_is_fine() {
+        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 30)), Verdict::Fine);
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 99)), Verdict::Fine);
+    }
+
+    #[test]
+    fn a_log_that_ends_early_is_gone_or_was_seen_damaged_is_rebuilt_from_the_most_advanced() {
+        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 29)), Verdict::Rebuild(30));
+        assert_eq!(verdict(&record(A, 1), &both, None), Verdict::Rebuild(30));
+        let damaged = [said(A, 30, ReplicaState::LogLost), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(A, 1), &damaged, log(A, 40)), Verdict::Rebuild(30));
+    }
+
+    #[test]
+    fn damage_of_the_last_log_does_not_condemn_the_new_one() {
+        let late = [said(A, 30, ReplicaState::LogLost), said(B, 31, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(B, 31), &late, log(B, 31)), Verdict::Fine);
+    }
+
+    #[test]
+    fn a_record_that_names_a_log_to_be_gets_it_created() {
+        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(B, 31), &both, None), Verdict::Create);
+        assert_eq!(verdict(&record(B, 31), &both, log(A, 12)), Verdict::Create);
+        let fresh = [said(Uuid::nil(), 0, ReplicaState::Recovering)];
+        assert_eq!(verdict(&record(A, 1), &fresh, None), Verdict::Create);
+    }
+
+    #[test]
+    fn a_record_older_than_the_log_that_all_follow_adopts_it() {
+        let both = [said(B, 50, ReplicaState::LogLost), said(B, 49, ReplicaState::LogLost)];
+        assert_eq!(verdict(&record(A, 1), &both, log(B, 50)), Verdict::Adopt(B));
+    }
+
+    #[test]
+    fn a_new_empty_log_does_not_replace_what_the_holders_have() {
+        let both = [said(A, 30, ReplicaState::LogLost), said(B, 0, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(B, 1), &both, log(B, 0)), Verdict::Rebuild(30));
     }
 }

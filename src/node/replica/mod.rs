@@ -22,6 +22,7 @@ use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
 use crate::node::context::Context;
 use crate::store::{Digest, ShardStore, StoreFactory, StoreSpec};
+use crate::view::View;
 use apply::{Applier, Outcome};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,6 +55,12 @@ pub(crate) struct Status {
     pub(crate) log_id: Uuid,
     /// It has applied all that the log had when it looked.
     pub(crate) caught_up: bool,
+    /// It may answer requests.
+    pub(crate) serving: bool,
+    /// The log that was found to have lost entries, until it is the log no more.
+    lost: Option<Uuid>,
+    /// The store does not work.
+    failed: bool,
     /// NATS sends it requests.
     pub(crate) subscribed: bool,
     /// Why it takes no writes, if so.
@@ -82,6 +89,11 @@ pub(crate) struct Replica {
     /// A migration's target serves only after its digest has been compared.
     may_serve: watch::Sender<bool>,
     reload: tokio::sync::Notify,
+    /// Counts up before the content is thrown away: an answer that was looked up across that is void.
+    generation: AtomicU64,
+    /// One other replica at a time copies this one to repair itself, so that they do not all throw
+    /// their copies away at once.
+    repairs: Arc<tokio::sync::Semaphore>,
     writer: LogWriter,
     waiting: Mutex<HashMap<OpId, Vec<oneshot::Sender<Outcome>>>>,
     checkpoints: Mutex<VecDeque<(Uuid, Digest)>>,
@@ -95,6 +107,12 @@ pub(crate) struct Replica {
 
 /// Applied sequence, and the window of operation ids there as notes.
 pub(crate) type Window = (u64, Vec<(u64, Vec<u8>)>);
+/// What may change while a replica looks at its log.
+struct Watched {
+    views: watch::Receiver<Arc<View>>,
+    connected: watch::Receiver<bool>,
+}
+
 type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
 
 impl Replica {
@@ -118,6 +136,9 @@ impl Replica {
             applied: store.applied(),
             log_id: Uuid::nil(),
             caught_up: false,
+            serving: false,
+            lost: None,
+            failed: false,
             subscribed: false,
             gate: Some(Error::Unavailable(format!("the replica of shard {shard} is starting"))),
             progress: Progress::default(),
@@ -130,6 +151,8 @@ impl Replica {
             status: watch::Sender::new(status),
             may_serve: watch::Sender::new(may_serve),
             reload: tokio::sync::Notify::new(),
+            generation: AtomicU64::new(0),
+            repairs: Arc::new(tokio::sync::Semaphore::new(1)),
             writer,
             waiting: Mutex::default(),
             checkpoints: Mutex::default(),
@@ -167,8 +190,9 @@ impl Replica {
 
     /// Lets a migration's target serve.
     pub(crate) fn allow_serving(&self) {
-        self.may_serve.send_replace(true);
-        self.refresh_state();
+        if !self.may_serve.send_replace(true) {
+            self.change(|_| {});
+        }
     }
 
     /// Throws the content away and copies it again.
@@ -176,15 +200,28 @@ impl Replica {
         self.reload.notify_one();
     }
 
-    fn refresh_state(&self) {
+    /// Changes the status; what the replica can do follows from it, in this one place.
+    fn change(&self, change: impl FnOnce(&mut Status)) {
         let may_serve = *self.may_serve.borrow();
-        self.status.send_if_modified(|status| {
-            let state =
-                if status.caught_up && may_serve { ReplicaState::Serving } else { ReplicaState::Recovering };
-            let changed = status.state != state;
-            status.state = state;
-            changed
+        self.status.send_modify(|status| {
+            change(status);
+            status.serving = status.caught_up && may_serve && !status.failed;
+            status.state = if status.failed {
+                ReplicaState::Failed
+            } else if status.lost == Some(status.log_id) {
+                ReplicaState::LogLost
+            } else if status.serving {
+                ReplicaState::Serving
+            } else {
+                ReplicaState::Recovering
+            };
         });
+    }
+
+    /// The content is about to be thrown away.
+    fn void_answers(&self) {
+        self.change(|status| status.caught_up = false);
+        self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
     pub(crate) fn report(&self) -> ReplicaReport {
@@ -289,12 +326,10 @@ impl Replica {
                 _ => debug!(shard = %self.shard, "looking again in {pause:?}: {error}"),
             }
             let failed = matches!(error, Error::Corrupt(_) | Error::Internal(_));
-            self.status.send_modify(|status| {
+            self.change(|status| {
                 status.gate = Some(error);
-                if failed {
-                    status.state = ReplicaState::Failed;
-                    status.caught_up = false;
-                }
+                status.failed = failed;
+                status.caught_up &= !failed;
             });
             tokio::select! {
                 () = self.stop.cancelled() => return,
@@ -327,18 +362,25 @@ impl Replica {
     async fn round(&self, asks: &mut SnapshotAsks, failures: &mut u32) -> Result<()> {
         let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
         let applier = blocking(move || Applier::load(store, &cluster)).await?;
-        let mut views = self.ctx.views.subscribe();
+        // Before looking, so that nothing that changes meanwhile is missed.
+        let mut watched =
+            Watched { views: self.ctx.views.subscribe(), connected: self.ctx.data.nats.connected() };
+        watched.connected.mark_unchanged();
+        let views = &mut watched.views;
         let Some(ordered) = self.ordered() else {
             let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
             return Ok(());
         };
-        self.status.send_modify(|status| {
+        self.change(|status| {
             status.applied = applier.held.applied;
             status.log_id = applier.held.log_id;
+            status.failed = false;
         });
         if applier.seed.is_some() {
             return self.load_snapshot(applier).await;
         }
+        // Others first, the log after: while writes go on it is then never behind what they said.
+        let peers = self.peers_applied(ordered.log_id).await;
         let log = self.ctx.logs.info(self.shard).await?;
         let held = &applier.held;
         let logged = match &log {
@@ -349,11 +391,10 @@ impl Replica {
             }
             _ => None,
         };
-        let peers = self.peers_applied(ordered.log_id).await;
         match course(held, ordered, log.map(facts), logged.as_deref(), peers) {
             Course::Follow => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
-                self.follow(applier, ordered, last_seq, asks, failures).await
+                self.follow(applier, ordered, last_seq, asks, &mut watched).await.inspect(|()| *failures = 0)
             }
             Course::Snapshot => self.load_snapshot(applier).await,
             Course::Wait => {
@@ -373,21 +414,19 @@ impl Replica {
     }
 
     async fn lose_log(&self, why: &str) {
-        let known = self.status.send_if_modified(|status| {
-            status.gate = Some(Error::Unavailable(format!(
-                "the log of shard {} lost data and is being rebuilt",
-                self.shard
-            )));
-            std::mem::replace(&mut status.state, ReplicaState::LogLost) != ReplicaState::LogLost
+        let mut known = false;
+        self.change(|status| {
+            let text = format!("the log of shard {} lost data and is being rebuilt", self.shard);
+            status.gate = Some(Error::Unavailable(text));
+            known = status.lost.replace(status.log_id) == Some(status.log_id);
         });
-        if known {
+        if !known {
             let message = format!(
                 "shard {} on {}: {why}; it takes no writes until its log is rebuilt",
                 self.shard, self.ctx.node
             );
-            self.ctx
-                .event(Event::new("shard.log_lost", message).shard(self.shard).node(&self.ctx.node))
-                .await;
+            let event = Event::new("shard.log_lost", message).shard(self.shard).node(&self.ctx.node);
+            self.ctx.event(event).await;
         }
     }
 
@@ -429,26 +468,25 @@ impl Replica {
         ordered: Ordered,
         last_seq: u64,
         asks: &mut SnapshotAsks,
-        failures: &mut u32,
+        watched: &mut Watched,
     ) -> Result<()> {
         let log_id = ordered.log_id;
         applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
         let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
         let goal = last_seq.max(applier.complete_at);
-        let mut views = self.ctx.views.subscribe();
-        let mut connected = self.ctx.data.nats.connected();
-        connected.mark_unchanged();
+        let Watched { views, connected } = watched;
         // Shards take turns looking, instead of all at once.
         let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
         let mut looked_at = applier.held.applied;
-        self.status.send_modify(|status| {
+        self.change(|status| {
             status.log_id = log_id;
             status.gate = None;
+            status.lost = None;
+            status.progress.loading = false;
             status.lag = goal.saturating_sub(status.applied);
+            status.caught_up = applier.held.applied >= goal;
         });
-        self.set_caught_up(applier.held.applied >= goal);
-        *failures = 0;
         loop {
             tokio::select! {
                 reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
@@ -462,6 +500,7 @@ impl Replica {
                 }
                 _ = look.tick() => {
                     let log = self.ctx.logs.info(self.shard).await?;
+                    // A log that is not the one, or ends early, is looked at in full by the next round.
                     let last = log.filter(|info| info.id == log_id).map(|info| info.last_seq);
                     let applied = applier.held.applied;
                     let lag = last.unwrap_or(0).saturating_sub(applied);
@@ -474,6 +513,7 @@ impl Replica {
                     looked_at = applied;
                 }
                 () = self.reload.notified() => {
+                    self.void_answers();
                     blocking(move || applier.begin_seed(log_id, 0)).await?;
                     return Ok(());
                 }
@@ -495,11 +535,6 @@ impl Replica {
                 }
             }
         }
-    }
-
-    fn set_caught_up(&self, caught_up: bool) {
-        self.status.send_modify(|status| status.caught_up = caught_up);
-        self.refresh_state();
     }
 
     /// Tells everybody who waits what was applied.
@@ -535,7 +570,7 @@ impl Replica {
             status.lag = goal.saturating_sub(seq);
         });
         if !self.status.borrow().caught_up && seq >= goal {
-            self.set_caught_up(true);
+            self.change(|status| status.caught_up = true);
         }
     }
 

@@ -43,14 +43,13 @@ impl Replica {
     /// Tries one source. An error means: look again, and try the next.
     pub(super) async fn load_snapshot(&self, applier: Applier) -> Result<()> {
         self.status.send_modify(|status| {
-            status.caught_up = false;
             status.progress.loading = true;
             status.gate = Some(Error::Unavailable(format!(
                 "the replica of shard {} is loading a snapshot",
                 self.shard
             )));
         });
-        self.refresh_state();
+        self.void_answers();
         let view = self.ctx.view();
         let record = view
             .shard(self.shard)
@@ -100,7 +99,7 @@ impl Replica {
             attempt,
             cursor: resumed.as_ref().and_then(|seed| seed.cursor.clone()),
             min_seq: resumed.as_ref().map_or(0, |seed| seed.seq),
-            chunk_bytes: self.ctx.config.migration_chunk.min(bus.nats.max_body() / 2),
+            chunk_bytes: self.ctx.config.migration_chunk.min(bus.nats.max_body() / 3),
             credits: self.ctx.config.migration_window,
         };
         let subject = self.ctx.subjects.node(source, "snapshot");
@@ -133,8 +132,11 @@ impl Replica {
             let message = message
                 .map_err(|_| Error::Unavailable(format!("no chunk {expected} within {PATIENCE:?}")))?
                 .ok_or_else(|| Error::Unavailable("the subscription ended".into()))?;
-            verify_checksum(message.headers.as_ref(), &message.payload)
-                .inspect_err(|e| self.ctx.bad_message("chunk", sender(&message), e))?;
+            // Whatever it was: if it was a chunk of ours, the next one leaves a gap.
+            if let Err(error) = verify_checksum(message.headers.as_ref(), &message.payload) {
+                self.ctx.bad_message("chunk", sender(&message), &error);
+                continue;
+            }
             let bytes = message.payload.len() as u64;
             let chunk: Chunk = match decode(&message.payload) {
                 Ok(chunk) => chunk,

@@ -7,7 +7,6 @@
 use super::apply::Outcome;
 use super::{Replica, blocking, lock};
 use crate::error::{Error, Result};
-use crate::model::events::ReplicaState;
 use crate::model::vector::validate_id;
 use crate::model::wire::{
     LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
@@ -45,7 +44,7 @@ impl Replica {
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                ready = status.wait_for(|s| serves(s.state)) => if ready.is_err() { return },
+                ready = status.wait_for(|s| s.serving) => if ready.is_err() { return },
             }
             match self.subscribe().await {
                 Ok((writes, reads)) => {
@@ -83,7 +82,7 @@ impl Replica {
                 message = writes.next() => (Verb::Write, message),
                 message = reads.next() => (Verb::Read, message),
                 () = self.stop.cancelled() => break,
-                _ = status.wait_for(|s| !serves(s.state)) => break,
+                _ = status.wait_for(|s| !s.serving) => break,
             };
             let Some(message) = message else { break };
             self.take(verb, message, in_hand);
@@ -155,8 +154,11 @@ impl Replica {
 
     /// Whether requests may be answered here.
     fn check_serving(&self) -> Result<()> {
-        let state = self.status.borrow().state;
-        if serves(state) {
+        let (serving, state) = {
+            let status = self.status.borrow();
+            (status.serving, status.state)
+        };
+        if serving {
             return Ok(());
         }
         Err(Error::Unavailable(format!(
@@ -278,7 +280,10 @@ impl Replica {
         // The sequence is taken after the look-up, so it covers all that the look-up saw: whoever reads
         // at least that next time does not go back in time.
         let get = move || Ok((store.get(&id)?, store.applied()));
+        let generation = self.generation.load(Ordering::SeqCst);
+        self.check_serving()?;
         let (entry, seq) = blocking(get).await?;
+        self.check_generation(generation)?;
         Ok(ReadReply { entry, seq })
     }
 
@@ -329,21 +334,26 @@ impl Replica {
             None => None,
         };
         let (store, shard) = (self.store.clone(), self.shard);
-        blocking(move || {
+        let generation = self.generation.load(Ordering::SeqCst);
+        self.check_serving()?;
+        let found = blocking(move || {
             let hits = match query {
                 Some(query) => store.search(&query)?,
                 None => Vec::new(),
             };
             Ok((hits, ShardAnswer { shard, seq: store.applied(), vectors: store.stats().vectors }))
         })
-        .await
+        .await?;
+        self.check_generation(generation)?;
+        Ok(found)
     }
-}
 
-fn serves(state: ReplicaState) -> bool {
-    match state {
-        ReplicaState::Serving | ReplicaState::LogLost => true,
-        ReplicaState::Recovering | ReplicaState::Failed => false,
+    /// Refuses an answer that was looked up while the content was being thrown away.
+    fn check_generation(&self, before: u64) -> Result<()> {
+        if self.generation.load(Ordering::SeqCst) == before {
+            return Ok(());
+        }
+        Err(Error::Unavailable(format!("the replica of shard {} is being copied again", self.shard)))
     }
 }
 

@@ -33,6 +33,12 @@ pub(crate) async fn stream_snapshot(
     if !status.caught_up {
         return Err(Error::Unavailable(format!("shard {} is itself recovering here", replica.shard)));
     }
+    let repair = match request.transfer.starts_with("repair-") {
+        true => Some(replica.repairs.clone().try_acquire_owned().map_err(|_| {
+            Error::Busy(format!("another replica of shard {} is being repaired from here", replica.shard))
+        })?),
+        false => None,
+    };
     if request.min_seq > 0 {
         replica.wait_applied(request.min_seq, Duration::from_secs(3)).await?;
     }
@@ -46,7 +52,7 @@ pub(crate) async fn stream_snapshot(
     let stats = replica.store().stats();
     let reply = SnapshotReply { seq, log_id: status.log_id, vectors: stats.vectors, bytes: stats.bytes };
     let sending = async move {
-        let _permit = permit;
+        let _permits = (permit, repair);
         let (shard, transfer) = (replica.shard, request.transfer.clone());
         let mut sender = Sender { ctx, request, acks, stored: 0, index: 0 };
         let sent = tokio::select! {
@@ -103,7 +109,8 @@ impl Sender {
 
     /// A chunk is at most a quarter of a second of the rate, so that progress is steady at low rates.
     fn chunk_bytes(&self) -> usize {
-        let most = self.request.chunk_bytes.clamp(MIN_CHUNK, self.ctx.bulk.nats.max_body() / 2);
+        // Numbers of a payload take up to nine bytes in MessagePack, where their text has four.
+        let most = self.request.chunk_bytes.min(self.ctx.bulk.nats.max_body() / 3).max(MIN_CHUNK);
         match self.ctx.rate.get() {
             Some(rate) => most.min((rate / 4) as usize).max(MIN_CHUNK),
             None => most,

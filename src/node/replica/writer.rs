@@ -160,6 +160,14 @@ async fn persist(
     let mut unknown = false;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
+        // What is published now would wait in a buffer and land long after its client has given up.
+        if !logs.is_connected() {
+            if Instant::now() + PAUSE >= deadline {
+                return Err(Error::Unavailable("not connected to NATS".into()));
+            }
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        }
         let error = match logs.append(shard, body.clone(), id, TRY.min(left.max(PAUSE))).await {
             Appended::At { seq, duplicate } => return Ok(Placed { seq, duplicate }),
             Appended::Refused(error @ Error::Unavailable(_)) => error,

@@ -1,0 +1,112 @@
+//! What a node says when NATS is not as it must be, and when it is not there yet.
+
+mod harness;
+
+use harness::{Setup, TestCluster, eventually};
+use ruvector_cluster::playground::{NatsServer, NodeProcess, find_nats_server};
+use std::path::Path;
+use std::time::Duration;
+
+async fn refused(mut node: NodeProcess) -> String {
+    let status = tokio::time::timeout(Duration::from_secs(40), node.wait()).await;
+    let text = std::fs::read_to_string(node.log_file()).unwrap();
+    let status = status.unwrap_or_else(|_| panic!("it goes on: {text}")).unwrap();
+    assert_eq!(status.code(), Some(1), "{text}");
+    text
+}
+
+/// A nats-server with a configuration of the test's own.
+async fn server(dir: &Path, config: &str) -> NatsServer {
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("test.conf"), config).unwrap();
+    NatsServer::start_with(&find_nats_server().unwrap(), dir, "test.conf", &[], 0).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_permission_a_node_names_the_subject_and_ends() {
+    let cluster = TestCluster::start_nats(Setup::default()).await;
+    let config = r#"
+        jetstream { store_dir: "./js", max_file_store: 100GB }
+        http: "127.0.0.1:0"
+        accounts { A { jetstream: enabled, users: [
+            { user: all, password: all }
+            { user: some, password: some, permissions: {
+                publish: { allow: [">"], deny: ["ruvector.heartbeat"] }, subscribe: { allow: [">"] } } }
+            { user: few, password: few, permissions: { publish: { allow: ["$JS.API.INFO"] }, subscribe: [">"] } }
+        ] } }
+        no_auth_user: all
+    "#;
+    let nats = server(&cluster.dir().join("restricted"), config).await;
+    for (user, subject) in
+        [("some", "ruvector.heartbeat"), ("few", "$JS.API.STREAM.INFO.KV_ruvector_cluster")]
+    {
+        let mut options = cluster.node_options(&format!("n-{user}"));
+        options.nats = nats.url();
+        options.args.extend(["--user", user, "--password", user].map(str::to_owned));
+        let text = refused(NodeProcess::start(options).unwrap()).await;
+        assert!(text.contains("does not permit") && text.contains(subject), "{user}: {text}");
+    }
+    let mut options = cluster.node_options("n-nobody");
+    options.nats = nats.url().replace("nats://", "nats://nobody:wrong@");
+    let text = refused(NodeProcess::start(options).unwrap()).await;
+    assert!(text.contains("refuses these credentials") && !text.contains("wrong"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_jetstream_a_node_says_so_and_ends() {
+    let cluster = TestCluster::start_nats(Setup::default()).await;
+    let dir = cluster.dir().join("plain");
+    std::fs::create_dir_all(&dir).unwrap();
+    let port = {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        socket.local_addr().unwrap().port()
+    };
+    let mut plain = tokio::process::Command::new(find_nats_server().unwrap())
+        .args(["-a", "127.0.0.1", "-p", &port.to_string()])
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut options = cluster.node_options("n1");
+    options.nats = format!("nats://127.0.0.1:{port}");
+    let text = refused(NodeProcess::start(options).unwrap()).await;
+    assert!(text.contains("JetStream switched off") && text.contains("-js"), "{text}");
+    plain.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_wait_for_nats_and_then_form_a_cluster() {
+    let mut cluster = TestCluster::start_nats(Setup::default()).await;
+    cluster.nats[0].kill().await.unwrap();
+    for _ in 0..3 {
+        cluster.add_node();
+    }
+    let log = cluster.nodes[0].log_file();
+    eventually("the node says that it waits", || async {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        if text.contains("NATS is not there yet") { Ok(()) } else { Err(text) }
+    })
+    .await;
+    cluster.nats[0].restart().await.unwrap();
+    cluster.wait_green().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nats_servers_keep_three_copies_and_one_may_die() {
+    let mut cluster =
+        TestCluster::start(Setup { nats_cluster: true, ..Setup::default() }.arg("--lease-ttl", "10s")).await;
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    for stream in ["ruvector_log_00003", "KV_ruvector_shards", "KV_ruvector_cluster", "ruvector_events"] {
+        let info = context.get_stream(stream).await.unwrap();
+        assert_eq!(info.cached_info().config.num_replicas, 3, "{stream}");
+    }
+    let client = cluster.client_with(Duration::from_secs(20)).await;
+    let load = harness::load::Load::start(&client, 2);
+    load.more(100).await;
+    cluster.nats[2].kill().await.unwrap();
+    load.more(100).await;
+    cluster.nats[2].restart().await.unwrap();
+    load.more(100).await;
+    cluster.wait_green().await;
+    let outcome = load.finish().await;
+    assert_eq!(outcome.failed_writes, 0, "{outcome:?}");
+}
