@@ -82,6 +82,9 @@ pub(crate) async fn run(global: &Global, args: DemoArgs) -> Result<Exit> {
         note("interrupted: every process was ended");
         return Ok(Exit::Failed);
     };
+    for remark in report.remarks() {
+        note(remark);
+    }
     show(global.output, &report, |report| format!("\n{}", report.text()))?;
     Ok(if report.passed() { Exit::Done } else { Exit::Failed })
 }

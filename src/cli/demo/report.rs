@@ -188,11 +188,12 @@ impl Report {
     pub(super) fn text(&self) -> String {
         let head = ["WHILE", "WRITE PAUSE", "READ PAUSE", "SLOWEST WRITE", "SLOWEST READ", "FAILED"];
         let scenes = self.more.calm.iter().chain(&self.events).map(Scene::row).collect();
-        let mut text = format!("{}\n\n{}", facts(self.facts()), table(&head, scenes));
-        if !self.more.remarks.is_empty() {
-            text.push_str(&format!("\n\n{}", self.more.remarks.join("\n")));
-        }
-        text
+        format!("{}\n\n{}", facts(self.facts()), table(&head, scenes))
+    }
+
+    /// What went wrong, in words; the first few of each kind.
+    pub(super) fn remarks(&self) -> &[String] {
+        &self.more.remarks
     }
 
     fn facts(&self) -> Vec<(&'static str, Cell)> {

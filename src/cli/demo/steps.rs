@@ -56,11 +56,6 @@ impl Steps {
         self.line('✓', text);
     }
 
-    /// Something is not as it should be.
-    pub(super) fn bad(&self, text: &str) {
-        self.line('✗', text);
-    }
-
     fn line(&self, mark: char, text: &str) {
         let line = format!("{mark} {:5.1} s  {text}", self.clock.now().as_secs_f64());
         match &self.spinner {

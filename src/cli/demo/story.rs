@@ -21,7 +21,7 @@ const BATCH: usize = 500;
 const PARALLEL: usize = 4;
 /// How long the load runs before anything happens, and after each kill.
 const CALM: Duration = Duration::from_secs(3);
-/// How long the automatic rebalance may take to begin.
+/// The automatic rebalance is over when it has moved nothing for so long.
 const REBALANCE: Duration = Duration::from_secs(20);
 
 /// Everything that was measured.
@@ -168,19 +168,30 @@ impl Stage<'_> {
         let (shards, factor) = (self.client.settings().num_shards, self.client.settings().replication_factor);
         let members = self.local.nodes().len();
         let share = shards as usize * (factor as usize).min(members) / members;
-        let steps = self.steps;
-        let balanced = self.until("the new node has its share of shards", REBALANCE, async |client| {
+        let (steps, clock) = (self.steps, self.clock);
+        let mut last = (0, clock.now());
+        self.until("the new node has its share of shards", HEALING, async |client| {
             let held = Stage::held(client, node).await.map_err(|e| e.to_string())?;
             steps.progress(&format!("{held} of {share} shards are there; {}", load.line()));
-            if held + 1 >= share { Ok(()) } else { Err(format!("it holds {held} of {share}")) }
-        });
-        if let Err(error) = balanced.await
-            && Stage::held(&self.client, node).await? == 0
-        {
-            self.steps.bad(&format!("nothing moves by itself ({error}): asking for one move"));
+            if held != last.0 {
+                last = (held, clock.now());
+            }
+            let stands_still = clock.now() - last.1 > REBALANCE;
+            if held + 1 >= share || stands_still {
+                Ok(())
+            } else {
+                Err(format!("it holds {held} of {share}"))
+            }
+        })
+        .await?;
+        self.heal(load).await?;
+        // With few shards all is even without a move.
+        if Stage::held(&self.client, node).await? == 0 {
+            self.steps.begin(&format!("moving a shard to {node}"));
             self.move_one(node).await?;
+            self.heal(load).await?;
         }
-        self.heal(load).await
+        Ok(())
     }
 
     async fn move_one(&mut self, node: &NodeId) -> Result<()> {

@@ -206,7 +206,8 @@ impl Leader {
         }
         self.membership.retain(|node| view.nodes.contains_key(node));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
-        self.loads.retain(|node, _| view.nodes.contains_key(node));
+        // What a process said that has been replaced says nothing about its successor.
+        self.loads.retain(|node, report| view.node(node).is_some_and(|n| n.instance == report.instance));
         let present = present(&view);
         if present != self.present {
             self.settled_at = now + self.ctx.config.settle();
