@@ -136,8 +136,8 @@ impl fmt::Display for Table {
                 Better::Higher => "higher",
                 Better::Lower => "lower",
             };
-            let (ratio, ours, raw) = (ours / raw, number(*ours), number(*raw));
-            writeln!(f, "| {text:name$} | {ours:>9} | {raw:>9} | {ratio:>6.2} | {better:6} | {unit}")?;
+            let (ratio, ours, raw) = (number(ours / raw), number(*ours), number(*raw));
+            writeln!(f, "| {text:name$} | {ours:>9} | {raw:>9} | {ratio:>6} | {better:6} | {unit}")?;
         }
         Ok(())
     }

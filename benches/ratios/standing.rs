@@ -46,10 +46,10 @@ fn ticks(pids: &[u32]) -> u64 {
 pub(crate) async fn failover(lab: &mut Lab, table: &mut Table) {
     const TRIALS: usize = 5;
     let (mut gone, mut noticed, mut led) = (Samples::default(), Samples::default(), Samples::default());
-    for _ in 0..TRIALS {
+    for trial in 0..TRIALS {
         lab.green(NODES).await;
-        // A leader of some seconds, not one that has just been elected.
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        // The lease is renewed at intervals of seconds: meet it at a different place each time.
+        tokio::time::sleep(Duration::from_millis(1_000 + 500 * trial as u64)).await;
         let before = lab.client.admin().status().await.expect("a leader answers");
         let leader = before.leader.expect("it knows itself");
         let started = Instant::now();
