@@ -10,6 +10,7 @@ use ruvector_cluster::model::admin::MigrateRequest;
 use ruvector_cluster::model::records::MigrationRecord;
 use ruvector_cluster::{SearchQuery, ShardId};
 use std::future::Future;
+use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::task::JoinSet;
@@ -22,15 +23,17 @@ const MEGABYTES: f64 = (VECTORS * DIMENSIONS * 4) as f64 / 1e6;
 pub(crate) async fn run(table: &mut Table) {
     let lab = Lab::start(1, 1, &["--migration-rate", "unlimited", "--retire-after", "1s"]).await;
     fill(&lab).await;
-    let (mut idle, mut raw) = (Rate::default(), Rate::default());
+    let (mut idle, mut raw, mut disk) = (Rate::default(), Rate::default(), Rate::default());
     let mut times = Samples::default();
     for _ in 0..MOVES {
         let took = move_on(&lab).await;
         idle.add(MEGABYTES, took);
         times.push(took);
         raw.add(MEGABYTES, transfer(&lab).await);
+        disk.add(MEGABYTES, tokio::task::spawn_blocking(write).await.expect("a file is written"));
     }
     table.rate("move a shard of 100 k x 128, idle", idle, raw, "MB/s");
+    table.rate("… beside writing a file, fsync each 8 MiB", idle, disk, "MB/s");
     let whole = MEGABYTES / raw.per_s() * 1e3;
     table.row("… whole move, median", Better::Lower, times.ms(0.5), whole, "ms");
 
@@ -102,19 +105,34 @@ async fn transfer(lab: &Lab) -> Duration {
     const CHUNK: usize = 512 << 10;
     let (sender, receiver) = (lab.nats().await, lab.nats().await);
     let mut messages = receiver.subscribe("bench.chunks").await.expect("a subscription");
-    receiver.flush().await.expect("nats-server answers");
+    // The server takes a connection's messages in order: when this one is back, it knows the subscription.
+    receiver.publish("bench.chunks", "".into()).await.expect("published");
+    messages.next().await.expect("our own message");
     let (count, body) = ((MEGABYTES * 1e6) as usize / CHUNK + 1, Bytes::from(vec![7; CHUNK]));
     let started = Instant::now();
     let sending = tokio::spawn(async move {
         for _ in 0..count {
             sender.publish("bench.chunks", body.clone()).await.expect("published");
         }
-        sender.flush().await.expect("sent");
+        sender
     });
     for _ in 0..count {
         messages.next().await.expect("a chunk");
     }
-    sending.await.expect("the sender ends");
+    let took = started.elapsed();
+    drop(sending.await.expect("the sender ends"));
+    took
+}
+
+/// As many bytes into a file, made durable as often as a store does it.
+fn write() -> Duration {
+    const PART: usize = 8 << 20;
+    let (mut file, part) = (tempfile::tempfile().expect("a file"), vec![7; PART]);
+    let started = Instant::now();
+    for _ in 0..(MEGABYTES * 1e6) as usize / PART + 1 {
+        file.write_all(&part).expect("written");
+        file.sync_data().expect("on the disk");
+    }
     started.elapsed()
 }
 

@@ -31,13 +31,15 @@ pub(crate) async fn get(lab: &Lab, table: &mut Table) {
 
     let responder = lab.nats().await;
     let mut requests = responder.subscribe(ECHO).await.expect("a subscription");
-    responder.flush().await.expect("nats-server answers");
+    let publisher = responder.clone();
     let echo = tokio::spawn(async move {
         while let Some(message) = requests.next().await {
             let subject = message.reply.expect("somebody asks");
-            responder.publish(subject, reply.clone()).await.expect("published");
+            publisher.publish(subject, reply.clone()).await.expect("published");
         }
     });
+    // Asked over its own connection it answers only once the server knows its subscription.
+    responder.request(ECHO, request.clone()).await.expect("an echo");
     let nats = lab.nats().await;
 
     let (mut ours, mut raw) = (Samples::default(), Samples::default());

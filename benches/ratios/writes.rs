@@ -132,30 +132,39 @@ pub(crate) async fn single(lab: &Lab, table: &mut Table) {
     table.latency("single upsert, sequential", &ours, &raw);
 }
 
-/// Many callers that each write one vector at a time.
+/// Many callers that each write one vector at a time, to all shards and to a single one.
 pub(crate) async fn concurrent(lab: &Lab, table: &mut Table) {
-    const TIME: Duration = Duration::from_millis(1_500);
     lab.streams(SHARDS).await;
+    let (mut ours, mut raw) = (Rate::default(), Rate::default());
+    crowd(lab, SHARDS, &mut ours, &mut raw).await;
+    table.rate("single upserts, 64 in flight, 16 shards", ours, raw, "writes/s");
+    let (mut ours, mut raw) = (Rate::default(), Rate::default());
+    crowd(lab, 1, &mut ours, &mut raw).await;
+    table.rate("single upserts, 64 in flight, 1 shard", ours, raw, "writes/s");
+}
+
+async fn crowd(lab: &Lab, shards: usize, ours: &mut Rate, raw: &mut Rate) {
+    const TIME: Duration = Duration::from_millis(1_500);
+    const IDS: usize = 10_000;
     let context = jetstream::new(lab.nats().await);
     let entry = Arc::new(stored(0).vector);
-    let body = log_entry(vec![VectorEntry::new("crowd-1-1000", entry.to_vec())]);
-    let (mut ours, mut raw) = (Rate::default(), Rate::default());
-    for round in 0..3 {
-        let (client, entry) = (lab.client.clone(), entry.clone());
-        let upsert = move |number| {
-            let (client, entry) = (client.clone(), entry.to_vec());
-            async move {
-                let entry = VectorEntry::new(format!("crowd-{round}-{number}"), entry);
-                client.upsert(vec![entry]).await.expect("a vector is stored");
-            }
+    let body = log_entry(vec![VectorEntry::new("crowd-1000", entry.to_vec())]);
+    let ids = (0..).map(|number| format!("crowd-{number}"));
+    let ids: Arc<Vec<String>> =
+        Arc::new(ids.filter(|id| (lab.client.shard_of(id).0 as usize) < shards).take(IDS).collect());
+    for _ in 0..3 {
+        let (client, entry, ids) = (lab.client.clone(), entry.clone(), ids.clone());
+        let upsert = move |number: u64| {
+            let id = ids[number as usize % IDS].clone();
+            let (client, entry) = (client.clone(), VectorEntry::new(id, entry.to_vec()));
+            async move { drop(client.upsert(vec![entry]).await.expect("a vector is stored")) }
         };
         ours.take(IN_FLIGHT, TIME, upsert).await;
         let (context, body) = (context.clone(), body.clone());
-        let publish = move |number| {
+        let publish = move |number: u64| {
             let (context, body) = (context.clone(), body.clone());
-            async move { publish(&context, number as usize % SHARDS, body).await }
+            async move { publish(&context, number as usize % shards, body).await }
         };
         raw.take(IN_FLIGHT, TIME, publish).await;
     }
-    table.rate("single upserts, 64 in flight", ours, raw, "writes/s");
 }
