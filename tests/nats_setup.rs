@@ -3,7 +3,7 @@
 mod harness;
 
 use harness::{Setup, TestCluster, eventually};
-use ruvector_cluster::playground::{NatsServer, NodeProcess, find_nats_server};
+use ruvector_cluster::playground::{NatsServer, NodeProcess, ServerOptions, find_nats_server};
 use std::path::Path;
 use std::time::Duration;
 
@@ -19,7 +19,8 @@ async fn refused(mut node: NodeProcess) -> String {
 async fn server(dir: &Path, config: &str) -> NatsServer {
     std::fs::create_dir_all(dir).unwrap();
     std::fs::write(dir.join("test.conf"), config).unwrap();
-    NatsServer::start_with(&find_nats_server().unwrap(), dir, "test.conf", &[], 0).await.unwrap()
+    let options = ServerOptions { config: "test.conf".to_owned(), ..ServerOptions::single().unwrap() };
+    NatsServer::start_with(dir, options).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
