@@ -50,8 +50,8 @@ pub(crate) async fn run(table: &mut Table) {
         moving.extend(load.stop().await);
     }
     table.rate("… under 100 writes/s and 100 searches/s", busy, raw, "MB/s");
-    table.row("… worst write, moving | not moving", Better::Lower, moving.ms(1.0), quiet.ms(1.0), "ms");
-    table.row("… p50 of writes, moving | not moving", Better::Lower, moving.ms(0.5), quiet.ms(0.5), "ms");
+    table.row("… worst write, moving / not moving", Better::Lower, moving.ms(1.0), quiet.ms(1.0), "ms");
+    table.row("… p50 of writes, moving / not moving", Better::Lower, moving.ms(0.5), quiet.ms(0.5), "ms");
     lab.end().await;
 }
 

@@ -23,8 +23,8 @@ pub(crate) async fn idle(lab: &Lab, table: &mut Table) {
     let percent = |ticks: u64| ticks as f64 / TICKS_PER_S / started.elapsed().as_secs_f64() * 100.0;
     let (all, server) = (percent(ticks(&nodes) - before), percent(ticks(&[server]) - server_before));
     let each = all / nodes.len() as f64;
-    table.row("idle, 64 shards on 3 nodes, each node | allowed", Better::Lower, each, ALLOWED, "% core");
-    table.row("… its nats-server | allowed for a node", Better::Lower, server, ALLOWED, "% core");
+    table.row("idle, 64 shards on 3 nodes, each node / allowed", Better::Lower, each, ALLOWED, "% core");
+    table.row("… its nats-server / allowed for a node", Better::Lower, server, ALLOWED, "% core");
 }
 
 /// User and system time of processes.
