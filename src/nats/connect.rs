@@ -290,6 +290,19 @@ impl Nats {
         }
     }
 
+    /// Waits until the server has taken everything that was sent, subscriptions included. A flush ends
+    /// with the write to the socket; here the server answers, in order: nobody listens on a fresh inbox.
+    pub(crate) async fn sync(&self) -> Result<()> {
+        let request = async_nats::Request::new().payload(bytes::Bytes::new()).timeout(Some(API_TIMEOUT));
+        let asked = self.client.send_request(self.client.new_inbox(), request);
+        match tokio::time::timeout(API_TIMEOUT, asked).await {
+            Ok(Err(e)) if e.kind() == async_nats::RequestErrorKind::NoResponders => Ok(()),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(e)) => Err(unavailable("NATS did not answer", e)),
+            Err(_) => Err(Error::Unavailable("NATS did not answer in time".into())),
+        }
+    }
+
     /// What we talk to.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ const LONGEST: Duration = Duration::from_secs(30);
 /// Subscribes to pings, on the connection that nothing heavy uses.
 pub(crate) async fn subscribe_ping(bus: &Bus, subject: String) -> Result<Subscriber> {
     let subscriber = bus.nats.client.subscribe(subject).await.map_err(|e| unavailable("subscribing", e))?;
-    bus.nats.flush().await?;
+    bus.nats.sync().await?;
     Ok(subscriber)
 }
 
@@ -60,7 +60,7 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) -> Result<()
     let subject = ctx.subjects.node(&ctx.node, "*");
     let mut requests =
         ctx.data.nats.client.subscribe(subject).await.map_err(|e| unavailable("subscribing", e))?;
-    ctx.data.nats.flush().await?;
+    ctx.data.nats.sync().await?;
     let in_hand = Arc::new(Semaphore::new(IN_HAND));
     let tasks = ctx.tasks.clone();
     tasks.clone().spawn(async move {

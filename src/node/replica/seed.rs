@@ -82,7 +82,7 @@ impl Replica {
         let chunks = bus.nats.client.subscribe(self.ctx.subjects.chunk(transfer)).await;
         let mut chunks = chunks.map_err(|e| unavailable("subscribing to chunks", e))?;
         // The source must not send before NATS knows of the subscription.
-        bus.nats.flush().await?;
+        bus.nats.sync().await?;
 
         // A started one goes on, if its log still is the log and reaches back to its beginning.
         let log = self.ctx.logs.info(self.shard).await?;

@@ -66,7 +66,7 @@ impl Replica {
             |verb| client.queue_subscribe(self.ctx.subjects.shard(self.shard, verb), QUEUE_GROUP.to_owned());
         let writes = group("write").await.map_err(|e| unavailable("subscribing", e))?;
         let reads = group("read").await.map_err(|e| unavailable("subscribing", e))?;
-        self.ctx.data.nats.flush().await?;
+        self.ctx.data.nats.sync().await?;
         Ok((writes, reads))
     }
 

@@ -48,7 +48,7 @@ pub(crate) async fn stream_snapshot(
     };
     let acks = ctx.bulk.nats.client.subscribe(ctx.subjects.ack(&request.transfer)).await;
     let acks = acks.map_err(|e| unavailable("subscribing to acknowledgements", e))?;
-    ctx.bulk.nats.flush().await?;
+    ctx.bulk.nats.sync().await?;
     let stats = replica.store().stats();
     let reply = SnapshotReply { seq, log_id: status.log_id, vectors: stats.vectors, bytes: stats.bytes };
     let sending = async move {
