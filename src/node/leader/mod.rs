@@ -138,6 +138,11 @@ impl Leader {
     fn resume(&mut self) {
         self.present = present(&self.ctx.view());
         self.balance = self.shards.is_empty() || self.is_skewed();
+        if self.shards.is_empty() {
+            // Nodes of a new cluster start one after the other: whoever is there when the shards are first
+            // placed holds them without a copy.
+            self.settled_at = self.ctx.clock.now() + self.ctx.config.settle();
+        }
     }
 
     fn held(&self, node: &str) -> usize {
