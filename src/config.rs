@@ -76,7 +76,8 @@ pub struct ClusterConfig {
     pub cache_bytes: usize,
     /// A node that is down for longer gets its replicas rebuilt elsewhere. Default: 5 min.
     pub rereplicate_after: Duration,
-    /// How long to leave placement alone after a node joined. Default: 2 heartbeats.
+    /// How long to leave placement alone after a node joined, and before the first placement of a new
+    /// cluster. Default: 2 heartbeats.
     pub settle: Option<Duration>,
     /// Bytes per second that this node sends while shards move; `None`: unlimited. Default: 64 MiB.
     pub migration_rate: Option<u64>,

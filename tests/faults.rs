@@ -151,6 +151,7 @@ async fn nats_killed_and_restarted_on_its_store_ends_no_process_and_loses_nothin
     load.more(200).await;
     for _ in 0..2 {
         cluster.nats[0].kill().await.unwrap();
+        // The outage itself: there is no condition to wait for, it must merely last.
         tokio::time::sleep(Duration::from_millis(700)).await;
         cluster.nats[0].restart().await.unwrap();
         load.more(100).await;

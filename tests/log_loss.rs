@@ -116,6 +116,7 @@ async fn nodes_that_restart_after_nats_was_wiped_bring_everything_back() {
     // One after the other: the first one must not take the cluster for a new one.
     for id in ["n1", "n2", "n3"] {
         cluster.node(id).restart().unwrap();
+        // Twice what placement waits for latecomers: the fault is that the others are late.
         tokio::time::sleep(std::time::Duration::from_millis(800)).await;
     }
     assert_eq!(count_when_it_answers(&cluster).await, before);
