@@ -118,6 +118,10 @@ mod tests {
             status: NodeStatus::Suspect,
             since: DateTime::UNIX_EPOCH,
             version: "0.2.0".into(),
+            draining: false,
+            maintenance: None,
+            set_weight: None,
+            set_rack: None,
         };
         let node = NodeView {
             record,

@@ -7,8 +7,10 @@ use super::Client;
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::admin::{
-    CancelReply, CancelRequest, MigrateReply, MigrateRequest, NodeView, NodesReply, RebalanceReply,
-    ShardView, ShardsReply, ShardsRequest, StatusReply, StepDownReply,
+    CancelReply, CancelRequest, DrainReply, ExplainReply, ExplainRequest, HotReply, LeaveReply, LeaveRequest,
+    MaintenanceRequest, MigrateReply, MigrateRequest, NodeReply, NodeRequest, NodeView, NodesReply,
+    RebalanceReply, RebalanceRequest, SetNodeRequest, ShardView, ShardsReply, ShardsRequest, StatusReply,
+    StepDownReply,
 };
 use crate::nats::bus::{Asked, Bus};
 use crate::nats::subjects::Subjects;
@@ -100,7 +102,72 @@ impl Admin {
 
     /// Starts to even out replicas and primaries, and does not wait for it.
     pub async fn rebalance(&self) -> Result<RebalanceReply> {
-        self.ask("rebalance", &(), false).await
+        self.ask("rebalance", &RebalanceRequest::default(), false).await
+    }
+
+    /// Says what [`rebalance`](Self::rebalance) would do.
+    pub async fn plan(&self) -> Result<RebalanceReply> {
+        self.ask("rebalance", &RebalanceRequest { dry_run: true, plan: None }, true).await
+    }
+
+    /// Carries out a plan that [`plan`](Self::plan) has made, and does not wait for it.
+    ///
+    /// # Errors
+    /// `Conflict` when the map or the nodes have changed since, `NotFound` when the leader does not know
+    /// the plan (another one leads by now, or it made many plans since).
+    pub async fn apply(&self, plan: &str) -> Result<RebalanceReply> {
+        let request = RebalanceRequest { dry_run: false, plan: Some(plan.to_owned()) };
+        self.ask("rebalance", &request, false).await
+    }
+
+    /// Wants every replica off a node, and says how far that is; ask again for progress.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown node.
+    pub async fn drain(&self, node: &str) -> Result<DrainReply> {
+        self.ask("drain", &NodeRequest { node: node.to_owned() }, true).await
+    }
+
+    /// Lets a node have replicas again.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub async fn undrain(&self, node: &str) -> Result<DrainReply> {
+        self.ask("undrain", &NodeRequest { node: node.to_owned() }, true).await
+    }
+
+    /// Begins or ends maintenance of a node: while it lasts, its replicas are not rebuilt elsewhere.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown node, `Invalid` without reason or duration.
+    pub async fn maintenance(&self, request: &MaintenanceRequest) -> Result<NodeReply> {
+        self.ask("maintenance", request, true).await
+    }
+
+    /// Changes the weight or the rack of a node; this wins over what the node is started with.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown node, `Invalid` for a weight or rack that cannot be.
+    pub async fn set_node(&self, request: &SetNodeRequest) -> Result<NodeReply> {
+        self.ask("set", request, true).await
+    }
+
+    /// Why a shard is where it is: every node, every rule.
+    ///
+    /// # Errors
+    /// `NotFound` for a shard that does not exist.
+    pub async fn explain(&self, shard: ShardId) -> Result<ExplainReply> {
+        self.ask("explain", &ExplainRequest { shard }, true).await
+    }
+
+    /// Loads of shards and nodes, and what is done about them.
+    pub async fn hot(&self) -> Result<HotReply> {
+        self.ask("hot", &(), true).await
+    }
+
+    /// Hands over the primaries of a node that is about to stop.
+    pub(crate) async fn leave(&self, request: &LeaveRequest) -> Result<LeaveReply> {
+        self.ask("leave", request, true).await
     }
 
     /// Asks the leader to make way for another; the answer says who led, not who leads now.

@@ -191,6 +191,10 @@ mod tests {
             status,
             since: DateTime::UNIX_EPOCH,
             version: String::new(),
+            draining: false,
+            maintenance: None,
+            set_weight: None,
+            set_rack: None,
         }
     }
 

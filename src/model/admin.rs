@@ -1,7 +1,8 @@
 //! JSON of `ruvector.admin.*`: what operators ask the leader.
 
+use super::plan::{RebalancePlan, Unmet};
 use super::records::{MigrationPhase, NodeRecord, ShardRecord};
-use super::{NodeId, ShardId, Term};
+use super::{InstanceId, NodeId, ShardId, Term};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -161,13 +162,212 @@ pub struct CancelReply {
     pub phase: MigrationPhase,
 }
 
+/// `rebalance`: with nothing in it, evens out at once whatever the map is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebalanceRequest {
+    /// Only say what would happen.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// Carry out the plan of this name, from an earlier dry run, if the map is still the same.
+    #[serde(default)]
+    pub plan: Option<String>,
+}
+
 /// Answer to `rebalance`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RebalanceReply {
+    /// Name of the plan; also its key for `apply`.
+    #[serde(default)]
+    pub id: String,
     /// Replicas that will move.
     pub moves: usize,
     /// Primaries that will be handed over.
     pub promotions: usize,
+    /// Bytes that will be copied, as of the last load reports.
+    #[serde(default)]
+    pub bytes: u64,
+    /// How long the copying takes at the least, at the rate and the limits of the leader; `null`: the rate is unlimited.
+    #[serde(default)]
+    pub estimated_ms: Option<u64>,
+    /// The plan; its lists are cut after [`PLAN_MOVES`] entries.
+    #[serde(default)]
+    pub plan: Option<RebalancePlan>,
+}
+
+/// Most moves, and most promotions, of a plan that are listed in one answer.
+pub const PLAN_MOVES: usize = 2_000;
+
+/// `drain`, `undrain`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRequest {
+    /// Which node.
+    pub node: NodeId,
+}
+
+/// Answer to `drain`, which may be asked again and again, and to `undrain`: how far it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainReply {
+    /// The node.
+    pub node: NodeId,
+    /// Whether it is to be emptied.
+    pub draining: bool,
+    /// Replicas that it still holds.
+    pub replicas: usize,
+    /// Those that are on their way.
+    pub moving: usize,
+    /// Those that cannot move, each with the reason and what would help.
+    pub blocked: Vec<Unmet>,
+}
+
+/// `maintenance`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MaintenanceRequest {
+    /// Which node.
+    pub node: NodeId,
+    /// Begin it, or end it.
+    pub on: bool,
+    /// Why; needed to begin.
+    #[serde(default)]
+    pub reason: String,
+    /// How long at the most; needed to begin.
+    #[serde(default)]
+    pub for_ms: u64,
+}
+
+/// Longest maintenance: two weeks.
+pub const MAX_MAINTENANCE_MS: u64 = 14 * 24 * 3_600_000;
+
+/// `set`: changes what an operator may change of a node. What is not given stays.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetNodeRequest {
+    /// Which node.
+    pub node: NodeId,
+    /// Its share of replicas relative to other nodes, 1 to 1,000,000.
+    #[serde(default)]
+    pub weight: Option<u32>,
+    /// Its failure domain.
+    #[serde(default)]
+    pub rack: Option<String>,
+}
+
+/// Answer to `maintenance` and to `set`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeReply {
+    /// Its record, as it is now.
+    pub record: NodeRecord,
+}
+
+/// `explain`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainRequest {
+    /// Which shard.
+    pub shard: ShardId,
+}
+
+/// Answer to `explain`: why a shard is where it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainReply {
+    /// The shard.
+    pub shard: ShardId,
+    /// Its holders, the primary first.
+    pub replicas: Vec<NodeId>,
+    /// Replicas that it should have.
+    pub wanted: usize,
+    /// One sentence: why it is where it is, or why it cannot be placed.
+    pub summary: String,
+    /// What would be done for it now.
+    pub next: Vec<String>,
+    /// Every node, by name.
+    pub nodes: Vec<NodeVerdict>,
+}
+
+/// Whether a node may hold a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeVerdict {
+    /// The node.
+    pub node: NodeId,
+    /// Whether it holds the shard.
+    pub holds: bool,
+    /// Whether it is the primary.
+    pub primary: bool,
+    /// Whether every rule allows it to hold the shard.
+    pub allowed: bool,
+    /// Rule by rule.
+    pub rules: Vec<RuleVerdict>,
+}
+
+/// One rule about one node and one shard.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleVerdict {
+    /// `up`, `copy`, `rack` or `share`.
+    pub rule: String,
+    /// Whether it allows it.
+    pub ok: bool,
+    /// Why.
+    pub reason: String,
+}
+
+/// Answer to `hot`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HotReply {
+    /// Length of a window, over which loads are averaged.
+    pub window_ms: u64,
+    /// Windows in a row that make a shard hot.
+    pub windows: u32,
+    /// Shards with a load worth naming, the hottest first.
+    pub shards: Vec<HotShardView>,
+    /// Operations per second of each node, the busiest first.
+    pub nodes: Vec<NodeLoad>,
+}
+
+/// A shard in the answer to `hot`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct HotShardView {
+    /// The shard.
+    pub shard: ShardId,
+    /// Operations per second, over all its replicas.
+    pub ops_per_s: f64,
+    /// That, divided by the median of all shards.
+    pub ratio: f64,
+    /// Windows in a row in which it was hot.
+    pub hot_windows: u32,
+    /// Its busiest holder.
+    pub node: NodeId,
+    /// That node's operations per second.
+    pub node_ops_per_s: f64,
+    /// That, divided by the mean of all nodes.
+    pub node_ratio: f64,
+    /// What was decided, or why nothing is done.
+    pub decision: String,
+    /// How long it is left alone now.
+    pub cool_down_ms: u64,
+}
+
+/// A node in the answer to `hot`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeLoad {
+    /// The node.
+    pub node: NodeId,
+    /// Operations per second.
+    pub ops_per_s: f64,
+}
+
+/// `leave`: a node is about to stop, and hands over its primaries.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaveRequest {
+    /// Which node.
+    pub node: NodeId,
+    /// Which process of it.
+    pub instance: InstanceId,
+}
+
+/// Answer to `leave`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaveReply {
+    /// Primaries that others have now.
+    pub handed_over: usize,
+    /// Primaries that nobody else can take.
+    pub kept: usize,
 }
 
 /// Answer to `step_down`.

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod api;
 pub mod events;
 pub mod ids;
+pub mod plan;
 pub mod records;
 pub mod vector;
 pub mod wire;

@@ -183,6 +183,32 @@ pub struct NodeRecord {
     /// Version of its program.
     #[serde(default)]
     pub version: String,
+    /// An operator wants every replica off it. An intent: it outlives suspicion, a crash and a restart.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
+    /// An operator works on it: its replicas are not rebuilt elsewhere while it is away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maintenance: Option<Maintenance>,
+    /// Weight that an operator gave it; wins over what the node is started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_weight: Option<u32>,
+    /// Rack that an operator gave it; wins over what the node is started with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_rack: Option<String>,
+}
+
+/// Longest reason of a maintenance, in bytes.
+pub const MAX_REASON_BYTES: usize = 500;
+
+/// An operator's promise that a node comes back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Maintenance {
+    /// Why, for whoever wonders.
+    pub reason: String,
+    /// Since when, by the leader's clock.
+    pub since: DateTime<Utc>,
+    /// When it ends by itself, by the leader's clock.
+    pub until: DateTime<Utc>,
 }
 
 fn weight_one() -> u32 {
@@ -206,6 +232,12 @@ impl NodeRecord {
             return Err(Error::Invalid(format!(
                 "weight of node {} is {}, use 1 to {MAX_WEIGHT}",
                 self.node, self.weight
+            )));
+        }
+        if self.maintenance.as_ref().is_some_and(|m| m.reason.len() > MAX_REASON_BYTES) {
+            return Err(Error::Invalid(format!(
+                "the maintenance of node {} has a reason of more than {MAX_REASON_BYTES} bytes",
+                self.node
             )));
         }
         same_key(key, &self.node)

@@ -362,6 +362,10 @@ fn own_record(ctx: &Context, status: NodeStatus) -> NodeRecord {
         status,
         since: wall(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        draining: false,
+        maintenance: None,
+        set_weight: None,
+        set_rack: None,
     }
 }
 

@@ -252,6 +252,6 @@ impl Leader {
         let promotions = steps.iter().filter(|s| matches!(s, Step::Promote { .. })).count();
         let message = format!("{moves} replicas will move, {promotions} primaries will be handed over");
         self.ctx.event(Event::new("rebalance.planned", message).with("moves", moves)).await;
-        RebalanceReply { moves, promotions }
+        RebalanceReply { id: String::new(), moves, promotions, bytes: 0, estimated_ms: None, plan: None }
     }
 }
