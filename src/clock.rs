@@ -1,4 +1,4 @@
-//! The only place that reads clocks and draws random ids; decisions get both as arguments.
+//! The only place that reads clocks and draws random ids and secrets; decisions get them as arguments.
 
 use chrono::{DateTime, Utc};
 use std::time::{Duration, Instant};
@@ -36,4 +36,30 @@ pub(crate) fn wall() -> DateTime<Utc> {
 #[allow(clippy::disallowed_methods, reason = "this is the edge")]
 pub(crate) fn fresh_id() -> Uuid {
     Uuid::new_v4()
+}
+
+/// 128 random bits that nobody can guess.
+pub(crate) fn fresh_secret() -> [u8; 16] {
+    // A random UUID has fixed bits in its bytes 6 and 8: half of the secret from the rest of each of two.
+    let (a, b) = (fresh_id().into_bytes(), fresh_id().into_bytes());
+    let mut secret = [0; 16];
+    secret[..7].copy_from_slice(&a[9..]);
+    secret[7..14].copy_from_slice(&b[9..]);
+    secret[14..].copy_from_slice(&a[..2]);
+    secret
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bit_of_a_secret_is_drawn() {
+        let (mut ones, mut zeros) = (0, 0);
+        for _ in 0..128 {
+            let secret = u128::from_be_bytes(fresh_secret());
+            (ones, zeros) = (ones | secret, zeros | !secret);
+        }
+        assert_eq!((ones, zeros), (u128::MAX, u128::MAX));
+    }
 }

@@ -3,16 +3,15 @@
 use crate::client::Client;
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
-use crate::logic::hash::shard_of;
+use crate::logic::hash::KeyRouter;
 use crate::model::admin::{HealthStatus, MigrateReply, MigrateRequest, ShardView};
 use crate::model::events::Event;
-use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
+use crate::model::records::{KeyHash, MigrationPhase, NodeStatus, ShardStatus};
 use crate::model::{NodeId, ShardId};
 use crate::nats::events::EventStream;
 use crate::node::Node as Running;
 use chrono::{DateTime, Utc};
 use std::net::SocketAddr;
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::RwLock;
@@ -222,21 +221,25 @@ impl Cluster {
         }
     }
 
-    /// The shard of a vector's id.
+    /// The shard of a vector's id. Before [`start`](Self::start) it is told by the settings of this node,
+    /// afterwards by those of the cluster.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an id that cannot be stored.
+    /// [`Error::Invalid`] for an id that cannot be stored; [`Error::Unavailable`] before the start when the
+    /// key hash is `sip24`, as the cluster keeps its secret.
     pub fn get_shard_for_key(&self, key: &str) -> Result<ShardId> {
         crate::model::vector::validate_id(key)?;
         // With `adopt_num_shards`, the cluster may have another number than our settings.
-        let adopted = self
-            .running
-            .try_read()
-            .ok()
-            .and_then(|running| running.as_ref().map(|n| n.ctx.cluster.num_shards));
-        let shards = adopted.unwrap_or(self.config.num_shards as u32);
-        let shards = NonZeroU32::new(shards).ok_or_else(|| Error::Invalid("num_shards is 0".into()))?;
-        Ok(shard_of(key, shards))
+        let running = self.running.try_read().ok();
+        if let Some(node) = running.as_ref().and_then(|running| running.as_ref()) {
+            return Ok(node.ctx.router.shard_of(key));
+        }
+        match self.config.hash.unwrap_or_default() {
+            KeyHash::Xxh3 => Ok(KeyRouter::xxh3(self.config.num_shards as u32)?.shard_of(key)),
+            KeyHash::Sip24 => Err(Error::Unavailable(
+                "the key hash is sip24 and its secret is in the cluster: call start first".into(),
+            )),
+        }
     }
 
     /// The nodes that hold a shard, primary first.

@@ -51,10 +51,10 @@ pub struct ClusterConfig {
     pub dimensions: Option<usize>,
     /// What searches rank by. `None`: that of the cluster, or cosine for a new one.
     pub metric: Option<DistanceMetric>,
-    /// How keys become numbers. Fixed at creation.
-    pub hash: KeyHash,
-    /// Which nodes a shard prefers. Fixed at creation.
-    pub placement: Placement,
+    /// How keys become numbers. `None`: as in the cluster, or XXH3 for a new one.
+    pub hash: Option<KeyHash>,
+    /// Which nodes a shard prefers. `None`: as in the cluster, or ketama for a new one.
+    pub placement: Option<Placement>,
     /// Take `num_shards` from an existing cluster instead of refusing a difference. Default: false.
     pub adopt_num_shards: bool,
     /// Take `replication_factor` from an existing cluster instead of refusing a difference. Default: false.
@@ -109,8 +109,8 @@ impl Default for ClusterConfig {
             early_takeover: true,
             dimensions: None,
             metric: None,
-            hash: KeyHash::default(),
-            placement: Placement::default(),
+            hash: None,
+            placement: None,
             adopt_num_shards: false,
             adopt_replication_factor: false,
             rack: String::new(),

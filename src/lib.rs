@@ -75,6 +75,15 @@ pub mod playground;
 pub mod store;
 mod view;
 
+/// Hashing as this crate does it, for programs that have to agree with it.
+///
+/// [`key_hash`](hash::key_hash) and [`jump_hash`](hash::jump_hash) make a key's shard, [`Ring`](hash::Ring) says
+/// which nodes a shard prefers, [`Ketama`](hash::Ketama) is libmemcached's ring. `ruvector-cluster hash` does the
+/// same on the command line.
+pub mod hash {
+    pub use crate::logic::hash::{Ketama, KetamaServer, Ring, jump_hash, key_hash};
+}
+
 pub use client::{Admin, Client, ClientOptions, Found, SearchOutcome, Written};
 pub use cluster::{Cluster, ClusterEvent, ClusterHealth, Node, Shard};
 pub use config::ClusterConfig;

@@ -8,6 +8,7 @@ mod events;
 mod exit;
 mod follow;
 mod global;
+mod hash;
 mod interrupt;
 mod leader;
 mod migrations;
@@ -94,6 +95,9 @@ enum Command {
     /// The data: import, store, get, delete, search, count.
     #[command(subcommand)]
     Vectors(vectors::VectorsCommand),
+    /// What the hash functions answer for lines on stdin, for comparison with other languages.
+    #[command(subcommand)]
+    Hash(hash::HashCommand),
 }
 
 /// Runs the program.
@@ -143,6 +147,7 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
         Command::Leader(command) => leader::run(&global, command).await,
         Command::Events(args) => events::run(&global, args).await,
         Command::Vectors(command) => vectors::run(&global, command).await,
+        Command::Hash(command) => hash::run(command),
     }
 }
 
@@ -190,6 +195,10 @@ mod tests {
             "vectors search --vector [1] -k 5 --filter {\"x\":1} --consistency session --allow-partial",
             "vectors search --like a",
             "vectors count",
+            "hash jump",
+            "hash ketama --servers f.json",
+            "hash key",
+            "node --id a --hash sip24 --placement jump",
         ] {
             assert!(parse(line).is_ok(), "{line}: {:?}", parse(line).err());
         }
@@ -211,6 +220,9 @@ mod tests {
             ("vectors search --like a --vector [1]", ErrorKind::ArgumentConflict),
             ("vectors search --like a -k 0", ErrorKind::ValueValidation),
             ("vectors import f --parallel 0", ErrorKind::ValueValidation),
+            ("hash ketama", ErrorKind::MissingRequiredArgument),
+            ("node --id a --hash md5", ErrorKind::ValueValidation),
+            ("node --id a --placement rendezvous", ErrorKind::ValueValidation),
             ("nodes", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
         ] {
             assert_eq!(parse(line).err(), Some(kind), "{line}");

@@ -6,6 +6,7 @@ use crate::cluster::Cluster;
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
 use crate::model::DistanceMetric;
+use crate::model::records::{KeyHash, Placement};
 use clap::Args;
 use serde::Deserialize;
 use std::net::SocketAddr;
@@ -47,6 +48,12 @@ pub(crate) struct NodeArgs {
     /// cosine, euclidean or dot_product, for a new cluster [default: cosine].
     #[arg(long)]
     metric: Option<DistanceMetric>,
+    /// Key hash of a new cluster, xxh3 or, for untrusted keys, sip24 [default: xxh3].
+    #[arg(long)]
+    hash: Option<KeyHash>,
+    /// Which nodes a shard of a new cluster prefers, ketama or jump [default: ketama].
+    #[arg(long)]
+    placement: Option<Placement>,
     /// Pause between heartbeats [default: 1s].
     #[arg(long, value_parser = humantime::parse_duration)]
     #[serde(deserialize_with = "duration")]
@@ -107,6 +114,8 @@ impl NodeArgs {
             replication_factor: self.replication_factor.or(file.replication_factor),
             dimensions: self.dimensions.or(file.dimensions),
             metric: self.metric.or(file.metric),
+            hash: self.hash.or(file.hash),
+            placement: self.placement.or(file.placement),
             heartbeat_interval: self.heartbeat_interval.or(file.heartbeat_interval),
             failure_timeout: self.failure_timeout.or(file.failure_timeout),
             lease_ttl: self.lease_ttl.or(file.lease_ttl),
@@ -145,6 +154,8 @@ impl NodeArgs {
             replication_factor: self.replication_factor.unwrap_or(base.replication_factor),
             dimensions: self.dimensions,
             metric: self.metric,
+            hash: self.hash,
+            placement: self.placement,
             heartbeat_interval: self.heartbeat_interval.unwrap_or(base.heartbeat_interval),
             failure_timeout: self.failure_timeout.unwrap_or(base.failure_timeout),
             lease_ttl: self.lease_ttl.unwrap_or(base.lease_ttl),
@@ -245,7 +256,9 @@ mod tests {
     #[test]
     fn a_config_file_is_read_and_mistakes_are_named() {
         let file: NodeArgs =
-            toml::from_str("id = 'a'\nheartbeat_interval = '500ms'\nmetric = 'euclidean'").unwrap();
+            toml::from_str("id = 'a'\nheartbeat_interval = '500ms'\nhash = 'sip24'\nplacement = 'jump'")
+                .unwrap();
+        assert_eq!((file.hash, file.placement), (Some(KeyHash::Sip24), Some(Placement::Jump)));
         assert_eq!(file.heartbeat_interval, Some(Duration::from_millis(500)));
         let error = toml::from_str::<NodeArgs>("num_shrads = 3").unwrap_err().to_string();
         assert!(error.contains("num_shrads"), "{error}");

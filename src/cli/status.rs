@@ -112,6 +112,7 @@ mod tests {
             num_shards: 16,
             replication_factor: 3,
             hash: Default::default(),
+            hash_secret: None,
             placement: Default::default(),
             dimensions: 64,
             metric: DistanceMetric::Cosine,

@@ -13,7 +13,7 @@ pub use admin::Admin;
 
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
-use crate::logic::hash::shard_of;
+use crate::logic::hash::KeyRouter;
 use crate::metrics::Metrics;
 use crate::model::api::part_id;
 use crate::model::records::ClusterRecord;
@@ -28,7 +28,6 @@ use crate::nats::subjects::Subjects;
 use crate::view::{Buckets, CONFIG_KEY, Scope, View, Views, parse};
 use futures::{StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
-use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -117,6 +116,7 @@ struct Inner {
     subjects: Subjects,
     views: Views,
     cluster: ClusterRecord,
+    router: KeyRouter,
     timeout: Duration,
     /// What this client has written or seen, by shard.
     session: Mutex<BTreeMap<ShardId, u64>>,
@@ -149,12 +149,13 @@ impl Client {
         };
         let cluster: ClusterRecord = parse(&found.value)?;
         cluster.check()?;
+        let router = KeyRouter::of(&cluster)?;
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new()?);
         let views = Views::start(&buckets, &nats, Scope::Client, &metrics, &stop, &TaskTracker::new());
         let guard = stop.drop_guard();
         views.synced(options.connect_timeout).await?;
-        let mut client = Client::inside(Bus::new(&nats, "client"), subjects, views, cluster);
+        let mut client = Client::inside(Bus::new(&nats, "client"), subjects, views, cluster, router);
         if let Some(inner) = Arc::get_mut(&mut client.inner) {
             inner.timeout = options.timeout.min(MAX_TIMEOUT);
             inner._stop = Some(guard);
@@ -163,12 +164,19 @@ impl Client {
     }
 
     /// A client on a node's own connection and map.
-    pub(crate) fn inside(bus: Bus, subjects: Subjects, views: Views, cluster: ClusterRecord) -> Client {
+    pub(crate) fn inside(
+        bus: Bus,
+        subjects: Subjects,
+        views: Views,
+        cluster: ClusterRecord,
+        router: KeyRouter,
+    ) -> Client {
         let inner = Inner {
             bus,
             subjects,
             views,
             cluster,
+            router,
             timeout: INSIDE_TIMEOUT,
             session: Mutex::default(),
             turn: AtomicU64::new(fresh_id().as_u64_pair().0),
@@ -185,6 +193,7 @@ impl Client {
             inner.subjects.clone(),
             inner.views.clone(),
             inner.cluster.clone(),
+            inner.router.clone(),
         );
         if let Some(fresh) = Arc::get_mut(&mut client.inner) {
             fresh.timeout = inner.timeout;
@@ -215,8 +224,7 @@ impl Client {
 
     /// The shard of an id.
     pub fn shard_of(&self, id: &str) -> ShardId {
-        // Checked when the record was read.
-        shard_of(id, NonZeroU32::new(self.inner.cluster.num_shards).unwrap_or(NonZeroU32::MIN))
+        self.inner.router.shard_of(id)
     }
 
     fn deadline(&self) -> Instant {

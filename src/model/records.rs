@@ -20,6 +20,68 @@ pub enum KeyHash {
     /// XXH3-64, seed 0, over the raw bytes of the key.
     #[default]
     Xxh3,
+    /// SipHash-2-4 over the raw bytes of the key, with a secret of the cluster: for keys that are chosen by
+    /// people who are not trusted, and who could aim them all at one shard of a hash that they know.
+    Sip24,
+}
+
+impl std::fmt::Display for KeyHash {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            KeyHash::Xxh3 => "xxh3",
+            KeyHash::Sip24 => "sip24",
+        })
+    }
+}
+
+impl std::str::FromStr for KeyHash {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "xxh3" => Ok(KeyHash::Xxh3),
+            "sip24" => Ok(KeyHash::Sip24),
+            _ => Err(Error::Invalid(format!("{text:?} is no key hash: use xxh3 or sip24"))),
+        }
+    }
+}
+
+/// The secret of [`KeyHash::Sip24`], as 32 hex digits. Debug output does not show it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct HashSecret([u8; 16]);
+
+impl HashSecret {
+    /// Of these bytes, which nobody may guess.
+    pub fn new(bytes: [u8; 16]) -> HashSecret {
+        HashSecret(bytes)
+    }
+
+    /// The key of SipHash.
+    pub fn bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for HashSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HashSecret(..)")
+    }
+}
+
+impl Serialize for HashSecret {
+    fn serialize<S: serde::Serializer>(&self, output: S) -> std::result::Result<S::Ok, S::Error> {
+        output.serialize_str(&format!("{:032x}", u128::from_be_bytes(self.0)))
+    }
+}
+
+impl<'de> Deserialize<'de> for HashSecret {
+    fn deserialize<D: serde::Deserializer<'de>>(input: D) -> std::result::Result<Self, D::Error> {
+        let text = String::deserialize(input)?;
+        let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let number = u128::from_str_radix(&text, 16).ok().filter(|_| digits);
+        // The text may be a secret with a typing error in it: it is not repeated.
+        let wrong = || serde::de::Error::custom("hash_secret must be 32 hex digits");
+        number.map(|n| HashSecret(n.to_be_bytes())).ok_or_else(wrong)
+    }
 }
 
 /// Which nodes a shard prefers.
@@ -31,6 +93,26 @@ pub enum Placement {
     Ketama,
     /// Jump consistent hash over the sorted nodes.
     Jump,
+}
+
+impl std::fmt::Display for Placement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Placement::Ketama => "ketama",
+            Placement::Jump => "jump",
+        })
+    }
+}
+
+impl std::str::FromStr for Placement {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "ketama" => Ok(Placement::Ketama),
+            "jump" => Ok(Placement::Jump),
+            _ => Err(Error::Invalid(format!("{text:?} is no placement: use ketama or jump"))),
+        }
+    }
 }
 
 /// Key `config` of `ruvector_cluster`: what all nodes must agree on, created once.
@@ -45,6 +127,9 @@ pub struct ClusterRecord {
     /// Key hash.
     #[serde(default)]
     pub hash: KeyHash,
+    /// Secret of the key hash: with `sip24`, and only then. Whoever can read these settings knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash_secret: Option<HashSecret>,
     /// Placement strategy.
     #[serde(default)]
     pub placement: Placement,
@@ -95,6 +180,17 @@ impl ClusterRecord {
         range("dimensions", self.dimensions as u64, 1, super::vector::MAX_DIMENSIONS as u64)?;
         range("log_replicas", self.log_replicas as u64, 1, 5)?;
         range("log_max_bytes", self.log_max_bytes.max(0) as u64, 1 << 20, 1 << 50)?;
+        match (self.hash, &self.hash_secret) {
+            (KeyHash::Xxh3, None) | (KeyHash::Sip24, Some(_)) => {}
+            (KeyHash::Sip24, None) => {
+                return Err(Error::Invalid("hash is sip24, but there is no hash_secret".into()));
+            }
+            (KeyHash::Xxh3, Some(_)) => {
+                return Err(Error::Invalid(
+                    "hash is xxh3, which has no hash_secret, but there is one".into(),
+                ));
+            }
+        }
         if self.format_version > FORMAT_VERSION {
             return Err(Error::Invalid(format!(
                 "the cluster's format_version is {}, this program knows up to {FORMAT_VERSION}: upgrade it",
@@ -502,6 +598,49 @@ mod tests {
             log_first_seq: 1,
             updated_at: DateTime::UNIX_EPOCH,
         }
+    }
+
+    fn cluster(hash: KeyHash, hash_secret: Option<HashSecret>) -> ClusterRecord {
+        ClusterRecord {
+            cluster_id: Uuid::nil(),
+            num_shards: 4,
+            replication_factor: 1,
+            hash,
+            hash_secret,
+            placement: Placement::Jump,
+            dimensions: 2,
+            metric: DistanceMetric::Cosine,
+            log_replicas: 1,
+            log_max_bytes: 1 << 30,
+            format_version: FORMAT_VERSION,
+            created_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn a_secret_is_there_with_sip24_and_only_then() {
+        let secret = HashSecret::new(std::array::from_fn(|i| i as u8));
+        cluster(KeyHash::Xxh3, None).check().unwrap();
+        cluster(KeyHash::Sip24, Some(secret.clone())).check().unwrap();
+        for wrong in [cluster(KeyHash::Xxh3, Some(secret)), cluster(KeyHash::Sip24, None)] {
+            assert!(wrong.check().unwrap_err().to_string().contains("hash_secret"));
+        }
+    }
+
+    #[test]
+    fn a_secret_is_32_hex_digits_and_never_shown() {
+        let record = cluster(KeyHash::Sip24, Some(HashSecret::new(std::array::from_fn(|i| i as u8))));
+        let json = serde_json::to_value(&record).unwrap();
+        assert_eq!((&json["hash"], &json["placement"]), (&"sip24".into(), &"jump".into()));
+        assert_eq!(json["hash_secret"], "000102030405060708090a0b0c0d0e0f");
+        assert_eq!(serde_json::from_value::<ClusterRecord>(json).unwrap(), record);
+        assert!(format!("{record:?}").contains("HashSecret(..)"));
+        for text in ["", "00", "+00102030405060708090a0b0c0d0e0f", "x00102030405060708090a0b0c0d0e0f"] {
+            let error = serde_json::from_value::<HashSecret>(text.into()).unwrap_err().to_string();
+            assert!(error.contains("32 hex digits") && (text.is_empty() || !error.contains(text)), "{error}");
+        }
+        let json = serde_json::to_value(cluster(KeyHash::Xxh3, None)).unwrap();
+        assert_eq!((&json["hash"], json.get("hash_secret")), (&"xxh3".into(), None));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::clock::{Clock, wall};
 use crate::config::ClusterConfig;
+use crate::logic::hash::KeyRouter;
 use crate::metrics::Metrics;
 use crate::model::events::Event;
 use crate::model::records::ClusterRecord;
@@ -33,6 +34,7 @@ pub(crate) struct Leading {
 pub(crate) struct Context {
     pub(crate) config: ClusterConfig,
     pub(crate) cluster: ClusterRecord,
+    pub(crate) router: KeyRouter,
     pub(crate) node: NodeId,
     pub(crate) instance: InstanceId,
     pub(crate) subjects: Subjects,

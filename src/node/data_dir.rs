@@ -162,6 +162,7 @@ mod tests {
             num_shards: 4,
             replication_factor: 1,
             hash: Default::default(),
+            hash_secret: None,
             placement: Default::default(),
             dimensions: 2,
             metric: Default::default(),

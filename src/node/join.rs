@@ -9,13 +9,14 @@ use super::rate::RateLimit;
 use super::replica::blocking;
 use super::requests::subscribe_ping;
 use crate::client::Client;
-use crate::clock::{Clock, fresh_id, wall};
+use crate::clock::{Clock, fresh_id, fresh_secret, wall};
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
+use crate::logic::hash::KeyRouter;
 use crate::logic::lease::PingOutcome;
 use crate::metrics::Metrics;
 use crate::model::InstanceId;
-use crate::model::records::{ClusterRecord, FORMAT_VERSION, NodeRecord, NodeStatus};
+use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash, NodeRecord, NodeStatus};
 use crate::model::wire::PingRequest;
 use crate::nats::bucket::{Cas, creation_error};
 use crate::nats::bus::{Bus, Subscriber};
@@ -101,7 +102,9 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     };
     let data_bus = Bus::new(&data, &config.node_id);
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    let client = Client::inside(data_bus.clone(), subjects.clone(), views.clone(), cluster.clone());
+    let router = KeyRouter::of(&cluster)?;
+    let client =
+        Client::inside(data_bus.clone(), subjects.clone(), views.clone(), cluster.clone(), router.clone());
     let ctx = Arc::new(Context {
         node: config.node_id.clone(),
         instance: fresh_id(),
@@ -110,6 +113,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         data: data_bus,
         bulk: Bus::new(&bulk, &config.node_id),
         cluster,
+        router,
         subjects,
         buckets,
         views,
@@ -218,8 +222,12 @@ async fn agree(
         cluster_id: fresh_id(),
         num_shards: config.num_shards as u32,
         replication_factor: config.replication_factor as u32,
-        hash: config.hash,
-        placement: config.placement,
+        hash: config.hash.unwrap_or_default(),
+        hash_secret: match config.hash.unwrap_or_default() {
+            KeyHash::Xxh3 => None,
+            KeyHash::Sip24 => Some(HashSecret::new(fresh_secret())),
+        },
+        placement: config.placement.unwrap_or_default(),
         dimensions: config.dimensions.unwrap_or(DEFAULT_DIMENSIONS),
         metric: config.metric.unwrap_or_default(),
         log_replicas: replicas,
@@ -274,8 +282,12 @@ fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
     if let Some(metric) = config.metric {
         check("metric", metric.to_string(), record.metric.to_string());
     }
-    check("hash", format!("{:?}", config.hash), format!("{:?}", record.hash));
-    check("placement", format!("{:?}", config.placement), format!("{:?}", record.placement));
+    if let Some(hash) = config.hash {
+        check("hash", hash.to_string(), record.hash.to_string());
+    }
+    if let Some(placement) = config.placement {
+        check("placement", placement.to_string(), record.placement.to_string());
+    }
     if differences.is_empty() {
         return Ok(());
     }

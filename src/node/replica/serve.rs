@@ -230,8 +230,7 @@ impl Replica {
                 request.shard, self.shard
             )));
         }
-        let shards = std::num::NonZeroU32::new(self.ctx.cluster.num_shards);
-        let mine = |id: &str| shards.is_some_and(|n| crate::logic::hash::shard_of(id, n) == self.shard);
+        let mine = |id: &str| self.ctx.router.shard_of(id) == self.shard;
         let count = match &request.op {
             WriteOp::Upsert(entries) => {
                 for entry in entries {
