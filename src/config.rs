@@ -76,6 +76,16 @@ pub struct ClusterConfig {
     pub cache_bytes: usize,
     /// A node that is down for longer gets its replicas rebuilt elsewhere. Default: 5 min.
     pub rereplicate_after: Duration,
+    /// How far a node's replicas may be from its weighted share before they are evened out, in percent of the
+    /// share, 0 to 100. 0 (the default): evened out to within one replica, once something is more than a
+    /// tenth away.
+    pub max_skew_percent: u32,
+    /// Loads are averaged over windows of this length to find hot shards, 500 ms to 1 h. Default: 30 s.
+    pub hot_window: Duration,
+    /// A shard that was moved because it is hot, or by hand, is left alone for so long. Default: 10 min.
+    pub hot_cool_down: Duration,
+    /// Operations per second below which no shard is hot. Default: 50.
+    pub hot_min_ops_per_s: f64,
     /// How long to leave placement alone after a node joined, and before the first placement of a new
     /// cluster. Default: 2 heartbeats.
     pub settle: Option<Duration>,
@@ -121,6 +131,10 @@ impl Default for ClusterConfig {
             stores: None,
             cache_bytes: 256 << 20,
             rereplicate_after: Duration::from_secs(300),
+            max_skew_percent: 0,
+            hot_window: Duration::from_secs(30),
+            hot_cool_down: Duration::from_secs(600),
+            hot_min_ops_per_s: 50.0,
             settle: None,
             migration_rate: Some(64 << 20),
             migration_chunk: 512 * 1024,
@@ -162,6 +176,9 @@ impl ClusterConfig {
         let beats = self.heartbeat_interval.as_millis() * 3;
         range("failure_timeout in ms", self.failure_timeout.as_millis(), beats, 3_600_000);
         range("lease_ttl in ms", self.lease_ttl.as_millis(), 1_000, 300_000);
+        range("max_skew_percent", self.max_skew_percent.into(), 0, 100);
+        range("hot_window in ms", self.hot_window.as_millis(), 500, 3_600_000);
+        range("hot_cool_down in s", self.hot_cool_down.as_secs().into(), 0, 86_400);
         range("migration_chunk in bytes", self.migration_chunk as u128, 4_096, 64 << 20);
         range("migration_window", self.migration_window.into(), 1, 256);
         range("migrations_per_node", self.migrations_per_node as u128, 1, 1_000);
@@ -171,6 +188,9 @@ impl ClusterConfig {
         }
         if let Some(rate) = self.migration_rate {
             range("migration_rate in bytes/s", rate.into(), 1_024, u64::MAX.into());
+        }
+        if !self.hot_min_ops_per_s.is_finite() || self.hot_min_ops_per_s < 0.0 {
+            problems.push(format!("hot_min_ops_per_s is {}, use 0 or more", self.hot_min_ops_per_s));
         }
         if self.seeds.is_empty() && self.nats.servers.is_empty() {
             problems.push("seeds is empty: name at least one NATS server".to_owned());

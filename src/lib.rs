@@ -84,6 +84,29 @@ pub mod hash {
     pub use crate::logic::hash::{Ketama, KetamaServer, Ring, jump_hash, key_hash};
 }
 
+/// Planning for a cluster that is described, not running: what-if, and how much a change would move.
+///
+/// ```
+/// use ruvector_cluster::planner::{ClusterDescription, plan};
+/// let description: ClusterDescription = serde_json::from_str(
+///     r#"{"replication_factor": 2,
+///         "nodes": [{"node": "a"}, {"node": "b"}, {"node": "c"}],
+///         "shards": [{"shard": 0, "replicas": ["a", "b"]}, {"shard": 1, "replicas": ["b", "a"]},
+///                    {"shard": 2, "replicas": ["a", "b"]}]}"#,
+/// )?;
+/// let plan = plan(&description)?;
+/// assert_eq!((plan.moves.len(), plan.lower_bound), (2, 2));
+/// assert!(plan.moves.iter().all(|step| step.to == "c"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub mod planner {
+    pub use crate::logic::planner::plan_described as plan;
+    pub use crate::model::plan::{
+        Balance, BeforeAfter, ClusterDescription, DescribedNode, DescribedShard, Move, NodeShare, Promotion,
+        RebalancePlan, Removal, Unmet,
+    };
+}
+
 pub use client::{Admin, Client, ClientOptions, Found, SearchOutcome, Written};
 pub use cluster::{Cluster, ClusterEvent, ClusterHealth, Node, Shard};
 pub use config::ClusterConfig;

@@ -7,7 +7,7 @@
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::model::records::{
-    ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, ShardRecord,
+    ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord, ShardRecord,
 };
 use crate::model::{MigrationId, NodeId, ShardId};
 use crate::nats::bucket::{Bucket, Change, rewatch_pause};
@@ -25,6 +25,8 @@ use tracing::{debug, warn};
 pub(crate) const CONFIG_KEY: &str = "config";
 /// Key of the lease.
 pub(crate) const LEADER_KEY: &str = "leader";
+/// Key of a rebalancing that goes on.
+pub(crate) const REBALANCE_KEY: &str = "rebalance";
 /// A watch can die silently: compare revisions this often.
 const RELIST: Duration = Duration::from_secs(30);
 
@@ -57,6 +59,8 @@ pub(crate) type Rev<T> = (u64, T);
 pub(crate) struct View {
     pub(crate) cluster: Option<ClusterRecord>,
     pub(crate) leader: Option<Rev<LeaderRecord>>,
+    /// Replicas are being evened out.
+    pub(crate) rebalance: Option<RebalanceRecord>,
     pub(crate) nodes: BTreeMap<NodeId, Rev<NodeRecord>>,
     pub(crate) shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
@@ -86,6 +90,7 @@ impl View {
         let Change { key, revision, value } = change;
         let Some(bytes) = value else {
             match part {
+                Part::Cluster if key == REBALANCE_KEY => self.rebalance = None,
                 // The settings and the lease are never deleted by us; keep what we know.
                 Part::Cluster => {}
                 Part::Nodes => drop(self.nodes.remove(key)),
@@ -105,6 +110,7 @@ impl View {
             Part::Cluster if key == LEADER_KEY => {
                 self.leader = Some((rev, parse(bytes)?));
             }
+            Part::Cluster if key == REBALANCE_KEY => self.rebalance = Some(parse(bytes)?),
             Part::Cluster => return Err(Error::Invalid(format!("unknown key {key:?}"))),
             Part::Nodes => {
                 let record: NodeRecord = parse(bytes)?;
@@ -230,6 +236,17 @@ impl Views {
             for record in records {
                 view.shards.entry(record.shard).or_insert_with(|| (0, record.clone()));
             }
+        });
+    }
+
+    /// As [`note_shard`](Self::note_shard), for a node's record.
+    pub(crate) fn note_node(&self, revision: u64, record: &NodeRecord) {
+        self.view.send_if_modified(|view| {
+            let newer = view.nodes.get(&record.node).is_none_or(|(known, _)| *known < revision);
+            if newer {
+                Arc::make_mut(view).nodes.insert(record.node.clone(), (revision, record.clone()));
+            }
+            newer
         });
     }
 

@@ -56,7 +56,7 @@ impl Membership {
 
     /// The node's record as it stands in the bucket.
     pub(crate) fn on_record(&mut self, now: Duration, record: &NodeRecord) {
-        let draining = record.status == NodeStatus::Draining;
+        let draining = record.draining || record.status == NodeStatus::Draining;
         let fresh = Tracked {
             instance: record.instance,
             status: record.status,
@@ -69,7 +69,7 @@ impl Membership {
         match self.nodes.get_mut(&record.node) {
             Some(known) if known.instance == record.instance => {
                 known.status = record.status;
-                known.draining = draining || (known.draining && record.status == NodeStatus::Suspect);
+                known.draining = draining;
             }
             Some(known) => *known = fresh,
             None => drop(self.nodes.insert(record.node.clone(), fresh)),
@@ -92,7 +92,7 @@ impl Membership {
             NodeStatus::Up | NodeStatus::Draining | NodeStatus::Left => vec![],
             NodeStatus::Suspect => known.set(node, known.live_status(), "its heartbeat arrived"),
             NodeStatus::Down if known.steady >= STEADY_BEATS => {
-                known.set(node, NodeStatus::Up, "its heartbeats are steady again")
+                known.set(node, known.live_status(), "its heartbeats are steady again")
             }
             NodeStatus::Down => vec![],
         }
@@ -273,7 +273,7 @@ mod tests {
     fn a_suspected_draining_node_goes_on_draining() {
         let mut m = tracked(NodeStatus::Draining);
         m.on_tick(ms(1_501));
-        m.on_record(ms(1_502), &record(NodeStatus::Suspect, 1));
+        m.on_record(ms(1_502), &NodeRecord { draining: true, ..record(NodeStatus::Suspect, 1) });
         assert_eq!(statuses(&m.on_heartbeat(ms(1_600), "a", who(1))), [NodeStatus::Draining]);
     }
 

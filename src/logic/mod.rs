@@ -3,6 +3,7 @@
 //! Nothing here reads a clock (`now` is an argument: time since some fixed start, monotonic), touches
 //! the network or draws a random number, so every step can be tested and replayed.
 
+pub(crate) mod damping;
 pub(crate) mod dedup;
 pub(crate) mod hash;
 pub(crate) mod lease;

@@ -159,6 +159,8 @@ pub struct Balance {
     pub max_off: f64,
     /// Largest ratio of a node's replicas to its share; 1 is even.
     pub max_ratio: f64,
+    /// Smallest ratio of a node's replicas to its share.
+    pub min_ratio: f64,
     /// Shards with more replicas in one rack than the rule allows.
     pub rack_violations: u64,
     /// Node by node.

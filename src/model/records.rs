@@ -218,6 +218,17 @@ pub struct LeaderRecord {
     pub ttl_ms: u64,
 }
 
+/// Key `rebalance` of `ruvector_cluster`, while replicas are being evened out: so that the next leader goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RebalanceRecord {
+    /// Why.
+    pub cause: String,
+    /// Since when.
+    pub since: DateTime<Utc>,
+    /// Term of the leader that began.
+    pub term: Term,
+}
+
 /// What the cluster thinks of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

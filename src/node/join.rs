@@ -332,10 +332,11 @@ async fn take_name(ctx: &Arc<Context>) -> Result<Subscriber> {
             {
                 record.status
             }
+            Some(record) if record.draining => NodeStatus::Draining,
             _ => NodeStatus::Up,
         };
-        let value =
-            serde_json::to_vec(&own_record(ctx, status)).map_err(|e| Error::Internal(e.to_string()))?;
+        let record = own_record(ctx, status, before.as_ref());
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
         let written = match &found {
             Some(found) => ctx.buckets.nodes.cas(&ctx.node, value, found.revision).await,
             None => ctx.buckets.nodes.create(&ctx.node, value).await?,
@@ -364,20 +365,23 @@ fn taken(ctx: &Context, other: InstanceId) -> Error {
     ))
 }
 
-fn own_record(ctx: &Context, status: NodeStatus) -> NodeRecord {
+/// Our record; what operators have ordered of us stays in it.
+fn own_record(ctx: &Context, status: NodeStatus, before: Option<&NodeRecord>) -> NodeRecord {
+    let set_weight = before.and_then(|record| record.set_weight);
+    let set_rack = before.and_then(|record| record.set_rack.clone());
     NodeRecord {
         node: ctx.node.clone(),
         instance: ctx.instance,
         addr: ctx.config.listen_addr,
-        rack: ctx.config.rack.clone(),
-        weight: ctx.config.weight,
+        rack: set_rack.clone().unwrap_or_else(|| ctx.config.rack.clone()),
+        weight: set_weight.unwrap_or(ctx.config.weight),
         status,
         since: wall(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        draining: false,
-        maintenance: None,
-        set_weight: None,
-        set_rack: None,
+        draining: before.is_some_and(|record| record.draining),
+        maintenance: before.and_then(|record| record.maintenance.clone()),
+        set_weight,
+        set_rack,
     }
 }
 
@@ -389,8 +393,11 @@ pub(crate) async fn set_own_status(ctx: &Context, status: NodeStatus) -> Result<
         if current.as_ref().is_some_and(|r| r.instance != ctx.instance) {
             return Err(Error::Fenced(format!("another process has taken the name {}", ctx.node)));
         }
-        let value =
-            serde_json::to_vec(&own_record(ctx, status)).map_err(|e| Error::Internal(e.to_string()))?;
+        // A damaged record says nothing: what we saw last does.
+        let view = ctx.view();
+        let before = current.filter(|r| r.check(&ctx.node).is_ok()).or_else(|| view.node(&ctx.node).cloned());
+        let record = own_record(ctx, status, before.as_ref());
+        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
         let written = match &found {
             Some(found) => ctx.buckets.nodes.cas(&ctx.node, value, found.revision).await,
             None => ctx.buckets.nodes.create(&ctx.node, value).await?,

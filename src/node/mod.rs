@@ -18,6 +18,7 @@ use crate::client::Client;
 use crate::clock::wall;
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
+use crate::model::admin::LeaveRequest;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::NodeStatus;
 use crate::nats::connect::permission_error;
@@ -46,6 +47,8 @@ pub(crate) struct Node {
 
 /// Longest wait for the release of the lease, and for tasks to end.
 const GOODBYE: Duration = Duration::from_secs(10);
+/// For giving primaries away; whoever leads does it anyway when we are gone.
+const HAND_OVER: Duration = Duration::from_secs(3);
 
 impl Node {
     /// Connects, joins and starts everything.
@@ -123,6 +126,7 @@ impl Node {
             return;
         }
         info!(node = ctx.node, "leaving");
+        self.hand_over().await;
         self.lease_stop.cancel();
         let lease = self.lease.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if let Some(lease) = lease
@@ -151,6 +155,22 @@ impl Node {
             let _ = nats.flush().await;
         }
         info!(node = ctx.node, ran = ?ctx.clock.now(), at = %wall(), "stopped");
+    }
+
+    /// Asks the leader to give our primaries to others, while requests are still served here.
+    async fn hand_over(&self) {
+        let ctx = &self.ctx;
+        let leads = ctx.view().shards.values().any(|(_, record)| record.primary == ctx.node);
+        if !leads || self.fatal.borrow().is_some() || !ctx.control.nats.is_connected() {
+            return;
+        }
+        let request = LeaveRequest { node: ctx.node.clone(), instance: ctx.instance };
+        let admin = self.client.admin().patience(HAND_OVER);
+        match tokio::time::timeout(HAND_OVER, admin.leave(&request)).await {
+            Ok(Ok(reply)) => info!(handed_over = reply.handed_over, kept = reply.kept, "primaries handed over"),
+            Ok(Err(error)) => info!("primaries are handed over when we are gone: {error}"),
+            Err(_) => info!("primaries are handed over when we are gone: no leader answers"),
+        }
     }
 
     /// Whether this node can be sent requests: connected, knows the map, and every replica that it should

@@ -42,12 +42,13 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let total: u64 = all.iter().map(|r| served(r)).sum();
         let elapsed = (now - since).as_secs_f64().max(0.001);
         let leader = view.leader().and_then(|leader| leader.node.clone());
+        let own = view.node(&ctx.node);
         let heartbeat = Heartbeat {
             node: ctx.node.clone(),
             instance: ctx.instance,
             addr: ctx.config.listen_addr,
-            rack: ctx.config.rack.clone(),
-            weight: ctx.config.weight,
+            rack: own.map_or_else(|| ctx.config.rack.clone(), |record| record.rack.clone()),
+            weight: own.map_or(ctx.config.weight, |record| record.weight),
             status: view.node_status(&ctx.node),
             seq,
             sent_at: wall(),

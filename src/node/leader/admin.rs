@@ -1,16 +1,17 @@
 //! Answers operators: `ruvector.admin.<verb>`.
 
 use super::Leader;
+use super::placement::BY_OPERATOR;
 use crate::error::{Error, Result};
-use crate::logic::planner::{Step, plan};
 use crate::model::admin::{
-    CancelReply, CancelRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts, NodeView, NodesReply,
-    RebalanceReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply, StepDownReply,
+    CancelReply, CancelRequest, ExplainRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts,
+    NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply, StepDownReply,
 };
-use crate::model::events::{Event, ReplicaState};
+use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
 use crate::nats::bus::{Message, sender};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 /// Shards of one answer: it must fit into one message.
 const PAGE: usize = 500;
@@ -37,39 +38,43 @@ impl Leader {
         }
         let verb = message.subject.rsplit('.').next().unwrap_or_default();
         let bus = &ctx.control;
+        if verb == "step_down" {
+            bus.answer_json(message, Ok(StepDownReply { node: ctx.node.clone(), term: self.term })).await;
+            return Err(Error::NotLeader("an operator asked for another leader".into()));
+        }
+        let answer = self.answer(verb, message).await;
+        if let Err(error @ Error::Invalid(_)) = &answer {
+            ctx.bad_message("admin", sender(message), error);
+        }
+        // Whoever lost its lease in between must not lead on.
+        let fenced = matches!(&answer, Err(Error::Fenced(_)));
+        bus.answer_json(message, answer).await;
+        if fenced { self.check_lease() } else { Ok(()) }
+    }
+
+    async fn answer(&mut self, verb: &str, message: &Message) -> Result<Value> {
+        fn json(reply: impl serde::Serialize) -> Result<Value> {
+            serde_json::to_value(reply).map_err(|e| Error::Internal(e.to_string()))
+        }
         match verb {
-            "status" => bus.answer_json(message, Ok(self.status())).await,
-            "nodes" => bus.answer_json(message, Ok(self.nodes())).await,
-            "shards" => {
-                bus.answer_json(message, body(message).map(|request| self.shards_page(&request))).await
-            }
-            "migrate" => {
-                let result = match required(message) {
-                    Ok(request) => self.migrate(request).await,
-                    Err(error) => Err(error),
-                };
-                bus.answer_json(message, result).await;
-            }
-            "cancel" => {
-                let result = match required(message) {
-                    Ok(request) => self.cancel(request).await,
-                    Err(error) => Err(error),
-                };
-                bus.answer_json(message, result).await;
-            }
-            "rebalance" => bus.answer_json(message, Ok(self.rebalance().await)).await,
-            "step_down" => {
-                bus.answer_json(message, Ok(StepDownReply { node: ctx.node.clone(), term: self.term })).await;
-                return Err(Error::NotLeader("an operator asked for another leader".into()));
-            }
+            "status" => json(self.status()),
+            "nodes" => json(self.nodes()),
+            "shards" => json(self.shards_page(&body(message)?)),
+            "migrate" => json(self.migrate(required(message)?).await?),
+            "cancel" => json(self.cancel(required(message)?).await?),
+            "rebalance" => json(self.rebalance(body(message)?).await?),
+            "drain" => json(self.drain(&required::<NodeRequest>(message)?.node, true).await?),
+            "undrain" => json(self.drain(&required::<NodeRequest>(message)?.node, false).await?),
+            "maintenance" => json(self.maintenance(required(message)?).await?),
+            "set" => json(self.set_node(required(message)?).await?),
+            "explain" => json(self.explain(required::<ExplainRequest>(message)?.shard).await?),
+            "leave" => json(self.leave(required(message)?).await?),
             other => {
-                let verbs = "status, nodes, shards, migrate, rebalance, cancel, step_down";
-                let error = Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}"));
-                ctx.bad_message("admin", sender(message), &error);
-                bus.answer_json::<()>(message, Err(error)).await;
+                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, explain, maintenance, \
+                             set, step_down";
+                Err(Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}")))
             }
         }
-        Ok(())
     }
 
     fn status(&self) -> StatusReply {
@@ -148,7 +153,7 @@ impl Leader {
     }
 
     /// Vectors and bytes, by the most advanced report.
-    fn size(&self, record: &ShardRecord) -> (u64, u64) {
+    pub(super) fn size(&self, record: &ShardRecord) -> (u64, u64) {
         let reports = record.replicas.iter().filter_map(|n| self.reported(n, record.shard));
         reports.max_by_key(|load| load.applied).map_or((0, 0), |load| (load.vectors, load.bytes))
     }
@@ -226,7 +231,7 @@ impl Leader {
                 record.replicas.iter().max_by_key(held).cloned()
             }
         };
-        let migration = self.start_migration(shard, from.clone(), &to, "an operator asked for it").await?;
+        let migration = self.start_migration(shard, from.clone(), &to, BY_OPERATOR).await?;
         Ok(MigrateReply { migration, from })
     }
 
@@ -243,15 +248,5 @@ impl Leader {
         }
         self.abort(migration, MigrationPhase::Cancelled, "an operator cancelled it").await?;
         Ok(CancelReply { phase: MigrationPhase::Cancelled })
-    }
-
-    async fn rebalance(&mut self) -> RebalanceReply {
-        self.balance = true;
-        let steps = plan(&self.plan_input(true));
-        let moves = steps.iter().filter(|s| matches!(s, Step::Copy { .. })).count();
-        let promotions = steps.iter().filter(|s| matches!(s, Step::Promote { .. })).count();
-        let message = format!("{moves} replicas will move, {promotions} primaries will be handed over");
-        self.ctx.event(Event::new("rebalance.planned", message).with("moves", moves)).await;
-        RebalanceReply { id: String::new(), moves, promotions, bytes: 0, estimated_ms: None, plan: None }
     }
 }

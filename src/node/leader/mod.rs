@@ -8,15 +8,17 @@
 
 mod admin;
 mod migrations;
+mod operator;
+mod placement;
 mod records;
 
+use placement::Placement;
 use records::Verdict;
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
 use crate::logic::membership::{Action, Membership};
-use crate::logic::planner::{PlanInput, PlanNode, Role, Step, plan};
 use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::PingRequest;
@@ -94,8 +96,7 @@ struct Leader {
     settled_at: Duration,
     /// Nodes that are up, or suspected for a moment.
     present: BTreeSet<NodeId>,
-    /// Whether counts should be evened out, and not only repaired.
-    balance: bool,
+    placement: Placement,
     /// Migrations as last seen, and since when without progress.
     watched: BTreeMap<String, (String, Duration)>,
     /// Shards whose stream has been checked in this term.
@@ -123,7 +124,7 @@ impl Leader {
             down_since: BTreeMap::new(),
             settled_at: now,
             present: BTreeSet::new(),
-            balance: false,
+            placement: Placement::default(),
             watched: BTreeMap::new(),
             logs_checked: BTreeSet::new(),
             log_suspects: BTreeMap::new(),
@@ -137,28 +138,12 @@ impl Leader {
     /// A rebalancing that the last leader had begun goes on.
     fn resume(&mut self) {
         self.present = present(&self.ctx.view());
-        self.balance = self.shards.is_empty() || self.is_skewed();
+        self.placement.balance = self.ctx.view().rebalance.as_ref().map(|record| record.cause.clone());
         if self.shards.is_empty() {
             // Nodes of a new cluster start one after the other: whoever is there when the shards are first
             // placed holds them without a copy.
             self.settled_at = self.ctx.clock.now() + self.ctx.config.settle();
         }
-    }
-
-    fn held(&self, node: &str) -> usize {
-        self.shards.values().filter(|(_, record)| record.has_replica(node)).count()
-    }
-
-    /// Whether the counts are further apart than what an operator's few moves by hand make them.
-    fn is_skewed(&self) -> bool {
-        let view = self.ctx.view();
-        let weight = |node: &NodeId| view.node(node).map_or(1, |record| record.weight);
-        let shares: Vec<f64> =
-            self.present.iter().map(|node| self.held(node) as f64 / f64::from(weight(node))).collect();
-        let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
-        let highest = shares.iter().copied().fold(0.0, f64::max);
-        let lowest = shares.iter().copied().fold(f64::INFINITY, f64::min);
-        highest - lowest > (mean / 10.0).max(2.0)
     }
 
     /// Looked at before every write.
@@ -216,11 +201,9 @@ impl Leader {
         let present = present(&view);
         if present != self.present {
             self.settled_at = now + self.ctx.config.settle();
-            // A newcomer gets its share. Who was only away for a moment still has it.
-            let newcomer = present.difference(&self.present).any(|node| self.held(node) == 0);
             self.present = present;
-            self.balance |= newcomer || self.is_skewed();
         }
+        self.placement.look();
         // Somebody wrote under a key that is ours.
         let seen = view.shards.iter().map(|(shard, (revision, _))| (shard, revision));
         for (shard, revision) in seen.chain(&view.overwritten) {
@@ -322,90 +305,6 @@ impl Leader {
             self.promote_only().await?;
         }
         self.refresh_statuses().await
-    }
-
-    fn role(&self, record: &NodeRecord) -> Role {
-        match record.status {
-            NodeStatus::Up => Role::Member,
-            NodeStatus::Suspect => Role::Waiting { live: true },
-            NodeStatus::Draining => Role::Draining,
-            NodeStatus::Down | NodeStatus::Left => {
-                let since = self.down_since.get(&record.node).copied().unwrap_or(self.ctx.clock.now());
-                let gone = self.ctx.clock.now().saturating_sub(since) > self.ctx.config.rereplicate_after;
-                if gone { Role::Gone } else { Role::Waiting { live: false } }
-            }
-        }
-    }
-
-    /// The world as the planner sees it: migrations under way count as done.
-    fn plan_input(&self, balance: bool) -> PlanInput {
-        let view = self.ctx.view();
-        let nodes = view.nodes.iter().map(|(id, (_, record))| {
-            (
-                id.clone(),
-                PlanNode { role: self.role(record), rack: record.rack.clone(), weight: record.weight },
-            )
-        });
-        let mut shards: BTreeMap<ShardId, Vec<NodeId>> =
-            (0..self.ctx.cluster.num_shards).map(|shard| (ShardId(shard), Vec::new())).collect();
-        for (shard, (_, record)) in &self.shards {
-            let mut holders = record.replicas.clone();
-            if let Some((_, migration)) = record.migration.as_ref().and_then(|id| view.migrations.get(id)) {
-                match migration.from.as_ref().and_then(|from| holders.iter().position(|n| n == from)) {
-                    Some(at) => holders[at].clone_from(&migration.to),
-                    None => holders.push(migration.to.clone()),
-                }
-            }
-            shards.insert(*shard, holders);
-        }
-        PlanInput {
-            nodes: nodes.collect(),
-            shards,
-            replication_factor: self.ctx.cluster.replication_factor as usize,
-            balance,
-        }
-    }
-
-    async fn promote_only(&mut self) -> Result<()> {
-        for step in plan(&self.plan_input(false)) {
-            if let Step::Promote { shard, to, reason } = step {
-                self.promote(shard, &to, reason).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn place(&mut self) -> Result<()> {
-        let steps = plan(&self.plan_input(self.balance));
-        let mut fresh = Vec::new();
-        let mut waiting = false;
-        for step in steps {
-            let migrating = self.shards.get(&step.shard()).is_some_and(|(_, r)| r.migration.is_some());
-            match step {
-                Step::Assign { shard, replicas } => fresh.push((shard, replicas)),
-                Step::Promote { shard, to, reason } => self.promote(shard, &to, reason).await?,
-                _ if migrating => waiting = true,
-                Step::Copy { shard, from, to, reason } => {
-                    waiting = true;
-                    if self.may_start(from.as_deref(), &to)
-                        && let Err(error) = self.start_migration(shard, from, &to, reason).await
-                    {
-                        self.soft(error)?;
-                    }
-                }
-                Step::Remove { shard, node, reason } => self.remove_replica(shard, &node, reason).await?,
-            }
-        }
-        if !fresh.is_empty() {
-            waiting = true;
-            self.assign(fresh).await?;
-        }
-        if self.balance && !waiting && !self.any_migration() {
-            self.balance = false;
-            let message = "every node holds its share".to_owned();
-            self.ctx.event(Event::new("rebalance.completed", message)).await;
-        }
-        Ok(())
     }
 
     /// What ends leadership, and what is merely tried again at the next tick.

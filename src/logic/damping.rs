@@ -1,0 +1,51 @@
+//! Whether evening out is worth the moves. Does not plan; only compares what is with what would be.
+//!
+//! Keeps: a cluster within its bands is never touched, and small unevenness that a plan would hardly change
+//! is left alone, so that placement does not follow every ripple.
+
+use crate::model::plan::Balance;
+
+/// Unevenness that is looked at: a node this far from its share, as a part of it.
+const SKEW: f64 = 0.10;
+/// What a plan must improve, as a part of the share.
+const GAIN: f64 = 0.05;
+
+/// Largest distance of a node from its share, as a part of it.
+fn skew(balance: &Balance) -> f64 {
+    (balance.max_ratio - 1.0).max(1.0 - balance.min_ratio)
+}
+
+/// Whether a map is so uneven that a plan is worth making: more than a tenth, and more than one replica.
+pub(crate) fn is_uneven(now: &Balance) -> bool {
+    skew(now) > SKEW && now.max_off > 1.0
+}
+
+/// Whether a plan gains enough.
+pub(crate) fn is_worth_it(now: &Balance, after: &Balance) -> bool {
+    is_uneven(now) && skew(now) - skew(after) >= GAIN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn balance(max_ratio: f64, min_ratio: f64, max_off: f64) -> Balance {
+        Balance { max_ratio, min_ratio, max_off, ..Balance::default() }
+    }
+
+    #[test]
+    fn an_empty_newcomer_is_worth_a_plan() {
+        assert!(is_worth_it(&balance(1.01, 0.0, 30.0), &balance(1.01, 0.99, 0.5)));
+    }
+
+    #[test]
+    fn a_tenth_or_one_replica_is_left_alone() {
+        assert!(!is_uneven(&balance(1.09, 0.92, 9.0)));
+        assert!(!is_uneven(&balance(2.0, 0.5, 0.9)), "few replicas are never nearer");
+    }
+
+    #[test]
+    fn what_a_plan_cannot_change_is_left_alone() {
+        assert!(!is_worth_it(&balance(1.66, 0.9, 50.0), &balance(1.62, 0.9, 48.0)));
+    }
+}

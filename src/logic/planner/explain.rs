@@ -1,0 +1,100 @@
+//! Why a shard is where it is: every node, every rule, yes or no with the reason.
+
+use super::world::World;
+use super::{PlanInput, Role, plan};
+use crate::model::ShardId;
+use crate::model::admin::{ExplainReply, NodeVerdict, RuleVerdict};
+
+/// Judges every node for one shard, as the planner does; `None`: there is no such shard.
+pub(crate) fn explain(input: &PlanInput, shard: ShardId) -> Option<ExplainReply> {
+    let world = World::new(input);
+    let at = world.shards.iter().position(|state| state.id == shard)? as u32;
+    let state = &world.shards[at as usize];
+    let plan = plan(input);
+    let mut next: Vec<String> = Vec::new();
+    for step in plan.moves.iter().filter(|step| step.shard == shard) {
+        let from = step.from.as_ref().map_or(String::new(), |from| format!(" from {from}"));
+        next.push(format!("build a replica on {}{from}: {}", step.to, step.reason));
+    }
+    next.extend(
+        plan.promotions
+            .iter()
+            .filter(|step| step.shard == shard)
+            .map(|step| format!("make {} the primary instead of {}", step.to, step.from)),
+    );
+    next.extend(
+        plan.removals
+            .iter()
+            .filter(|step| step.shard == shard)
+            .map(|step| format!("take {} off its record: {}", step.node, step.reason)),
+    );
+    let unmet = plan.unmet.iter().filter(|unmet| unmet.shard.is_none_or(|about| about == shard));
+    let unmet: Vec<String> = unmet.filter(|u| u.node.is_none() || u.shard.is_some()).map(|u| u.reason.clone()).collect();
+    let nodes: Vec<NodeVerdict> = (0..world.names.len() as u32).map(|node| verdict(&world, at, node)).collect();
+    let replicas = &state.input.replicas;
+    let wanted = input.rules.replication_factor.min(state.want.max(replicas.len()));
+    let summary = if state.stuck {
+        format!("none of its {} holders is live: it is served again when one of them is back", replicas.len())
+    } else if replicas.is_empty() && next.is_empty() {
+        "it is not placed, and no node can take it".to_owned()
+    } else if replicas.is_empty() {
+        "it is not placed yet".to_owned()
+    } else if !next.is_empty() {
+        format!("it is on {}, and that is about to change", replicas.join(", "))
+    } else if !unmet.is_empty() {
+        format!("it is on {}, and not every rule can hold: {}", replicas.join(", "), unmet.join("; "))
+    } else {
+        format!("it is on {}: every rule holds, and a replica that may stay stays", replicas.join(", "))
+    };
+    Some(ExplainReply { shard, replicas: replicas.clone(), wanted, summary, next, nodes })
+}
+
+fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
+    let state = &world.shards[shard as usize];
+    let name = world.names[node as usize];
+    let holds = state.input.replicas.contains(name);
+    let role = world.roles[node as usize];
+    let mut rules = Vec::new();
+    let mut rule = |rule: &str, ok: bool, reason: String| {
+        rules.push(RuleVerdict { rule: rule.to_owned(), ok, reason });
+    };
+    let (up, why) = match role {
+        Role::Member => (true, "it is up"),
+        Role::Waiting { live: true } => (holds, "it is suspect or in maintenance: it keeps what it has and gets nothing"),
+        Role::Waiting { live: false } => (holds, "it is away for a moment: its replicas are waited for, it gets nothing"),
+        Role::Draining => (false, "it is draining"),
+        Role::Gone => (false, "it is gone for longer than its replicas are waited for"),
+    };
+    rule("up", up, why.to_owned());
+    match holds {
+        true => rule("copy", true, "it holds the shard".to_owned()),
+        false => rule("copy", true, "it does not hold the shard yet".to_owned()),
+    }
+    let others = world.rack_use(shard, node, holds.then_some(node));
+    let rack = match world.input.nodes[name].rack.as_str() {
+        "" => "its own rack".to_owned(),
+        rack => format!("rack {rack}"),
+    };
+    rule(
+        "rack",
+        others < state.limit,
+        match others {
+            0 => format!("{rack} holds no other replica of it"),
+            n => format!("{rack} holds {n} other of its replicas, {} may be in one", state.limit),
+        },
+    );
+    if role == Role::Member {
+        let (held, band) = (world.count[node as usize], world.bands[node as usize]);
+        let share = world.shares[node as usize].as_f64();
+        let ok = if holds { held <= band.high } else { held < band.high };
+        let full = if ok { "" } else if holds { ": more than that" } else { ": no room" };
+        rule("share", ok, format!("it holds {held} replicas, its share is {share:.1}{full}"));
+    }
+    NodeVerdict {
+        node: name.clone(),
+        holds,
+        primary: state.input.replicas.first() == Some(name),
+        allowed: rules.iter().all(|rule| rule.ok),
+        rules,
+    }
+}

@@ -1,0 +1,205 @@
+//! Which replica of each shard is the primary: the one that is, unless its node has no right to be, or has
+//! more than its share while another holder's node has less.
+//!
+//! Handing over copies nothing, but every hand-over is one; a shortest way over shards needs the fewest.
+
+use super::Role;
+use super::quota::{Band, Part, Share, Slot, round, water_fill};
+use super::world::World;
+use std::collections::{BTreeSet, VecDeque};
+
+/// The primary of each shard, by index of its node; `None`: it has no holder.
+pub(super) fn lead(world: &World<'_>) -> Vec<Option<u32>> {
+    let mut leaders = Leaders::new(world);
+    leaders.keep();
+    leaders.fill();
+    if world.input.rules.balance {
+        leaders.balance();
+    }
+    leaders.lead
+}
+
+struct Leaders<'a> {
+    world: &'a World<'a>,
+    lead: Vec<Option<u32>>,
+    /// Holders that may lead, for each shard.
+    able: Vec<Vec<u32>>,
+    may_lead: Vec<bool>,
+    count: Vec<u64>,
+    target: Vec<u64>,
+    led: Vec<BTreeSet<u32>>,
+}
+
+impl<'a> Leaders<'a> {
+    fn new(world: &'a World<'a>) -> Self {
+        let nodes = world.names.len();
+        let may_lead: Vec<bool> = world
+            .input
+            .nodes
+            .values()
+            .map(|node| node.leads && node.role == Role::Member)
+            .collect();
+        let able = world
+            .shards
+            .iter()
+            .map(|shard| {
+                let able = |holders: &dyn Fn(u32) -> bool| -> Vec<u32> {
+                    let all = shard.now.iter().copied();
+                    all.filter(|n| may_lead[*n as usize] && holders(*n)).collect()
+                };
+                let primary = first_holder(world, shard);
+                let lost = primary.is_some_and(|n| !world.roles[n as usize].is_live());
+                // A lost primary is replaced at once, by somebody who serves already.
+                let at_once = if lost { able(&|n| shard.was_on(n)) } else { Vec::new() };
+                if at_once.is_empty() { able(&|_| true) } else { at_once }
+            })
+            .collect();
+        Leaders {
+            world,
+            lead: vec![None; world.shards.len()],
+            able,
+            may_lead,
+            count: vec![0; nodes],
+            target: vec![0; nodes],
+            led: vec![BTreeSet::new(); nodes],
+        }
+    }
+
+    fn set(&mut self, shard: usize, node: u32) {
+        if let Some(old) = self.lead[shard].replace(node) {
+            self.count[old as usize] -= 1;
+            self.led[old as usize].remove(&(shard as u32));
+        }
+        self.count[node as usize] += 1;
+        self.led[node as usize].insert(shard as u32);
+    }
+
+    /// Primaries that stay; then everybody's share of the rest.
+    fn keep(&mut self) {
+        let (mut fixed, mut shared) = (vec![0u64; self.count.len()], 0);
+        for (at, shard) in self.world.shards.iter().enumerate() {
+            let primary = first_holder(self.world, shard);
+            let waits = |n: &u32| {
+                let node = &self.world.input.nodes[self.world.names[*n as usize]];
+                node.leads && node.role == Role::Waiting { live: true } && shard.now.contains(n)
+            };
+            if let Some(node) = primary.filter(|n| self.able[at].contains(n)) {
+                self.set(at, node);
+            } else if let Some(node) = primary.filter(waits) {
+                // A moment of suspicion is no reason for a hand-over.
+                self.set(at, node);
+                fixed[node as usize] += 1;
+                self.able[at].clear();
+                continue;
+            } else if self.able[at].is_empty() {
+                // Nobody may lead who could: whoever does goes on, the living before the absent.
+                let stays = primary.filter(|n| shard.now.contains(n) || shard.vacated.contains(n));
+                let live = |n: &u32| self.world.roles[*n as usize].is_live();
+                let other = shard.now.iter().chain(&shard.vacated).copied().find(live);
+                if let Some(node) = stays.filter(live).or(other).or(stays) {
+                    self.set(at, node);
+                    fixed[node as usize] += 1;
+                }
+                continue;
+            }
+            shared += 1;
+        }
+        let mut can = vec![0u64; self.count.len()];
+        for node in self.able.iter().flatten() {
+            can[*node as usize] += 1;
+        }
+        let parts: Vec<Part> = self
+            .world
+            .input
+            .nodes
+            .values()
+            .enumerate()
+            .map(|(i, node)| Part { weight: if self.may_lead[i] { node.weight.max(1).into() } else { 0 }, cap: can[i] })
+            .collect();
+        let shares = water_fill(&parts, Share::whole(shared));
+        let slots: Vec<Slot> = shares
+            .iter()
+            .zip(&parts)
+            .enumerate()
+            .map(|(i, (share, part))| Slot {
+                share: *share,
+                band: Band::around(*share, self.world.input.rules.max_skew_percent, part.cap),
+                ideal: self.count[i] - fixed[i],
+            })
+            .collect();
+        self.target = round(&slots, shared);
+        for (target, fixed) in self.target.iter_mut().zip(fixed) {
+            *target += fixed;
+        }
+    }
+
+    fn deficit(&self, node: u32) -> i64 {
+        self.target[node as usize] as i64 - self.count[node as usize] as i64
+    }
+
+    /// A primary for every shard without one: first where there is least choice.
+    fn fill(&mut self) {
+        let mut order: Vec<usize> = (0..self.lead.len()).filter(|at| self.lead[*at].is_none()).collect();
+        order.sort_by_key(|at| self.able[*at].len());
+        for at in order {
+            let best = self.able[at].iter().copied().max_by_key(|n| (self.deficit(*n), std::cmp::Reverse(*n)));
+            if let Some(node) = best {
+                self.set(at, node);
+            }
+        }
+    }
+
+    /// Nodes below their target get primaries, through others if need be.
+    fn balance(&mut self) {
+        let mut holds: Vec<Vec<u32>> = vec![Vec::new(); self.count.len()];
+        for (at, able) in self.able.iter().enumerate() {
+            for node in able {
+                holds[*node as usize].push(at as u32);
+            }
+        }
+        for node in 0..self.count.len() as u32 {
+            while self.deficit(node) > 0 && self.pull(node, &holds) {}
+        }
+    }
+
+    /// Breadth-first from a node that lacks a primary to one that has too many, over shards that the one
+    /// holds and the other leads.
+    fn pull(&mut self, end: u32, holds: &[Vec<u32>]) -> bool {
+        let mut next: Vec<Option<(u32, u32)>> = vec![None; self.count.len()];
+        let mut queue = VecDeque::from([end]);
+        while let Some(node) = queue.pop_front() {
+            // Undoing a hand-over of this plan costs nothing: those first.
+            let was = |shard: &u32| {
+                let state = &self.world.shards[*shard as usize];
+                first_holder(self.world, state) == self.lead[*shard as usize]
+            };
+            let (kept, changed): (Vec<u32>, Vec<u32>) = holds[node as usize].iter().copied().partition(was);
+            for shard in changed.into_iter().chain(kept) {
+                let Some(leader) = self.lead[shard as usize] else { continue };
+                if leader == end || next[leader as usize].is_some() || !self.may_lead[leader as usize] {
+                    continue;
+                }
+                next[leader as usize] = Some((shard, node));
+                if self.deficit(leader) < 0 {
+                    let mut at = leader;
+                    while let Some((shard, to)) = next[at as usize] {
+                        self.set(shard as usize, to);
+                        at = to;
+                        if at == end {
+                            break;
+                        }
+                    }
+                    return true;
+                }
+                queue.push_back(leader);
+            }
+        }
+        false
+    }
+}
+
+/// The primary that a shard has now.
+pub(super) fn first_holder(world: &World<'_>, shard: &super::world::ShardState<'_>) -> Option<u32> {
+    let name = shard.input.replicas.first()?;
+    world.names.binary_search(&name).ok().map(|at| at as u32)
+}

@@ -1,0 +1,359 @@
+//! Carries out plans: first placements, promotions, moves in the plan's order within the limits, removals.
+//!
+//! A plan is made again whenever the world has changed, with migrations under way counted as done, and each
+//! step is valid alone: so the leader may die between any two, and the next one makes the rest of the plan
+//! from the map as it finds it. What only the last leader knew, that counts are to be evened out, is a record
+//! of its own (key `rebalance`); losing that write, or seeing it late, means one plan more or fewer.
+
+use super::Leader;
+use crate::clock::wall;
+use crate::error::{Error, Result};
+use crate::logic::damping::{is_uneven, is_worth_it};
+use crate::logic::planner::{Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, plan};
+use crate::model::events::Event;
+use crate::model::plan::{Move, RebalancePlan};
+use crate::model::records::{NodeRecord, NodeStatus, RebalanceRecord};
+use crate::model::{NodeId, ShardId};
+use crate::nats::bucket::Cas;
+use crate::view::REBALANCE_KEY;
+use crate::node::replica::blocking;
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+use tracing::debug;
+
+/// Without a change, placement is still looked at so often: time passes for who is away.
+const LOOK: Duration = Duration::from_secs(1);
+/// Plans of dry runs that `apply` may name.
+const PLANS: usize = 8;
+/// A node that said it leaves and did not is an ordinary node again.
+const LEAVING: Duration = Duration::from_secs(30);
+/// Why an operator's move was made, in its record.
+pub(super) const BY_OPERATOR: &str = "an operator asked for it";
+/// Why a hot shard was moved, in its record.
+pub(super) const BY_HEAT: &str = "it is hot";
+
+/// What the leader remembers of placement.
+#[derive(Debug, Default)]
+pub(super) struct Placement {
+    /// Counts are to be evened out, for this reason.
+    pub(super) balance: Option<String>,
+    /// Moves that an operator has approved, in order.
+    approved: VecDeque<Move>,
+    /// Plans of dry runs: name, what they were made for, plan.
+    plans: VecDeque<(String, PlanInput, RebalancePlan)>,
+    /// Nodes that are about to stop.
+    pub(super) leaving: BTreeMap<NodeId, (crate::model::InstanceId, Duration)>,
+    next_look: Duration,
+    next_balance: Duration,
+}
+
+impl Placement {
+    /// Something has changed: look at the next tick.
+    pub(super) fn look(&mut self) {
+        self.next_look = Duration::ZERO;
+    }
+}
+
+impl Leader {
+    pub(super) fn role(&self, record: &NodeRecord) -> Role {
+        let now = self.ctx.clock.now();
+        if self.placement.leaving.get(&record.node).is_some_and(|(instance, until)| {
+            *instance == record.instance && now < *until
+        }) && record.status.is_live()
+        {
+            return Role::Waiting { live: true };
+        }
+        match record.status {
+            NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining if record.draining => Role::Draining,
+            NodeStatus::Draining => Role::Draining,
+            NodeStatus::Up => Role::Member,
+            NodeStatus::Suspect => Role::Waiting { live: true },
+            NodeStatus::Down | NodeStatus::Left => {
+                let since = self.down_since.get(&record.node).copied().unwrap_or(now);
+                let late = now.saturating_sub(since) > self.ctx.config.rereplicate_after;
+                let promised = record.maintenance.as_ref().is_some_and(|m| wall() < m.until);
+                // Whoever was being emptied is not waited for.
+                if !promised && (late || record.draining) { Role::Gone } else { Role::Waiting { live: false } }
+            }
+        }
+    }
+
+    /// The world as the planner sees it: migrations under way count as done.
+    pub(super) fn plan_input(&self, balance: bool) -> PlanInput {
+        let view = self.ctx.view();
+        let nodes = view.nodes.iter().map(|(id, (_, record))| {
+            let leads = !self.placement.leaving.contains_key(id);
+            let node =
+                PlanNode { role: self.role(record), rack: record.rack.clone(), weight: record.weight, leads };
+            (id.clone(), node)
+        });
+        let mut shards: BTreeMap<ShardId, PlanShard> =
+            (0..self.ctx.cluster.num_shards).map(|shard| (ShardId(shard), PlanShard::default())).collect();
+        for (shard, (_, record)) in &self.shards {
+            let mut replicas = record.replicas.clone();
+            if let Some((_, migration)) = record.migration.as_ref().and_then(|id| view.migrations.get(id)) {
+                match migration.from.as_ref().and_then(|from| replicas.iter().position(|n| n == from)) {
+                    Some(at) => replicas[at].clone_from(&migration.to),
+                    None => replicas.push(migration.to.clone()),
+                }
+            }
+            shards.insert(*shard, PlanShard { replicas, ..PlanShard::default() });
+        }
+        let cool_down = self.ctx.config.hot_cool_down;
+        for (_, migration) in view.migrations.values() {
+            let recent = migration.moved_at.is_some_and(|at| {
+                (wall() - at).to_std().is_ok_and(|ago| ago < cool_down)
+            });
+            if let (true, Some(shard)) = (recent, shards.get_mut(&migration.shard)) {
+                let by_hand = [BY_OPERATOR, BY_HEAT].contains(&migration.reason.as_str());
+                shard.moved = shard.moved.max(if by_hand { Moved::Pinned } else { Moved::Lately });
+            }
+        }
+        PlanInput {
+            nodes: nodes.collect(),
+            shards,
+            rules: Rules {
+                replication_factor: self.ctx.cluster.replication_factor as usize,
+                max_skew_percent: self.ctx.config.max_skew_percent,
+                balance,
+                placement: self.ctx.cluster.placement,
+                migrations_per_node: self.ctx.config.migrations_per_node,
+            },
+        }
+    }
+
+    /// The same, for a plan that an operator wants: whatever was moved lately may be moved again, and the
+    /// smaller of two equal choices moves.
+    pub(super) fn ordered_input(&self) -> PlanInput {
+        let mut input = self.plan_input(true);
+        for (shard, planned) in &mut input.shards {
+            planned.moved = Moved::LongAgo;
+            if let Some((_, record)) = self.shards.get(shard) {
+                planned.bytes = self.size(record).1;
+            }
+        }
+        input
+    }
+
+    /// Only what cannot wait: primaries for shards whose own is gone.
+    pub(super) async fn promote_only(&mut self) -> Result<()> {
+        let input = self.plan_input(false);
+        let plan = blocking(move || Ok(plan(&input))).await?;
+        self.promotions(&plan, false).await
+    }
+
+    pub(super) async fn place(&mut self) -> Result<()> {
+        let now = self.ctx.clock.now();
+        if now < self.placement.next_look {
+            return Ok(());
+        }
+        self.placement.next_look = now + LOOK;
+        self.placement.leaving.retain(|_, (_, until)| now < *until);
+        self.consider_balance(now).await?;
+        let even = self.placement.balance.is_some() && self.placement.approved.is_empty();
+        let mut input = self.plan_input(even);
+        if self.placement.balance.as_deref() == Some(BY_OPERATOR) {
+            input.shards.values_mut().for_each(|shard| shard.moved = Moved::LongAgo);
+        }
+        let plan = blocking(move || Ok(plan(&input))).await?;
+        let mut waiting = self.first_placements(&plan).await?;
+        self.promotions(&plan, even).await?;
+        for step in &plan.removals {
+            self.remove_replica(step.shard, &step.node, &step.reason).await?;
+        }
+        let approved = self.approved_moves();
+        for step in plan.moves.iter().chain(&approved) {
+            waiting |= self.begin(step).await?;
+        }
+        if even && !waiting && !self.any_migration() {
+            self.balanced().await?;
+        }
+        Ok(())
+    }
+
+    /// Creates shards that were never placed.
+    async fn first_placements(&mut self, plan: &RebalancePlan) -> Result<bool> {
+        let mut fresh: BTreeMap<ShardId, Vec<NodeId>> = BTreeMap::new();
+        for step in plan.moves.iter().filter(|step| !self.shards.contains_key(&step.shard)) {
+            fresh.entry(step.shard).or_default().push(step.to.clone());
+        }
+        if fresh.is_empty() {
+            return Ok(false);
+        }
+        self.assign(fresh.into_iter().collect()).await?;
+        self.placement.look();
+        Ok(true)
+    }
+
+    /// Hands over primaries: at once where the primary is not live or leaves, the others if `even`.
+    async fn promotions(&mut self, plan: &RebalancePlan, even: bool) -> Result<()> {
+        for step in &plan.promotions {
+            let Some((_, record)) = self.shards.get(&step.shard) else { continue };
+            let view = self.ctx.view();
+            let leaves = self.placement.leaving.contains_key(&record.primary);
+            let lost = !view.node_status(&record.primary).is_live();
+            if !(lost || leaves || even) {
+                continue;
+            }
+            let serves = |n: &NodeId| record.has_replica(n) && view.node_status(n).is_live();
+            let to = if serves(&step.to) {
+                Some(step.to.clone())
+            } else if lost {
+                // The one that is to be does not serve yet: anybody who does, until then.
+                record.replicas.iter().find(|n| serves(n)).cloned()
+            } else {
+                None
+            };
+            let reason = match (lost, leaves) {
+                (true, _) => "the primary is not live",
+                (_, true) => "the primary is about to stop",
+                _ => "its primary has more than its share",
+            };
+            if let Some(to) = to {
+                self.promote(step.shard, &to, reason).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts a move if it still makes sense and the limits allow it; says whether there is more to wait for.
+    async fn begin(&mut self, step: &Move) -> Result<bool> {
+        let Some((_, record)) = self.shards.get(&step.shard) else { return Ok(true) };
+        if record.migration.is_some() {
+            return Ok(true);
+        }
+        let from = step.from.clone().filter(|from| record.has_replica(from));
+        if record.has_replica(&step.to) || !self.may_start(from.as_deref(), &step.to) {
+            return Ok(true);
+        }
+        if let Err(error) = self.start_migration(step.shard, from, &step.to, &step.reason).await {
+            self.soft(error)?;
+        }
+        Ok(true)
+    }
+
+    /// What is left of an approved plan. Once a move does not fit the map any more, the world has changed:
+    /// then the rest is planned anew.
+    fn approved_moves(&mut self) -> Vec<Move> {
+        let view = self.ctx.view();
+        let placement = &mut self.placement;
+        placement.approved.retain(|step| {
+            let record = self.shards.get(&step.shard).map(|(_, record)| record);
+            // Done, or being done.
+            !record.is_some_and(|record| record.has_replica(&step.to) || record.is_joining(&step.to))
+        });
+        let fits = |step: &Move| {
+            let record = self.shards.get(&step.shard).map(|(_, record)| record);
+            let source = record.is_some_and(|r| step.from.as_ref().is_none_or(|from| r.has_replica(from)));
+            source && view.node_status(&step.to) == NodeStatus::Up
+        };
+        if !placement.approved.iter().all(fits) {
+            debug!("the approved plan does not fit any more, planning anew");
+            placement.approved.clear();
+        }
+        placement.approved.iter().cloned().collect()
+    }
+
+    /// Begins to even out when that is worth it.
+    async fn consider_balance(&mut self, now: Duration) -> Result<()> {
+        if self.placement.balance.is_some() || now < self.placement.next_balance || self.shards.is_empty() {
+            return Ok(());
+        }
+        self.placement.next_balance = now + LOOK;
+        let input = self.plan_input(true);
+        let planned = blocking(move || {
+            let uneven = is_uneven(&balance_of(&input));
+            Ok(uneven.then(|| plan(&input)))
+        });
+        let Some(plan) = planned.await? else { return Ok(()) };
+        let moves = plan.moves.iter().any(|step| self.shards.contains_key(&step.shard));
+        if moves && is_worth_it(&plan.balance.before, &plan.balance.after) {
+            let cause = "a node is more than a tenth away from its share";
+            self.begin_balance(cause, &plan).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn begin_balance(&mut self, cause: &str, plan: &RebalancePlan) -> Result<()> {
+        self.placement.balance = Some(cause.to_owned());
+        self.placement.look();
+        let record = RebalanceRecord { cause: cause.to_owned(), since: wall(), term: self.term };
+        self.write_intent(&record).await?;
+        let message = format!(
+            "{} replicas will move, {} primaries will be handed over: {cause}",
+            plan.moves.len(),
+            plan.promotions.len()
+        );
+        let event = Event::new("rebalance.planned", message).with("moves", plan.moves.len());
+        let event = event.with("promotions", plan.promotions.len()).with("lower_bound", plan.lower_bound);
+        self.ctx.event(event.with("reason", cause)).await;
+        Ok(())
+    }
+
+    async fn balanced(&mut self) -> Result<()> {
+        self.placement.balance = None;
+        self.check_lease()?;
+        // Not deleted after all: the next leader looks once more and deletes it.
+        if let Err(error) = self.ctx.buckets.cluster.delete(REBALANCE_KEY).await {
+            debug!("{error}");
+        }
+        let input = self.plan_input(true);
+        let balance = blocking(move || Ok(balance_of(&input))).await?;
+        let message = format!("every node is within {:.1} replicas of its share", balance.max_off);
+        self.ctx.event(Event::new("rebalance.completed", message).with("max_off", balance.max_off)).await;
+        Ok(())
+    }
+
+    async fn write_intent(&self, record: &RebalanceRecord) -> Result<()> {
+        self.check_lease()?;
+        let bucket = &self.ctx.buckets.cluster;
+        let value = serde_json::to_vec(record).map_err(|e| Error::Internal(e.to_string()))?;
+        let written = async {
+            Ok::<_, Error>(match bucket.get(REBALANCE_KEY).await? {
+                Some(found) => bucket.cas(REBALANCE_KEY, value, found.revision).await,
+                None => bucket.create(REBALANCE_KEY, value).await?,
+            })
+        };
+        match written.await {
+            Ok(Cas::Applied(_)) => {}
+            // Only the next leader would miss it, and it looks at the balance itself.
+            Ok(Cas::Lost) => debug!("the intent to rebalance was written by somebody else"),
+            Ok(Cas::Unknown(error)) | Err(error) => debug!("the intent to rebalance: {error}"),
+        }
+        Ok(())
+    }
+
+    /// Remembers a plan of a dry run under a name.
+    pub(super) fn remember(&mut self, input: PlanInput, plan: &RebalancePlan) -> String {
+        let id = format!("p-{}", &crate::clock::fresh_id().simple().to_string()[..8]);
+        self.placement.plans.push_back((id.clone(), input, plan.clone()));
+        while self.placement.plans.len() > PLANS {
+            self.placement.plans.pop_front();
+        }
+        id
+    }
+
+    /// Takes up a plan that an operator has seen, if the world is still as it was then.
+    pub(super) async fn apply(&mut self, id: &str) -> Result<RebalancePlan> {
+        let found = self.placement.plans.iter().find(|(name, ..)| name == id);
+        let Some((_, input, plan)) = found.cloned() else {
+            return Err(Error::NotFound(format!(
+                "plan {id:?} is not known to this leader: make another with rebalance plan"
+            )));
+        };
+        let now = self.ordered_input();
+        let same = |a: &PlanInput, b: &PlanInput| {
+            let holders =
+                |i: &PlanInput| i.shards.values().map(|s| s.replicas.clone()).collect::<Vec<_>>();
+            a.nodes == b.nodes && holders(a) == holders(b)
+        };
+        if !same(&input, &now) {
+            return Err(Error::Conflict(format!(
+                "the map or the nodes have changed since plan {id} was made: make another with rebalance plan"
+            )));
+        }
+        self.begin_balance(BY_OPERATOR, &plan).await?;
+        self.placement.approved = plan.moves.iter().cloned().collect();
+        Ok(plan)
+    }
+}
