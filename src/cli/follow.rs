@@ -4,7 +4,7 @@
 //! lost, and a node that went away says nothing.
 
 use super::bars::{Bar, Bars, Shape};
-use super::patience::{buckets, events};
+use super::patience::{AWAY, buckets, events};
 use super::render::{bytes, number, span};
 use crate::client::Client;
 use crate::clock::wall;
@@ -25,8 +25,6 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 const LOOK: Duration = Duration::from_secs(1);
 /// The next migration of a rebalancing starts well within this.
 const QUIET: Duration = Duration::from_millis(1_500);
-/// How long the records may be out of reach.
-const AWAY: Duration = Duration::from_secs(60);
 
 /// The record of one migration.
 pub(crate) async fn read(client: &Client, id: &str) -> Result<MigrationRecord> {

@@ -1,20 +1,24 @@
 //! The command line. Data goes to stdout, talk to stderr.
 
 mod bars;
+mod confirm;
 mod dataset;
 mod demo;
 mod dev;
 mod events;
 mod exit;
+mod explain;
 mod follow;
 mod global;
 mod hash;
+mod hot;
 mod interrupt;
 mod leader;
 mod migrations;
 mod node;
 mod nodes;
 mod patience;
+mod rebalance;
 mod render;
 mod shards;
 mod status;
@@ -57,6 +61,15 @@ Examples:
     ruvector-cluster status
     ruvector-cluster shards ls
     ruvector-cluster shards move 7 --to n2 --wait
+    ruvector-cluster shards explain 7
+
+  Even out: look at the plan first, then do exactly that:
+    ruvector-cluster rebalance plan
+    ruvector-cluster rebalance apply --wait
+
+  Take a node out of service, or work on it for an hour:
+    ruvector-cluster nodes drain n2
+    ruvector-cluster nodes maintenance on n2 --reason 'kernel update' --for 1h
 
   For scripts: data on stdout with stable keys, talk on stderr:
     ruvector-cluster status --output json | jq .shards.full
@@ -78,12 +91,17 @@ enum Command {
     Node(Box<node::NodeArgs>),
     /// The whole cluster on one screen; exit code 4 when a shard has no live replica.
     Status,
-    /// The nodes: who is there, and what they hold.
+    /// The nodes: who is there, what they hold; drain, maintenance, weight and rack.
     #[command(subcommand)]
     Nodes(nodes::NodesCommand),
-    /// The shards: who holds them, and moving them.
+    /// The shards: who holds them, why, and moving them.
     #[command(subcommand)]
     Shards(shards::ShardsCommand),
+    /// Evening out: what would move and why, and letting it move.
+    #[command(subcommand)]
+    Rebalance(rebalance::RebalanceCommand),
+    /// Busy shards and nodes, and what is done about them.
+    Hot,
     /// Shards on the move: list, follow, call off.
     #[command(subcommand)]
     Migrations(migrations::MigrationsCommand),
@@ -143,6 +161,8 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
         Command::Status => status::run(&global).await,
         Command::Nodes(command) => nodes::run(&global, command).await,
         Command::Shards(command) => shards::run(&global, command).await,
+        Command::Rebalance(command) => rebalance::run(&global, command).await,
+        Command::Hot => hot::run(&global).await,
         Command::Migrations(command) => migrations::run(&global, command).await,
         Command::Leader(command) => leader::run(&global, command).await,
         Command::Events(args) => events::run(&global, args).await,
@@ -173,6 +193,22 @@ mod tests {
             "status -o json",
             "status --output json --nats nats://a:1,nats://b:2 --namespace x",
             "nodes ls",
+            "nodes show n1",
+            "nodes drain n1",
+            "nodes drain n1 --wait --yes --timeout 30m",
+            "nodes drain n1 --no-wait -y -o json",
+            "nodes undrain n1",
+            "nodes maintenance on n1 --reason disk --for 1h",
+            "nodes maintenance off n1",
+            "nodes set n1 --weight 2",
+            "nodes set n1 --weight 2 --rack b",
+            "rebalance plan --output json",
+            "rebalance plan --input - --max-skew 10",
+            "rebalance apply",
+            "rebalance apply p-1 --yes",
+            "rebalance apply plan.json --yes --wait --timeout 2h",
+            "hot -o json",
+            "shards explain 7",
             "shards ls",
             "shards show 7",
             "shards locate key-1",
@@ -223,6 +259,19 @@ mod tests {
             ("hash ketama", ErrorKind::MissingRequiredArgument),
             ("node --id a --hash md5", ErrorKind::ValueValidation),
             ("node --id a --placement rendezvous", ErrorKind::ValueValidation),
+            ("nodes show", ErrorKind::MissingRequiredArgument),
+            ("nodes drain n1 --wait --no-wait", ErrorKind::ArgumentConflict),
+            ("nodes drain n1 --timeout soon", ErrorKind::ValueValidation),
+            ("nodes maintenance on n1 --for 1h", ErrorKind::MissingRequiredArgument),
+            ("nodes maintenance on n1 --reason disk", ErrorKind::MissingRequiredArgument),
+            ("nodes maintenance on n1 --reason disk --for 15days", ErrorKind::ValueValidation),
+            ("nodes set n1", ErrorKind::MissingRequiredArgument),
+            ("nodes set n1 --weight 0", ErrorKind::ValueValidation),
+            ("nodes set n1 --rack a.b", ErrorKind::ValueValidation),
+            ("rebalance plan --max-skew 10", ErrorKind::MissingRequiredArgument),
+            ("rebalance plan --input f --max-skew 101", ErrorKind::ValueValidation),
+            ("rebalance apply --timeout 1h", ErrorKind::MissingRequiredArgument),
+            ("shards explain x", ErrorKind::ValueValidation),
             ("nodes", ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
         ] {
             assert_eq!(parse(line).err(), Some(kind), "{line}");

@@ -7,11 +7,22 @@ use crate::nats::events::EventStream;
 use crate::view::Buckets;
 use chrono::{DateTime, Utc};
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// How long a command waits for a leader.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A leader that answers at all does so well within this.
 const SILENCE: Duration = Duration::from_millis(1_500);
+
+/// How long a command that follows something goes on while no leader answers.
+pub(crate) const AWAY: Duration = Duration::from_secs(60);
+/// Longest time to wait for anything, so that no sum of times overflows.
+const EVER: Duration = Duration::from_secs(365 * 24 * 3_600);
+
+/// When somebody's patience is at its end.
+pub(crate) fn deadline(now: Instant, bound: Duration) -> Instant {
+    now + bound.min(EVER)
+}
 
 /// Questions to the leader, with a command's patience.
 pub(crate) fn admin(client: &Client) -> Admin {

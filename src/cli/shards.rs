@@ -1,4 +1,4 @@
-//! `shards`: who holds what, and moving it.
+//! `shards`: who holds what, why, and moving it.
 
 use super::exit::Exit;
 use super::global::Global;
@@ -36,6 +36,11 @@ pub(crate) enum ShardsCommand {
     },
     /// Moves a replica to another node, while reads and writes go on.
     Move(MoveArgs),
+    /// Why a shard is where it is, or is not: every node, every rule; and what would be done for it now.
+    Explain {
+        /// Its number, from 0.
+        shard: ShardId,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -59,6 +64,10 @@ pub(crate) async fn run(global: &Global, command: ShardsCommand) -> Result<Exit>
         ShardsCommand::Ls => ls(global, &client).await,
         ShardsCommand::Show { shard } => show(global, &client, shard).await,
         ShardsCommand::Locate { key } => locate(global, &client, key),
+        ShardsCommand::Explain { shard } => {
+            check(&client, shard)?;
+            super::explain::run(global, &client, shard).await
+        }
         ShardsCommand::Move(args) => {
             let request = MigrateRequest { shard: args.shard, to: args.to, from: args.from };
             let reply = patiently(admin(&client).migrate(&request)).await?;
