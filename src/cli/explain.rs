@@ -109,7 +109,7 @@ mod tests {
         NodeVerdict { node: node.into(), holds, primary, allowed: broken.is_empty(), rules: rules.into() }
     }
 
-    pub(crate) fn reply() -> ExplainReply {
+    fn reply() -> ExplainReply {
         ExplainReply {
             shard: ShardId(7),
             replicas: vec!["n1".into(), "n2".into()],

@@ -45,7 +45,7 @@ fn hot(shards: &[HotShardView], windows: u32) -> String {
             Cell::number(shard.shard.0.into()).tone(Tone::Strong),
             ops(shard.ops_per_s),
             Cell::right(format!("{:.1}", shard.ratio)),
-            Cell::new(format!("{}/{windows}", shard.hot_windows)).tone(tone),
+            Cell::new(format!("{}/{windows}", shard.hot_windows.min(windows))).tone(tone),
             Cell::new(&shard.node),
             ops(shard.node_ops_per_s),
             Cell::right(format!("{:.1}", shard.node_ratio)),
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
     use crate::model::ShardId;
 
-    pub(crate) fn reply() -> HotReply {
+    fn reply() -> HotReply {
         let shard = |shard, ops_per_s, hot_windows, cool_down_ms, decision: &str| HotShardView {
             shard: ShardId(shard),
             ops_per_s,
@@ -125,7 +125,7 @@ mod tests {
         ] {
             assert!(lines.iter().any(|l| l == line), "{line:?} is missing in:\n{text}");
         }
-        assert!(text.contains("4m 50s"), "{text}");
+        assert!(text.contains("3/3") && text.contains("4m 50s"), "{text}");
     }
 
     #[test]

@@ -188,14 +188,17 @@ fn intent(node: &NodeView, nodes: &[NodeView], factor: usize) -> String {
             && !other.record.draining
     };
     let others = nodes.iter().filter(takes).count();
+    let to = match others {
+        0 => "No other node is up that could take them".to_owned(),
+        1 => "They will be moved to the only other node that is up, while reads and writes go on".to_owned(),
+        some => {
+            format!("They will be moved to the {some} other nodes that are up, while reads and writes go on")
+        }
+    };
     let mut text = format!(
-        "{name} holds {} and is the primary of {}.\nThey will be moved to {} while reads and writes go on; {name} gets no replica until it is undrained.",
+        "{name} holds {} and is the primary of {}.\n{to};\n{name} gets no replica until it is undrained.",
         replicas(node.shards.len()),
         count(node.primaries as u64, "shard"),
-        match others {
-            1 => "the 1 other node that is up".to_owned(),
-            some => format!("the {some} other nodes that are up"),
-        },
     );
     if others < factor && !node.shards.is_empty() {
         text.push_str(&format!(
@@ -301,6 +304,7 @@ mod tests {
         let text = intent(&nodes[1], &nodes, 2);
         assert!(text.starts_with("n2 holds 2 replicas and is the primary of 1 shard."), "{text}");
         assert!(text.contains("the 2 other nodes that are up") && !text.contains("warning"), "{text}");
+        assert!(intent(&nodes[1], &nodes[1..2], 1).contains("No other node is up that could take them;"));
         assert!(intent(&nodes[1], &nodes, 3).contains("warning: each shard is to have 3 replicas"));
         nodes[1].record.draining = true;
         assert_eq!(intent(&nodes[1], &nodes, 3), "n2 is draining already and holds 2 replicas");

@@ -86,7 +86,7 @@ fn summary(plan: &RebalancePlan, totals: &Totals) -> Vec<(&'static str, Cell)> {
     lines.push((
         "lower bound",
         Cell::new(format!(
-            "{} at the least for the same end; this plan makes {:.2} times as many",
+            "no plan for the same end makes fewer than {}; ratio {:.2}",
             count(plan.lower_bound, "move"),
             plan.ratio
         )),
@@ -106,7 +106,7 @@ fn summary(plan: &RebalancePlan, totals: &Totals) -> Vec<(&'static str, Cell)> {
 
 fn even(before: &Balance, after: &Balance) -> String {
     format!(
-        "the node farthest from its share is {:.1} → {:.1} replicas off; fullest {:.2} → {:.2} times its share",
+        "largest distance from a share {:.1} → {:.1} replicas, largest ratio to it {:.2} → {:.2}",
         before.max_off, after.max_off, before.max_ratio, after.max_ratio
     )
 }
@@ -274,6 +274,8 @@ pub(super) mod tests {
             "plan p-7f31c2",
             "copied 34.0 MiB, at least 1m 30s",
             "moves 3 replicas in 2 waves",
+            "lower bound no plan for the same end makes fewer than 3 moves; ratio 1.00",
+            "balance largest distance from a share 10.7 → 0.7 replicas, largest ratio to it 1.50 → 1.03",
             "removals 1 replica, without another one",
             "racks 2 → 0 shards with too many replicas in one rack",
         ] {
