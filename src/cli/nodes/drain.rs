@@ -73,15 +73,21 @@ pub(super) async fn drain(global: &Global, args: DrainArgs) -> Result<Exit> {
     let mut reply = patiently(admin(&client).drain(&args.node)).await?;
     if args.no_wait && !args.wait {
         render::show(global.output, &reply, far)?;
-        note(hints(&args.node));
+        if global.output == Output::Table && reply.replicas > 0 {
+            note(hints(&args.node));
+        }
         return Ok(Exit::Done);
     }
     let end = follow(&client, &mut reply, deadline(begun, args.timeout)).await?;
     let text = ended(end, &reply, begun.elapsed());
-    match (global.output, end) {
-        (Output::Json, _) => render::json(&reply).map(drop)?,
-        (Output::Table, End::Empty | End::Stuck) => render::put(&text).map(drop)?,
-        (Output::Table, _) => note(&text),
+    if global.output == Output::Json {
+        render::json(&reply)?;
+    }
+    match (end, global.output) {
+        (End::Empty | End::Stuck, Output::Table) => render::put(&text).map(drop)?,
+        // The answer of the leader says it all.
+        (End::Empty | End::Stuck, Output::Json) => {}
+        (End::CalledOff | End::Late | End::Interrupted, _) => note(&text),
     }
     note(match end {
         End::Empty => format!(
@@ -116,11 +122,11 @@ async fn follow(client: &Client, reply: &mut DrainReply, deadline: Instant) -> R
     let mut still = Still::default();
     let (mut wanted, mut away) = (false, None);
     loop {
-        let (stage, detail) = stage(reply);
-        bar.set(total.saturating_sub(reply.replicas) as u64, &stage, &detail);
         if let Some(end) = still.end(reply, Instant::now()) {
             return Ok(end);
         }
+        let (stage, detail) = stage(reply);
+        bar.set(total.saturating_sub(reply.replicas) as u64, &stage, &detail);
         tokio::select! {
             () = interrupts.next() => return Ok(End::Interrupted),
             () = tokio::time::sleep_until(deadline) => return Ok(End::Late),
@@ -182,6 +188,9 @@ fn intent(node: &NodeView, nodes: &[NodeView], factor: usize) -> String {
     if node.record.draining {
         return format!("{name} is draining already and holds {}", replicas(node.shards.len()));
     }
+    if node.shards.is_empty() {
+        return format!("{name} holds no replica, and will get none until it is undrained");
+    }
     let takes = |other: &&NodeView| {
         other.record.node != node.record.node
             && other.record.status == NodeStatus::Up
@@ -200,7 +209,7 @@ fn intent(node: &NodeView, nodes: &[NodeView], factor: usize) -> String {
         replicas(node.shards.len()),
         count(node.primaries as u64, "shard"),
     );
-    if others < factor && !node.shards.is_empty() {
+    if others < factor {
         text.push_str(&format!(
             "\nwarning: each shard is to have {}, which the other nodes cannot hold: some of them will stay",
             replicas(factor)

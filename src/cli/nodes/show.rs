@@ -31,7 +31,7 @@ fn sheet(node: &NodeView, leader: Option<&str>, now: DateTime<Utc>) -> String {
     let heard = node.last_heartbeat.map_or_else(|| "-".to_owned(), |at| ago(at, now));
     let held = match node.shards.len() {
         0 => "none".to_owned(),
-        some => format!("{}: {}", number(some as u64), ranges(&node.shards)),
+        some => format!("{} ({})", number(some as u64), ranges(&node.shards)),
     };
     let mut lines = what(record, now);
     lines.extend([
@@ -122,7 +122,7 @@ mod tests {
             "draining     no",
             "maintenance  no",
             "rack         - (its own)",
-            "shards       2: 1, 7",
+            "shards       2 (1, 7)",
             "leader",
         ] {
             assert!(text.contains(words), "{words:?} is missing in:\n{text}");

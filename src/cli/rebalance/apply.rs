@@ -82,7 +82,9 @@ pub(super) async fn run(global: &Global, args: ApplyArgs) -> Result<Exit> {
     if args.wait {
         return wait(global, &client, &id, begun, args.timeout).await;
     }
-    note("follow it with: ruvector-cluster migrations watch");
+    if global.output == Output::Table {
+        note("follow it with: ruvector-cluster migrations watch");
+    }
     Ok(Exit::Done)
 }
 
@@ -119,11 +121,8 @@ fn again(error: Error) -> Error {
 }
 
 fn started(id: &str, reply: &RebalanceReply) -> String {
-    let primaries = match reply.promotions {
-        1 => "1 primary".to_owned(),
-        some => format!("{} primaries", render::number(some as u64)),
-    };
     let moves = count(reply.moves as u64, "replica");
+    let primaries = look::primaries(reply.promotions);
     format!("plan {} is under way: {moves} to move, {primaries} to hand over", plain(id))
 }
 

@@ -1,10 +1,13 @@
 //! How a plan reads: what moves, how even the cluster is before and after, what cannot be.
 
+use super::is_nothing;
 use crate::cli::render::{Cell, Tone, bytes, count, facts, number, span, table};
 use crate::model::admin::RebalanceReply;
 use crate::model::plan::{Balance, BeforeAfter, NodeShare, RebalancePlan, Unmet};
 use std::collections::BTreeMap;
 use std::time::Duration;
+
+const NOTHING: &str = "nothing to do: every rule holds";
 
 /// The plan of a running cluster, lists cut after `shown` lines.
 pub(super) fn planned(reply: &RebalanceReply, shown: usize) -> String {
@@ -18,9 +21,10 @@ pub(super) fn planned(reply: &RebalanceReply, shown: usize) -> String {
         Some(plan) => {
             sections(plan, Totals { moves: reply.moves, promotions: reply.promotions }, lines, shown)
         }
+        None if is_nothing(reply) => NOTHING.to_owned(),
         None => {
             lines.push(("moves", Cell::new(count(reply.moves as u64, "replica"))));
-            lines.push(("promotions", Cell::new(count(reply.promotions as u64, "primary"))));
+            lines.push(("promotions", Cell::new(primaries(reply.promotions))));
             facts(lines)
         }
     }
@@ -53,7 +57,7 @@ fn sections(plan: &RebalancePlan, totals: Totals, first: Vec<(&str, Cell)>, show
     }
     parts.push(if totals.moves == 0 && totals.promotions == 0 && plan.removals.is_empty() {
         match plan.unmet.len() {
-            0 => "nothing to do: every rule holds".to_owned(),
+            0 => NOTHING.to_owned(),
             _ => "nothing to do that would help".to_owned(),
         }
     } else {
@@ -73,8 +77,7 @@ fn summary(plan: &RebalancePlan, totals: &Totals) -> Vec<(&'static str, Cell)> {
             "promotions",
             Cell::new(match totals.promotions {
                 0 => "none".to_owned(),
-                1 => "1 primary is handed over, once the moves are done".to_owned(),
-                some => format!("{} primaries are handed over, once the moves are done", number(some as u64)),
+                some => format!("{} to hand over, once the moves are done", primaries(some)),
             }),
         ),
     ];
@@ -138,6 +141,11 @@ fn moves(plan: &RebalancePlan, total: usize, shown: usize) -> String {
     let rows: Vec<_> = built.chain(removed).take(shown).collect();
     let more = more((total + plan.removals.len()).saturating_sub(rows.len()));
     format!("{}{more}", table(&["SHARD", "FROM", "TO", "WAVE", "WHY"], rows))
+}
+
+/// `1 primary`, `2 primaries`.
+pub(super) fn primaries(some: usize) -> String {
+    format!("{} {}", number(some as u64), if some == 1 { "primary" } else { "primaries" })
 }
 
 fn more(left: usize) -> String {
@@ -276,6 +284,7 @@ pub(super) mod tests {
             "moves 3 replicas in 2 waves",
             "lower bound no plan for the same end makes fewer than 3 moves; ratio 1.00",
             "balance largest distance from a share 10.7 → 0.7 replicas, largest ratio to it 1.50 → 1.03",
+            "promotions 1 primary to hand over, once the moves are done",
             "removals 1 replica, without another one",
             "racks 2 → 0 shards with too many replicas in one rack",
         ] {
@@ -303,6 +312,7 @@ pub(super) mod tests {
         );
         let none = RebalanceReply { plan: None, ..reply() };
         assert!(planned(&none, 50).contains("3 replicas"));
+        assert_eq!(planned(&RebalanceReply { moves: 0, promotions: 0, ..none }, 50), NOTHING);
     }
 
     #[test]
