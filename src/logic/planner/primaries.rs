@@ -42,17 +42,7 @@ impl<'a> Leaders<'a> {
         let able = world
             .shards
             .iter()
-            .map(|shard| {
-                let able = |holders: &dyn Fn(u32) -> bool| -> Vec<u32> {
-                    let all = shard.now.iter().copied();
-                    all.filter(|n| may_lead[*n as usize] && holders(*n)).collect()
-                };
-                let primary = first_holder(world, shard);
-                let lost = primary.is_some_and(|n| !world.roles[n as usize].is_live());
-                // A lost primary is replaced at once, by somebody who serves already.
-                let at_once = if lost { able(&|n| shard.was_on(n)) } else { Vec::new() };
-                if at_once.is_empty() { able(&|_| true) } else { at_once }
-            })
+            .map(|shard| shard.now.iter().copied().filter(|n| may_lead[*n as usize]).collect())
             .collect();
         Leaders {
             world,
@@ -142,7 +132,12 @@ impl<'a> Leaders<'a> {
         let mut order: Vec<usize> = (0..self.lead.len()).filter(|at| self.lead[*at].is_none()).collect();
         order.sort_by_key(|at| self.able[*at].len());
         for at in order {
-            let best = self.able[at].iter().copied().max_by_key(|n| (self.deficit(*n), std::cmp::Reverse(*n)));
+            // Somebody who serves already can take over at once.
+            let serves = |n: &u32| self.world.shards[at].was_on(*n);
+            let best = self.able[at]
+                .iter()
+                .copied()
+                .max_by_key(|n| (self.deficit(*n) > 0, serves(n), self.deficit(*n), std::cmp::Reverse(*n)));
             if let Some(node) = best {
                 self.set(at, node);
             }

@@ -92,7 +92,6 @@ fn changed(mut input: PlanInput, racks: usize, changes: &[Change]) -> PlanInput 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
     fn no_plan_makes_more_moves_than_the_exact_optimum(

@@ -58,11 +58,11 @@ fn assert_minimal(plan: &RebalancePlan, racks: usize) {
 
 fn assert_done(after: &PlanInput) {
     let again = plan(after);
-    assert!(again.moves.is_empty() && again.promotions.is_empty() && again.removals.is_empty(), "{again:?}");
+    assert!(again.moves.is_empty() && again.removals.is_empty(), "{:?} {:?}", again.moves, again.removals);
+    assert!(again.promotions.is_empty(), "{:?}", again.promotions);
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
     fn first_placements_are_even_and_final(shape in shape(60, 300)) {
@@ -128,10 +128,11 @@ proptest! {
                 break;
             }
             rounds += 1;
-            prop_assert!(rounds < 6, "the plan never ends: {plan:?}");
+            prop_assert!(rounds < 6, "the plan never ends: {:?} {:?}", plan.moves, plan.promotions);
         }
         let all_up = roles.iter().take(now.nodes.len()).all(|role| *role > 3);
-        if all_up && balance {
+        let stuck = now.shards.keys().any(|s| live(&now, *s) == 0);
+        if all_up && balance && !stuck {
             let end = plan(&now);
             assert_reached(&now, &end, &now);
         }
