@@ -167,7 +167,9 @@ impl Node {
         let request = LeaveRequest { node: ctx.node.clone(), instance: ctx.instance };
         let admin = self.client.admin().patience(HAND_OVER);
         match tokio::time::timeout(HAND_OVER, admin.leave(&request)).await {
-            Ok(Ok(reply)) => info!(handed_over = reply.handed_over, kept = reply.kept, "primaries handed over"),
+            Ok(Ok(reply)) => {
+                info!(handed_over = reply.handed_over, kept = reply.kept, "primaries handed over")
+            }
             Ok(Err(error)) => info!("primaries are handed over when we are gone: {error}"),
             Err(_) => info!("primaries are handed over when we are gone: no leader answers"),
         }

@@ -222,14 +222,14 @@ pub(super) mod tests {
         let before = Balance {
             max_off: 10.7,
             max_ratio: 1.5,
-                min_ratio: 1.0,
+            min_ratio: 1.0,
             rack_violations: 2,
             nodes: vec![share("n1", 16, 12), share("n2", 16, 4)],
         };
         let after = Balance {
             max_off: 0.7,
             max_ratio: 1.03,
-                min_ratio: 1.0,
+            min_ratio: 1.0,
             rack_violations: 0,
             nodes: vec![share("n1", 11, 6), share("n2", 11, 5), share("n3", 10, 5)],
         };

@@ -32,7 +32,9 @@ fn by_racks(world: &World<'_>) -> u64 {
     }
     let most = |rack: usize| members[rack].min(world.rack_limit);
     let full: Vec<usize> = (0..world.racks)
-        .filter(|rack| most(*rack) > 0 && world.rack_shares[*rack] == Share::whole(most(*rack) as u64 * placed))
+        .filter(|rack| {
+            most(*rack) > 0 && world.rack_shares[*rack] == Share::whole(most(*rack) as u64 * placed)
+        })
         .collect();
     let of_shard = |shard: &super::world::ShardState<'_>| {
         let inside =

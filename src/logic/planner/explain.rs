@@ -29,8 +29,10 @@ pub(crate) fn explain(input: &PlanInput, shard: ShardId) -> Option<ExplainReply>
             .map(|step| format!("take {} off its record: {}", step.node, step.reason)),
     );
     let unmet = plan.unmet.iter().filter(|unmet| unmet.shard.is_none_or(|about| about == shard));
-    let unmet: Vec<String> = unmet.filter(|u| u.node.is_none() || u.shard.is_some()).map(|u| u.reason.clone()).collect();
-    let nodes: Vec<NodeVerdict> = (0..world.names.len() as u32).map(|node| verdict(&world, at, node)).collect();
+    let unmet: Vec<String> =
+        unmet.filter(|u| u.node.is_none() || u.shard.is_some()).map(|u| u.reason.clone()).collect();
+    let nodes: Vec<NodeVerdict> =
+        (0..world.names.len() as u32).map(|node| verdict(&world, at, node)).collect();
     let replicas = &state.input.replicas;
     let wanted = input.rules.replication_factor.min(state.want.max(replicas.len()));
     let summary = if state.stuck {
@@ -60,8 +62,12 @@ fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
     };
     let (up, why) = match role {
         Role::Member => (true, "it is up"),
-        Role::Waiting { live: true } => (holds, "it is suspect or in maintenance: it keeps what it has and gets nothing"),
-        Role::Waiting { live: false } => (holds, "it is away for a moment: its replicas are waited for, it gets nothing"),
+        Role::Waiting { live: true } => {
+            (holds, "it is suspect or in maintenance: it keeps what it has and gets nothing")
+        }
+        Role::Waiting { live: false } => {
+            (holds, "it is away for a moment: its replicas are waited for, it gets nothing")
+        }
         Role::Draining => (false, "it is draining"),
         Role::Gone => (false, "it is gone for longer than its replicas are waited for"),
     };
@@ -87,7 +93,13 @@ fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
         let (held, band) = (world.count[node as usize], world.bands[node as usize]);
         let share = world.shares[node as usize].as_f64();
         let ok = if holds { held <= band.high } else { held < band.high };
-        let full = if ok { "" } else if holds { ": more than that" } else { ": no room" };
+        let full = if ok {
+            ""
+        } else if holds {
+            ": more than that"
+        } else {
+            ": no room"
+        };
         rule("share", ok, format!("it holds {held} replicas, its share is {share:.1}{full}"));
     }
     NodeVerdict {

@@ -64,8 +64,11 @@ impl World<'_> {
             if self.deficit(node) > 0 {
                 return self.apply(&came, node);
             }
-            let shards: Vec<u32> =
-                self.held[node as usize].iter().copied().filter(|shard| self.may_move(*shard, node)).collect();
+            let shards: Vec<u32> = self.held[node as usize]
+                .iter()
+                .copied()
+                .filter(|shard| self.may_move(*shard, node))
+                .collect();
             let last = receivers.iter().filter(|to| came[**to as usize].is_none()).find_map(|to| {
                 let fits = shards.iter().filter(|shard| self.may_hold(**shard, *to, Some(node)));
                 let hops = fits.map(|shard| Hop { shard: *shard, from: Some(node), to: *to });

@@ -114,7 +114,8 @@ impl World<'_> {
         for limit in [limit, usize::MAX] {
             self.shards[shard as usize].limit = limit;
             let free = (0..self.names.len() as u32).filter(|node| self.may_hold(shard, *node, None));
-            let least = free.min_by_key(|node| (self.rack_use(shard, *node, None), -self.deficit(*node), *node));
+            let least =
+                free.min_by_key(|node| (self.rack_use(shard, *node, None), -self.deficit(*node), *node));
             if let Some(node) = least {
                 self.relocate(shard, None, node);
                 return true;
@@ -163,9 +164,10 @@ impl World<'_> {
         loop {
             let state = &self.shards[shard as usize];
             let (id, limit) = (state.id, state.limit);
-            let crowded = state.now.iter().copied().filter(|node| {
-                self.is_member(*node) && self.rack_use(shard, *node, Some(*node)) >= limit
-            });
+            let crowded =
+                state.now.iter().copied().filter(|node| {
+                    self.is_member(*node) && self.rack_use(shard, *node, Some(*node)) >= limit
+                });
             let Some(from) = crowded.max_by_key(|node| (Reverse(self.deficit(*node)), *node)) else { return };
             // Direct, to where something is missing; through others; to where it merely fits.
             let reachable = |node: &u32| self.may_hold(shard, *node, Some(from));
@@ -212,9 +214,10 @@ impl World<'_> {
     /// One replica from a donor to a receiver, directly or through others.
     fn give(&mut self, from: u32) -> bool {
         for to in self.levels.receivers() {
-            let legal = self.held[from as usize].iter().copied().filter(|shard| {
-                self.may_move(*shard, from) && self.may_hold(*shard, to, Some(from))
-            });
+            let legal = self.held[from as usize]
+                .iter()
+                .copied()
+                .filter(|shard| self.may_move(*shard, from) && self.may_hold(*shard, to, Some(from)));
             let best = legal.take(LOOKS).min_by_key(|shard| {
                 let state = &self.shards[*shard as usize];
                 // One that this plan has placed anyway costs nothing.

@@ -40,7 +40,12 @@ impl Preference {
     }
 
     /// The node of `candidates` that the shard prefers; `is_one` says whether a node is among them.
-    pub(super) fn best(&self, shard: ShardId, candidates: &[u32], is_one: impl Fn(u32) -> bool) -> Option<u32> {
+    pub(super) fn best(
+        &self,
+        shard: ShardId,
+        candidates: &[u32],
+        is_one: impl Fn(u32) -> bool,
+    ) -> Option<u32> {
         if candidates.len() <= 1 {
             return candidates.first().copied();
         }
@@ -58,9 +63,9 @@ impl Preference {
                 tries.into_iter().find(|node| is_one(*node))
             }
         };
-        let name = |node: &u32| {
-            self.members.binary_search(node).map_or("", |at| self.names[at].0.as_str())
-        };
-        found.or_else(|| candidates.iter().copied().max_by_key(|node| (rank(shard, name(node)), std::cmp::Reverse(*node))))
+        let name = |node: &u32| self.members.binary_search(node).map_or("", |at| self.names[at].0.as_str());
+        found.or_else(|| {
+            candidates.iter().copied().max_by_key(|node| (rank(shard, name(node)), std::cmp::Reverse(*node)))
+        })
     }
 }

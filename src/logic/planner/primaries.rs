@@ -6,12 +6,16 @@
 use super::Role;
 use super::quota::{Band, Part, Share, Slot, round, water_fill};
 use super::world::World;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
+
+/// Most times that targets are set anew.
+const ROUNDS: usize = 16;
 
 /// The primary of each shard, by index of its node; `None`: it has no holder.
 pub(super) fn lead(world: &World<'_>) -> Vec<Option<u32>> {
     let mut leaders = Leaders::new(world);
     leaders.keep();
+    leaders.share_out();
     leaders.fill();
     if world.input.rules.balance {
         leaders.balance();
@@ -27,18 +31,15 @@ struct Leaders<'a> {
     may_lead: Vec<bool>,
     count: Vec<u64>,
     target: Vec<u64>,
-    led: Vec<BTreeSet<u32>>,
+    /// Primaries of those that go on because nobody else may, or because they only wait.
+    fixed: Vec<u64>,
 }
 
 impl<'a> Leaders<'a> {
     fn new(world: &'a World<'a>) -> Self {
         let nodes = world.names.len();
-        let may_lead: Vec<bool> = world
-            .input
-            .nodes
-            .values()
-            .map(|node| node.leads && node.role == Role::Member)
-            .collect();
+        let may_lead: Vec<bool> =
+            world.input.nodes.values().map(|node| node.leads && node.role == Role::Member).collect();
         let able = world
             .shards
             .iter()
@@ -51,22 +52,19 @@ impl<'a> Leaders<'a> {
             may_lead,
             count: vec![0; nodes],
             target: vec![0; nodes],
-            led: vec![BTreeSet::new(); nodes],
+            fixed: vec![0; nodes],
         }
     }
 
     fn set(&mut self, shard: usize, node: u32) {
         if let Some(old) = self.lead[shard].replace(node) {
             self.count[old as usize] -= 1;
-            self.led[old as usize].remove(&(shard as u32));
         }
         self.count[node as usize] += 1;
-        self.led[node as usize].insert(shard as u32);
     }
 
-    /// Primaries that stay; then everybody's share of the rest.
+    /// Primaries that stay.
     fn keep(&mut self) {
-        let (mut fixed, mut shared) = (vec![0u64; self.count.len()], 0);
         for (at, shard) in self.world.shards.iter().enumerate() {
             let primary = first_holder(self.world, shard);
             let waits = |n: &u32| {
@@ -78,9 +76,8 @@ impl<'a> Leaders<'a> {
             } else if let Some(node) = primary.filter(waits) {
                 // A moment of suspicion is no reason for a hand-over.
                 self.set(at, node);
-                fixed[node as usize] += 1;
+                self.fixed[node as usize] += 1;
                 self.able[at].clear();
-                continue;
             } else if self.able[at].is_empty() {
                 // Nobody may lead who could: whoever does goes on, the living before the absent.
                 let stays = primary.filter(|n| shard.now.contains(n) || shard.vacated.contains(n));
@@ -88,12 +85,15 @@ impl<'a> Leaders<'a> {
                 let other = shard.now.iter().chain(&shard.vacated).copied().find(live);
                 if let Some(node) = stays.filter(live).or(other).or(stays) {
                     self.set(at, node);
-                    fixed[node as usize] += 1;
+                    self.fixed[node as usize] += 1;
                 }
-                continue;
             }
-            shared += 1;
         }
+    }
+
+    /// Everybody's share of the primaries that can be shared, as near to what is as it can be.
+    fn share_out(&mut self) {
+        let shared = self.able.iter().filter(|able| !able.is_empty()).count() as u64;
         let mut can = vec![0u64; self.count.len()];
         for node in self.able.iter().flatten() {
             can[*node as usize] += 1;
@@ -104,7 +104,10 @@ impl<'a> Leaders<'a> {
             .nodes
             .values()
             .enumerate()
-            .map(|(i, node)| Part { weight: if self.may_lead[i] { node.weight.max(1).into() } else { 0 }, cap: can[i] })
+            .map(|(i, node)| Part {
+                weight: if self.may_lead[i] { node.weight.max(1).into() } else { 0 },
+                cap: can[i],
+            })
             .collect();
         let shares = water_fill(&parts, Share::whole(shared));
         let slots: Vec<Slot> = shares
@@ -114,11 +117,11 @@ impl<'a> Leaders<'a> {
             .map(|(i, (share, part))| Slot {
                 share: *share,
                 band: Band::around(*share, self.world.input.rules.max_skew_percent, part.cap),
-                ideal: self.count[i] - fixed[i],
+                ideal: self.count[i] - self.fixed[i],
             })
             .collect();
         self.target = round(&slots, shared);
-        for (target, fixed) in self.target.iter_mut().zip(fixed) {
+        for (target, fixed) in self.target.iter_mut().zip(&self.fixed) {
             *target += fixed;
         }
     }
@@ -152,8 +155,18 @@ impl<'a> Leaders<'a> {
                 holds[*node as usize].push(at as u32);
             }
         }
-        for node in 0..self.count.len() as u32 {
-            while self.deficit(node) > 0 && self.pull(node, &holds) {}
+        // Where a target cannot be reached, another way of rounding may be.
+        for _ in 0..ROUNDS {
+            self.share_out();
+            let mut changed = false;
+            for node in 0..self.count.len() as u32 {
+                while self.deficit(node) > 0 && self.pull(node, &holds) {
+                    changed = true;
+                }
+            }
+            if !changed {
+                return;
+            }
         }
     }
 

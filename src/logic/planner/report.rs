@@ -3,9 +3,7 @@
 use super::Role;
 use super::primaries::first_holder;
 use super::world::{ShardState, World};
-use crate::model::plan::{
-    Balance, BeforeAfter, Move, NodeShare, Promotion, RebalancePlan, Removal, Unmet,
-};
+use crate::model::plan::{Balance, BeforeAfter, Move, NodeShare, Promotion, RebalancePlan, Removal, Unmet};
 
 /// What is done first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,7 +47,8 @@ pub(super) fn report(world: &World<'_>, leaders: &[Option<u32>], lower_bound: u6
     out.lower_bound = lower_bound;
     out.ratio = if lower_bound == 0 { 1.0 } else { out.moves.len() as f64 / lower_bound as f64 };
     let before: Vec<Option<u32>> = world.shards.iter().map(|s| first_holder(world, s)).collect();
-    out.balance = BeforeAfter { before: balance(world, &before, true), after: balance(world, leaders, false) };
+    out.balance =
+        BeforeAfter { before: balance(world, &before, true), after: balance(world, leaders, false) };
     out
 }
 
@@ -67,7 +66,8 @@ fn steps_of(
             rule: "replicas".into(),
             shard: Some(shard.id),
             node: None,
-            reason: "no holder is live, so there is nothing to copy from: start one of its nodes again".into(),
+            reason: "no holder is live, so there is nothing to copy from: start one of its nodes again"
+                .into(),
         });
         return;
     }
@@ -104,7 +104,7 @@ fn steps_of(
         let reason = match role {
             // Who is not live takes nothing away; whoever serves goes only when enough others do.
             Role::Gone if live > 0 => "its node is gone, and no other node can hold it",
-            Role::Member | Role::Waiting { .. } | Role::Draining if live > rf => {
+            Role::Member | Role::Waiting { .. } | Role::Draining if live > rf && Some(node) != leader => {
                 live -= 1;
                 "it has more replicas than wanted"
             }
@@ -258,7 +258,8 @@ pub(super) fn balance(world: &World<'_>, leaders: &[Option<u32>], before: bool) 
     let mut counts = if before { world.before.clone() } else { world.count.clone() };
     // What draining nodes hold, and those that wait.
     for shard in &world.shards {
-        let others = if before { shard.kept.iter().chain(&shard.vacated) } else { shard.now.iter().chain(&[]) };
+        let others =
+            if before { shard.kept.iter().chain(&shard.vacated) } else { shard.now.iter().chain(&[]) };
         for node in others.filter(|n| !world.is_member(**n)) {
             counts[*node as usize] += 1;
         }

@@ -213,7 +213,10 @@ impl<'a> World<'a> {
         for (rack, nodes) in inside.iter().enumerate() {
             let weights: Vec<Part> = nodes
                 .iter()
-                .map(|i| Part { weight: u64::from(self.input.nodes[self.names[*i]].weight.max(1)), cap: placed })
+                .map(|i| Part {
+                    weight: u64::from(self.input.nodes[self.names[*i]].weight.max(1)),
+                    cap: placed,
+                })
                 .collect();
             let shares = water_fill(&weights, self.rack_shares[rack]);
             let mut ideal = 0;

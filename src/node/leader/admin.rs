@@ -5,7 +5,8 @@ use super::placement::BY_OPERATOR;
 use crate::error::{Error, Result};
 use crate::model::admin::{
     CancelReply, CancelRequest, ExplainRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts,
-    NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply, StepDownReply,
+    NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply,
+    StepDownReply,
 };
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};

@@ -105,7 +105,8 @@ impl Leader {
             migration.is_some_and(|(_, m)| m.from.as_deref() == Some(node))
         };
         let about_it = |unmet: &&crate::model::plan::Unmet| {
-            unmet.node.as_deref() == Some(node) || (unmet.node.is_none() && unmet.shard.is_some_and(|s| held.contains(&s)))
+            unmet.node.as_deref() == Some(node)
+                || (unmet.node.is_none() && unmet.shard.is_some_and(|s| held.contains(&s)))
         };
         Ok(DrainReply {
             node: node.to_owned(),
@@ -130,7 +131,10 @@ impl Leader {
             .edit_node(&node, |record| {
                 if !on {
                     record.maintenance.take()?;
-                    return Some(Event::new("node.maintenance", format!("maintenance of {} is over", record.node)));
+                    return Some(Event::new(
+                        "node.maintenance",
+                        format!("maintenance of {} is over", record.node),
+                    ));
                 }
                 let since = wall();
                 let until = since + chrono::TimeDelta::milliseconds(for_ms as i64);
@@ -142,7 +146,8 @@ impl Leader {
                     return None;
                 }
                 record.maintenance = Some(Maintenance { reason: reason.clone(), since, until });
-                let message = format!("{} is in maintenance until {}: {reason}", record.node, until.to_rfc3339());
+                let message =
+                    format!("{} is in maintenance until {}: {reason}", record.node, until.to_rfc3339());
                 Some(Event::new("node.maintenance", message).with("reason", reason.clone()))
             })
             .await?;
@@ -171,7 +176,8 @@ impl Leader {
                     record.set_rack = Some(rack.clone());
                     record.rack.clone_from(rack);
                 }
-                let message = format!("{} has weight {} and rack {:?}", record.node, record.weight, record.rack);
+                let message =
+                    format!("{} has weight {} and rack {:?}", record.node, record.weight, record.rack);
                 Some(Event::new("node.changed", message))
             })
             .await?;
@@ -207,7 +213,8 @@ impl Leader {
         let shards = self.ctx.cluster.num_shards;
         let input = self.plan_input(true);
         let explained = blocking(move || Ok(explain(&input, shard))).await?;
-        let unknown = || Error::NotFound(format!("shard {shard} does not exist: there are {shards}, counted from 0"));
+        let unknown =
+            || Error::NotFound(format!("shard {shard} does not exist: there are {shards}, counted from 0"));
         let mut explained = explained.ok_or_else(unknown)?;
         if let Some(id) = self.shards.get(&shard).and_then(|(_, record)| record.migration.as_ref()) {
             explained.next.insert(0, format!("migration {id} is under way: see migrations show {id}"));

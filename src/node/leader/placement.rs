@@ -15,8 +15,8 @@ use crate::model::plan::{Move, RebalancePlan};
 use crate::model::records::{NodeRecord, NodeStatus, RebalanceRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
-use crate::view::REBALANCE_KEY;
 use crate::node::replica::blocking;
+use crate::view::REBALANCE_KEY;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tracing::debug;
@@ -25,8 +25,6 @@ use tracing::debug;
 const LOOK: Duration = Duration::from_secs(1);
 /// Plans of dry runs that `apply` may name.
 const PLANS: usize = 8;
-/// A node that said it leaves and did not is an ordinary node again.
-const LEAVING: Duration = Duration::from_secs(30);
 /// Why an operator's move was made, in its record.
 pub(super) const BY_OPERATOR: &str = "an operator asked for it";
 /// Why a hot shard was moved, in its record.
@@ -57,9 +55,12 @@ impl Placement {
 impl Leader {
     pub(super) fn role(&self, record: &NodeRecord) -> Role {
         let now = self.ctx.clock.now();
-        if self.placement.leaving.get(&record.node).is_some_and(|(instance, until)| {
-            *instance == record.instance && now < *until
-        }) && record.status.is_live()
+        if self
+            .placement
+            .leaving
+            .get(&record.node)
+            .is_some_and(|(instance, until)| *instance == record.instance && now < *until)
+            && record.status.is_live()
         {
             return Role::Waiting { live: true };
         }
@@ -73,7 +74,11 @@ impl Leader {
                 let late = now.saturating_sub(since) > self.ctx.config.rereplicate_after;
                 let promised = record.maintenance.as_ref().is_some_and(|m| wall() < m.until);
                 // Whoever was being emptied is not waited for.
-                if !promised && (late || record.draining) { Role::Gone } else { Role::Waiting { live: false } }
+                if !promised && (late || record.draining) {
+                    Role::Gone
+                } else {
+                    Role::Waiting { live: false }
+                }
             }
         }
     }
@@ -101,9 +106,8 @@ impl Leader {
         }
         let cool_down = self.ctx.config.hot_cool_down;
         for (_, migration) in view.migrations.values() {
-            let recent = migration.moved_at.is_some_and(|at| {
-                (wall() - at).to_std().is_ok_and(|ago| ago < cool_down)
-            });
+            let recent =
+                migration.moved_at.is_some_and(|at| (wall() - at).to_std().is_ok_and(|ago| ago < cool_down));
             if let (true, Some(shard)) = (recent, shards.get_mut(&migration.shard)) {
                 let by_hand = [BY_OPERATOR, BY_HEAT].contains(&migration.reason.as_str());
                 shard.moved = shard.moved.max(if by_hand { Moved::Pinned } else { Moved::Lately });
@@ -343,8 +347,7 @@ impl Leader {
         };
         let now = self.ordered_input();
         let same = |a: &PlanInput, b: &PlanInput| {
-            let holders =
-                |i: &PlanInput| i.shards.values().map(|s| s.replicas.clone()).collect::<Vec<_>>();
+            let holders = |i: &PlanInput| i.shards.values().map(|s| s.replicas.clone()).collect::<Vec<_>>();
             a.nodes == b.nodes && holders(a) == holders(b)
         };
         if !same(&input, &now) {

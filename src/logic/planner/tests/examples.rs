@@ -88,7 +88,10 @@ fn with_too_few_nodes_a_gone_replica_is_dropped_and_the_last_live_one_is_kept() 
         node.role = Role::Gone;
     }
     let nobody = plan(&after);
-    assert!(nobody.moves.is_empty() && nobody.removals.is_empty(), "data that nobody else has stays on the map");
+    assert!(
+        nobody.moves.is_empty() && nobody.removals.is_empty(),
+        "data that nobody else has stays on the map"
+    );
     assert!(nobody.unmet.iter().filter(|u| u.shard.is_some()).count() == 8);
 }
 
@@ -137,7 +140,14 @@ fn replicas_are_in_different_racks_even_if_racks_are_uneven() {
     // 5, 3 and 2 nodes: the rule costs balance, and is kept.
     let mut input = cluster(10, 0, 1_024, 3);
     for (i, node) in input.nodes.values_mut().enumerate() {
-        node.rack = ["a", "b", "c"][if i < 5 { 0 } else if i < 8 { 1 } else { 2 }].into();
+        node.rack = ["a", "b", "c"][if i < 5 {
+            0
+        } else if i < 8 {
+            1
+        } else {
+            2
+        }]
+        .into();
     }
     let after = judge(&input, &plan(&input));
     assert_eq!(crowded(&after, 1), 0);
@@ -205,7 +215,9 @@ fn unknown_and_doubled_holders_are_repaired() {
     doubled[1] = doubled[0].clone();
     let repaired = plan(&before);
     let after = judge(&before, &repaired);
-    assert!(after.shards.values().all(|s| s.replicas.len() == 3 && !s.replicas.contains(&"ghost".to_owned())));
+    assert!(
+        after.shards.values().all(|s| s.replicas.len() == 3 && !s.replicas.contains(&"ghost".to_owned()))
+    );
     assert!(repaired.removals.iter().any(|r| r.node == "ghost"));
 }
 

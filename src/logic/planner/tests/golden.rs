@@ -21,7 +21,8 @@ fn table(input: &PlanInput, plan: &RebalancePlan, after: &PlanInput) -> String {
         out += &format!("wave {wave}\n");
         for step in moves.iter().map(|at| &plan.moves[*at]) {
             let from = step.from.as_deref().unwrap_or("nobody");
-            out += &format!("  shard {:>2}: {from} -> {}: {}\n", step.shard.to_string(), step.to, step.reason);
+            out +=
+                &format!("  shard {:>2}: {from} -> {}: {}\n", step.shard.to_string(), step.to, step.reason);
         }
     }
     for step in &plan.promotions {

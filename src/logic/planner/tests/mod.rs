@@ -104,7 +104,8 @@ pub(super) fn crowded(input: &PlanInput, limit: usize) -> usize {
         rack => format!("rack {rack}"),
     };
     let most = |shard: &&PlanShard| {
-        let racks: Vec<String> = shard.replicas.iter().filter(|n| input.nodes.contains_key(*n)).map(rack).collect();
+        let racks: Vec<String> =
+            shard.replicas.iter().filter(|n| input.nodes.contains_key(*n)).map(rack).collect();
         racks.iter().map(|r| racks.iter().filter(|other| *other == r).count()).max().unwrap_or(0) > limit
     };
     input.shards.values().filter(most).count()
@@ -127,7 +128,9 @@ pub(super) fn judge(input: &PlanInput, plan: &RebalancePlan) -> PlanInput {
         let mut shards = BTreeSet::new();
         for each in wave.iter().map(|at| &plan.moves[*at]) {
             *into.entry(&each.to).or_default() += 1;
-            if let Some(from) = each.from.as_deref().filter(|n| input.nodes.get(*n).is_some_and(|n| n.role.is_live())) {
+            if let Some(from) =
+                each.from.as_deref().filter(|n| input.nodes.get(*n).is_some_and(|n| n.role.is_live()))
+            {
                 *out_of.entry(from).or_default() += 1;
             }
             assert!(shards.insert(each.shard), "shard {} moves twice in one wave", each.shard);

@@ -33,7 +33,13 @@ fn assert_reached(input: &PlanInput, plan: &RebalancePlan, after: &PlanInput) {
     let world = World::new(after);
     for i in (0..world.names.len()).filter(|i| world.is_member(*i as u32)) {
         let band = world.bands[i];
-        assert_eq!(band.outside(world.count[i]), (0, 0), "{}: {} in {band:?}", world.names[i], world.count[i]);
+        assert_eq!(
+            band.outside(world.count[i]),
+            (0, 0),
+            "{}: {} in {band:?}",
+            world.names[i],
+            world.count[i]
+        );
     }
     let mut racks = vec![0u64; world.racks];
     for i in (0..world.names.len()).filter(|i| world.is_member(*i as u32)) {
