@@ -69,10 +69,11 @@ impl Leader {
             "maintenance" => json(self.maintenance(required(message)?).await?),
             "set" => json(self.set_node(required(message)?).await?),
             "explain" => json(self.explain(required::<ExplainRequest>(message)?.shard).await?),
+            "hot" => json(self.hot()),
             "leave" => json(self.leave(required(message)?).await?),
             other => {
-                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, explain, maintenance, \
-                             set, step_down";
+                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, explain, hot, \
+                             maintenance, set, step_down";
                 Err(Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}")))
             }
         }
