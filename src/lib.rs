@@ -72,6 +72,8 @@ mod nats;
 mod node;
 #[cfg(feature = "cli")]
 pub mod playground;
+#[cfg(test)]
+mod sim;
 pub mod store;
 mod view;
 

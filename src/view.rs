@@ -5,6 +5,7 @@
 //! write changes nothing here. When NATS is away, the last copy goes on being used.
 
 use crate::error::{Error, Result};
+use crate::logic::fencing::takes_over;
 use crate::metrics::Metrics;
 use crate::model::records::{
     ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord, ShardRecord,
@@ -126,7 +127,7 @@ impl View {
                     return Err(Error::Invalid(format!("the cluster has {} shards", cluster.num_shards)));
                 }
                 match self.shards.get(&record.shard) {
-                    Some((_, known)) if known.term > record.term => {
+                    Some((_, known)) if !takes_over(known.term, record.term) => {
                         return Err(Error::Fenced(format!(
                             "term {} is over, term {} has been seen",
                             record.term, known.term

@@ -5,10 +5,15 @@
 
 pub(crate) mod damping;
 pub(crate) mod dedup;
+pub(crate) mod fencing;
 pub(crate) mod hash;
+pub(crate) mod holding;
 pub(crate) mod hotspots;
 pub(crate) mod lease;
+pub(crate) mod log_loss;
 pub(crate) mod membership;
+pub(crate) mod migration;
 pub(crate) mod planner;
 pub(crate) mod replica;
 pub(crate) mod routing;
+pub(crate) mod truncation;

@@ -14,6 +14,7 @@
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::logic::migration::is_close;
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::wire::DigestRequest;
@@ -31,8 +32,6 @@ use tracing::{debug, info, warn};
 const PROGRESS: Duration = Duration::from_millis(500);
 /// One digest comparison.
 const COMPARE: Duration = Duration::from_secs(5);
-/// Entries behind that count as "close behind".
-const CLOSE: u64 = 64;
 
 /// Runs until the migration is over or the node stops.
 pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) {
@@ -144,7 +143,7 @@ async fn load(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()
             shown = Some(key);
             written = ctx.clock.now();
         }
-        if now.caught_up && now.lag <= CLOSE {
+        if is_close(now.caught_up, now.lag) {
             return finish_load(ctx, id, &now.progress).await;
         }
         let _ = tokio::time::timeout(PROGRESS, status.changed()).await;

@@ -2,11 +2,13 @@
 
 use crate::clock::wall;
 use crate::error::Result;
+use crate::logic::truncation::{cut, is_worth_a_look, lowest};
 use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest};
 use crate::node::context::Context;
+use crate::node::replica::facts;
 use crate::node::replicas::Replicas;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,12 +20,6 @@ use tracing::{debug, info};
 const LOAD: Duration = Duration::from_secs(5);
 /// Pause between truncations.
 const TRUNCATE: Duration = Duration::from_secs(5);
-/// Entries that stay although every holder has them, so that a replica that was briefly away finds them.
-const MARGIN: u64 = 256;
-/// Fewer new entries are not worth a look.
-const LEAST: u64 = 16;
-/// A log below this is left alone: replaying it is cheaper than a snapshot.
-const WORTH_BYTES: u64 = 4 << 20;
 
 /// Publishes heartbeats. They are not sent while disconnected, so that none is late.
 pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
@@ -130,10 +126,7 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                 continue;
             };
             let known = done.get(&shard).copied().unwrap_or(0);
-            if report.state != ReplicaState::Serving
-                || report.durable < known + LEAST
-                || report.log_id != record.log_id
-            {
+            if !is_worth_a_look(&report, record.log_id, known) {
                 continue;
             }
             low.insert(shard, report.durable);
@@ -155,17 +148,10 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
 /// Truncates one log if that frees enough; all of what may go when the log is filling up.
 async fn truncate(ctx: &Context, shard: ShardId, durable: u64) -> Result<()> {
     let Some(info) = ctx.logs.info(shard).await? else { return Ok(()) };
-    let most = ctx.cluster.log_max_bytes.max(1) as u64;
-    let margin = if info.bytes > most / 2 { 0 } else { MARGIN };
-    let first = durable.saturating_sub(margin) + 1;
-    if info.bytes < WORTH_BYTES.min(most / 4) || info.first_seq >= first {
-        return Ok(());
-    }
-    // Truncating beyond the end would hide that the log has lost its tail; another log is not ours to cut.
     let view = ctx.view();
-    if view.shard(shard).is_none_or(|record| record.log_id != info.id) || first > info.last_seq + 1 {
-        return Ok(());
-    }
+    let ordered = view.shard(shard).map(|record| record.log_id);
+    let most = ctx.cluster.log_max_bytes.max(1) as u64;
+    let Some(first) = cut(durable, facts(info), info.bytes, most, ordered) else { return Ok(()) };
     let purged = ctx.logs.truncate(shard, first).await?;
     info!(%shard, first, purged, "the log is truncated");
     Ok(())
@@ -187,13 +173,12 @@ async fn ask_durable(
     for (shards, answer) in futures::future::join_all(asks).await {
         let replicas = answer.map(|reply| reply.replicas).unwrap_or_default();
         for shard in shards {
-            let log_id = view.shard(shard).map(|record| record.log_id);
-            match replicas.iter().find(|r| r.shard == shard && Some(r.log_id) == log_id) {
-                Some(report) => {
-                    if let Some(durable) = low.get_mut(&shard) {
-                        *durable = (*durable).min(report.durable);
-                    }
-                }
+            let (Some(record), Some(so_far)) = (view.shard(shard), low.get(&shard).copied()) else {
+                continue;
+            };
+            let report = replicas.iter().find(|r| r.shard == shard);
+            match lowest(so_far, record.log_id, [report]) {
+                Some(durable) => drop(low.insert(shard, durable)),
                 None => drop(low.remove(&shard)),
             }
         }

@@ -11,8 +11,9 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
+use crate::logic::migration::{Facts, Step, joined, next_step, released, swapped};
 use crate::model::events::Event;
-use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus};
+use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::failpoint::pause;
@@ -60,7 +61,7 @@ impl Leader {
         let Some((_, record)) = self.shards.get(&shard) else {
             return Err(Error::NotFound(format!("shard {shard} is not placed yet")));
         };
-        let mut record = record.clone();
+        let record = record.clone();
         let id = format!("m-{}-{}", shard.token(), &fresh_id().simple().to_string()[..8]);
         let now = wall();
         let migration = MigrationRecord {
@@ -87,9 +88,7 @@ impl Leader {
             Cas::Unknown(error) => return Err(error),
         }
         pause("migration-before-joining").await;
-        record.joining = vec![to.to_owned()];
-        record.migration = Some(id.clone());
-        self.write_shard(record).await?;
+        self.write_shard(joined(&record, &id, to)).await?;
         let source = from.as_deref().map_or(String::new(), |from| format!(" from {from}"));
         let message = format!("shard {shard}{source} to {to}: {reason}");
         let event = Event::new("migration.started", message).shard(shard).migration(&id).node(to);
@@ -122,58 +121,26 @@ impl Leader {
             *entry = (progress, now);
         }
         let stalled = now.saturating_sub(entry.1) > STALLED;
+        let young = now.saturating_sub(entry.1) < Duration::from_secs(2);
         let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
-        let named = record.migration.as_deref() == Some(migration.id.as_str());
-        if !named {
-            // Swapped by a leader that died before it could say so; or never started.
-            let arrived = record.has_replica(&migration.to) && migration.phase == MigrationPhase::Cutover;
-            let young = now.saturating_sub(self.watched[&migration.id].1) < Duration::from_secs(2);
-            return match (arrived, young) {
-                (true, _) => self.finish(migration).await,
-                (false, true) => Ok(()),
-                (false, false) => {
-                    let why = "the shard's record does not name it";
-                    self.end(migration, MigrationPhase::Failed, why).await
-                }
-            };
-        }
         let target = self.ctx.view().node_status(&migration.to);
-        match target {
-            NodeStatus::Down | NodeStatus::Left => {
-                return self
-                    .abort(
-                        migration,
-                        MigrationPhase::Failed,
-                        &format!("its target {} is {target}", migration.to),
-                    )
-                    .await;
+        match next_step(Facts { migration, record, target, stalled, young }) {
+            Step::Wait => Ok(()),
+            Step::Swap => {
+                pause("migration-before-swap").await;
+                self.swap(migration).await?;
+                pause("migration-after-swap").await;
+                self.finish(migration).await
             }
-            NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining => {}
+            Step::Finish => self.finish(migration).await,
+            Step::End(why) => self.end(migration, MigrationPhase::Failed, &why).await,
+            Step::Abort(why) => self.abort(migration, MigrationPhase::Failed, &why).await,
         }
-        if stalled {
-            return self.abort(migration, MigrationPhase::Failed, "it made no progress for 10 minutes").await;
-        }
-        if migration.phase == MigrationPhase::Cutover {
-            pause("migration-before-swap").await;
-            self.swap(migration).await?;
-            pause("migration-after-swap").await;
-            self.finish(migration).await?;
-        }
-        Ok(())
     }
 
     async fn swap(&mut self, migration: &MigrationRecord) -> Result<()> {
         let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
-        let mut record = record.clone();
-        record.joining.clear();
-        record.migration = None;
-        if !record.has_replica(&migration.to) {
-            match migration.from.as_ref().and_then(|from| record.replicas.iter().position(|n| n == from)) {
-                Some(at) => record.replicas[at].clone_from(&migration.to),
-                None => record.replicas.push(migration.to.clone()),
-            }
-        }
-        record.primary.clone_from(&record.replicas[0]);
+        let record = swapped(record, migration.from.as_ref(), &migration.to);
         self.write_shard(record).await
     }
 
@@ -206,9 +173,7 @@ impl Leader {
         if let Some((_, record)) = self.shards.get(&migration.shard)
             && record.migration.as_deref() == Some(migration.id.as_str())
         {
-            let mut record = record.clone();
-            record.joining.clear();
-            record.migration = None;
+            let record = released(record);
             self.write_shard(record).await?;
         }
         self.end(migration, phase, why).await
@@ -265,7 +230,7 @@ impl Leader {
             .collect();
         for shard in orphans {
             let Some((_, record)) = self.shards.get(&shard) else { continue };
-            let mut record = record.clone();
+            let record = record.clone();
             // Our copy may be a moment behind: only what the bucket does not have, or has as over, is.
             let id = record.migration.clone().unwrap_or_default();
             let running = match self.ctx.buckets.migrations.get(&id).await {
@@ -275,9 +240,7 @@ impl Leader {
             if running.is_some_and(|record| record.phase.is_running()) {
                 continue;
             }
-            record.joining.clear();
-            record.migration = None;
-            if let Err(error) = self.write_shard(record).await {
+            if let Err(error) = self.write_shard(released(&record)).await {
                 self.soft(error)?;
             }
         }

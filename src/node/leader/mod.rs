@@ -15,11 +15,11 @@ mod records;
 
 use hot::Heat;
 use placement::Placement;
-use records::Verdict;
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
+use crate::logic::log_loss::Verdict;
 use crate::logic::membership::{Action, Membership};
 use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};

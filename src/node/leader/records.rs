@@ -3,19 +3,20 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
+use crate::logic::fencing::{ReadBack, is_over, newest, read_back};
+use crate::logic::log_loss::{Verdict, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
-use crate::nats::log::LogInfo;
 use crate::node::join::restore_buckets;
+use crate::node::replica::facts;
 use crate::view::parse;
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
 use tracing::{debug, info, warn};
-use uuid::Uuid;
 
 /// Records written, and streams created, at a time.
 const PARALLEL: usize = 32;
@@ -49,13 +50,8 @@ impl Leader {
             let good = found
                 .and_then(|found| parse::<ShardRecord>(&found.value).ok().filter(|r| r.check(&key).is_ok()));
             let ours = view.shard(shard).cloned();
-            let best = match (good, ours) {
-                (Some(good), Some(ours)) if ours.term > good.term => Some(ours),
-                (Some(good), _) => Some(good),
-                (None, ours) => ours,
-            };
-            let Some(record) = best else { continue };
-            if record.term > self.term {
+            let Some(record) = newest(good, ours) else { continue };
+            if is_over(self.term, record.term) {
                 return Err(Error::Fenced(format!(
                     "shard {shard} was written in term {}, ours is {}",
                     record.term, self.term
@@ -98,7 +94,7 @@ impl Leader {
             if let Some(now) = found
                 .and_then(|found| parse::<ShardRecord>(&found.value).ok().filter(|r| r.check(&key).is_ok()))
             {
-                if now.term > self.term {
+                if is_over(self.term, now.term) {
                     return Err(Error::Fenced(format!(
                         "shard {} was written in term {}",
                         record.shard, now.term
@@ -158,28 +154,20 @@ impl Leader {
                 .as_ref()
                 .and_then(|f| parse::<ShardRecord>(&f.value).ok())
                 .filter(|r| r.check(&key).is_ok());
-            match (good, found) {
-                (Some(record), Some(_)) if record.term > self.term => {
-                    return Err(Error::Fenced(format!("shard {shard} was written in term {}", record.term)));
+            let revision = found.map(|f| f.revision);
+            let ours = self.shards.get(&shard).map(|(_, ours)| ours);
+            match (read_back(self.term, good, revision.is_some(), ours), revision) {
+                (ReadBack::Fenced(term), _) => {
+                    return Err(Error::Fenced(format!("shard {shard} was written in term {term}")));
                 }
-                (Some(record), Some(found)) if record.term == self.term => {
-                    self.ctx.views.note_shard(found.revision, &record);
-                    self.shards.insert(shard, (found.revision, record));
+                (ReadBack::Keep(record), Some(revision)) => {
+                    self.ctx.views.note_shard(revision, &record);
+                    self.shards.insert(shard, (revision, record));
                     self.unsure.remove(&shard);
                 }
-                (good, found) => {
-                    // Without a copy of our own: an older leader's first placement that landed late is as
-                    // good as ours would be; anything else makes way.
-                    let Some(ours) = self.shards.get(&shard).map(|(_, ours)| ours.clone()).or(good) else {
-                        if found.is_some() {
-                            self.ctx.buckets.shards.delete(&key).await.or_else(|e| self.soft(e))?;
-                        }
-                        self.unsure.remove(&shard);
-                        continue;
-                    };
+                (ReadBack::Keep(record) | ReadBack::Rewrite(record), revision) => {
                     warn!(%shard, "somebody overwrote the shard's record, writing it again");
-                    let fenced = self.fence_one(ours, found.map(|f| f.revision)).await;
-                    match fenced {
+                    match self.fence_one(record, revision).await {
                         Ok((revision, record)) => {
                             self.ctx.views.note_shard(revision, &record);
                             self.shards.insert(shard, (revision, record));
@@ -188,6 +176,11 @@ impl Leader {
                         Err(error) => self.soft(error)?,
                     }
                 }
+                (ReadBack::Remove, _) => {
+                    self.ctx.buckets.shards.delete(&key).await.or_else(|e| self.soft(e))?;
+                    self.unsure.remove(&shard);
+                }
+                (ReadBack::Nothing, _) => drop(self.unsure.remove(&shard)),
             }
         }
         Ok(())
@@ -362,7 +355,7 @@ impl Leader {
             // Replicas first, the log after: while writes go on it is then never behind what they said.
             let reports = self.holders_say(&record).await?;
             let info = self.ctx.logs.info(record.shard).await?;
-            Ok(verdict(&record, &reports, info))
+            Ok(verdict(&record, &reports, info.map(facts)))
         };
         let look = tokio::time::timeout(LOG_LOOK, look).await;
         let late = || Err(Error::Unavailable("looking at the log took too long".into()));
@@ -426,124 +419,5 @@ impl Leader {
             }
             other => other.map(drop),
         }
-    }
-}
-
-/// What is to be done about a log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// It is what its record says.
-    Fine,
-    /// It does not exist, and nobody has anything that it should hold.
-    Create,
-    /// The record is older than the log that everybody follows.
-    Adopt(Uuid),
-    /// It has lost entries; the most advanced replica has applied this much.
-    Rebuild(u64),
-}
-
-/// Decides, from what every holder has said and the stream as it was seen afterwards.
-fn verdict(record: &ShardRecord, reports: &[ReplicaReport], info: Option<LogInfo>) -> Verdict {
-    let most = reports.iter().map(|report| report.applied).max().unwrap_or(0);
-    let ours = info.filter(|info| info.id == record.log_id);
-    let following = reports.iter().filter(|report| report.applied > 0);
-    match (ours, info) {
-        (Some(ours), _) => {
-            let known = following.clone().filter(|r| r.log_id == record.log_id).map(|r| r.applied).max();
-            let damaged =
-                reports.iter().any(|r| r.state == ReplicaState::LogLost && r.log_id == record.log_id);
-            // A record of a log that begins at 1, and holders of another one: made anew by mistake.
-            let foreign = record.log_first_seq == 1 && following.clone().any(|r| r.log_id != record.log_id);
-            if ours.last_seq < known.unwrap_or(0) || damaged || (foreign && ours.last_seq == 0) {
-                Verdict::Rebuild(most)
-            } else {
-                Verdict::Fine
-            }
-        }
-        (None, Some(other)) if !other.id.is_nil() && other.last_seq >= most => {
-            let all = following.clone().count() > 0 && following.clone().all(|r| r.log_id == other.id);
-            if all { Verdict::Adopt(other.id) } else { gone(record, most) }
-        }
-        (None, _) => gone(record, most),
-    }
-}
-
-fn gone(record: &ShardRecord, most: u64) -> Verdict {
-    // Nothing was ever applied, or the record already names the log to be.
-    if most == 0 || record.log_first_seq > most { Verdict::Create } else { Verdict::Rebuild(most) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use chrono::DateTime;
-
-    const A: Uuid = Uuid::from_u128(1);
-    const B: Uuid = Uuid::from_u128(2);
-
-    fn record(log_id: Uuid, log_first_seq: u64) -> ShardRecord {
-        ShardRecord {
-            shard: ShardId(1),
-            primary: "a".into(),
-            replicas: vec!["a".into(), "b".into()],
-            joining: vec![],
-            status: ShardStatus::Full,
-            term: 1,
-            migration: None,
-            log_id,
-            log_first_seq,
-            updated_at: DateTime::UNIX_EPOCH,
-        }
-    }
-
-    fn said(log_id: Uuid, applied: u64, state: ReplicaState) -> ReplicaReport {
-        ReplicaReport { shard: ShardId(1), state, applied, durable: applied, vectors: 0, bytes: 0, log_id }
-    }
-
-    fn log(id: Uuid, last_seq: u64) -> Option<LogInfo> {
-        Some(LogInfo { id, first_seq: 1, last_seq, messages: 0, bytes: 0 })
-    }
-
-    #[test]
-    fn a_log_that_holds_what_was_applied_is_fine() {
-        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(A, 1), &both, log(A, 30)), Verdict::Fine);
-        assert_eq!(verdict(&record(A, 1), &both, log(A, 99)), Verdict::Fine);
-    }
-
-    #[test]
-    fn a_log_that_ends_early_is_gone_or_was_seen_damaged_is_rebuilt_from_the_most_advanced() {
-        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(A, 1), &both, log(A, 29)), Verdict::Rebuild(30));
-        assert_eq!(verdict(&record(A, 1), &both, None), Verdict::Rebuild(30));
-        let damaged = [said(A, 30, ReplicaState::LogLost), said(A, 28, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(A, 1), &damaged, log(A, 40)), Verdict::Rebuild(30));
-    }
-
-    #[test]
-    fn damage_of_the_last_log_does_not_condemn_the_new_one() {
-        let late = [said(A, 30, ReplicaState::LogLost), said(B, 31, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(B, 31), &late, log(B, 31)), Verdict::Fine);
-    }
-
-    #[test]
-    fn a_record_that_names_a_log_to_be_gets_it_created() {
-        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(B, 31), &both, None), Verdict::Create);
-        assert_eq!(verdict(&record(B, 31), &both, log(A, 12)), Verdict::Create);
-        let fresh = [said(Uuid::nil(), 0, ReplicaState::Recovering)];
-        assert_eq!(verdict(&record(A, 1), &fresh, None), Verdict::Create);
-    }
-
-    #[test]
-    fn a_record_older_than_the_log_that_all_follow_adopts_it() {
-        let both = [said(B, 50, ReplicaState::LogLost), said(B, 49, ReplicaState::LogLost)];
-        assert_eq!(verdict(&record(A, 1), &both, log(B, 50)), Verdict::Adopt(B));
-    }
-
-    #[test]
-    fn a_new_empty_log_does_not_replace_what_the_holders_have() {
-        let both = [said(A, 30, ReplicaState::LogLost), said(B, 0, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(B, 1), &both, log(B, 0)), Verdict::Rebuild(30));
     }
 }

@@ -3,7 +3,7 @@
 //! The loop looks at record, store and stream, asks [`course`] what to do, does it, and looks again when
 //! anything has changed. Nothing here decides where replicas live.
 
-mod apply;
+pub(crate) mod apply;
 mod seed;
 mod serve;
 mod source;
@@ -591,7 +591,8 @@ impl Replica {
     }
 }
 
-fn facts(info: LogInfo) -> LogFacts {
+/// A stream in the words of the decisions.
+pub(crate) fn facts(info: LogInfo) -> LogFacts {
     LogFacts { id: info.id, first_seq: info.first_seq, last_seq: info.last_seq }
 }
 

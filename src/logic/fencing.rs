@@ -1,0 +1,88 @@
+//! Terms on shard records: which copy a new leader starts from, and what a write that was lost or never
+//! answered comes to.
+//!
+//! Pure. Keeps: a leader that meets a higher term stops; a record's term never goes back.
+
+use crate::model::Term;
+use crate::model::records::ShardRecord;
+
+/// Whether somebody who acts in term `ours` has been replaced by whoever wrote `found`.
+pub(crate) fn is_over(ours: Term, found: Term) -> bool {
+    found > ours
+}
+
+/// Whether a copy of the map takes over a record: never one of a lower term.
+pub(crate) fn takes_over(known: Term, found: Term) -> bool {
+    !is_over(found, known)
+}
+
+/// What a new leader rewrites under its term: the bucket's record, or its own copy where that is newer or
+/// the bucket has nothing good.
+pub(crate) fn newest(stored: Option<ShardRecord>, ours: Option<ShardRecord>) -> Option<ShardRecord> {
+    match (stored, ours) {
+        (Some(stored), Some(ours)) if ours.term > stored.term => Some(ours),
+        (Some(stored), _) => Some(stored),
+        (None, ours) => ours,
+    }
+}
+
+/// What a record that is read again says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ReadBack {
+    /// A newer leader wrote it: stop.
+    Fenced(Term),
+    /// Written in our term: by us, so our write has landed, or it has not and this is what was before.
+    Keep(ShardRecord),
+    /// An older leader's, garbage, or gone: write this.
+    Rewrite(ShardRecord),
+    /// Garbage under the key of a shard that is not placed: remove it.
+    Remove,
+    /// Nothing there, and nothing should be.
+    Nothing,
+}
+
+/// Decides. `good` is the bucket's record if it makes sense, `present` whether there is anything.
+pub(crate) fn read_back(
+    term: Term,
+    good: Option<ShardRecord>,
+    present: bool,
+    ours: Option<&ShardRecord>,
+) -> ReadBack {
+    match good {
+        Some(record) if is_over(term, record.term) => ReadBack::Fenced(record.term),
+        Some(record) if record.term == term => ReadBack::Keep(record),
+        // Without a copy of our own: an older leader's first placement that landed late is as good as ours
+        // would be; anything else makes way.
+        good => match ours.cloned().or(good) {
+            Some(record) => ReadBack::Rewrite(record),
+            None if present => ReadBack::Remove,
+            None => ReadBack::Nothing,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::records::shard_record;
+
+    #[test]
+    fn a_new_leader_starts_from_the_newest_good_copy() {
+        let (old, new) = (shard_record(3, &["a"]), shard_record(4, &["b"]));
+        assert_eq!(newest(Some(old.clone()), Some(new.clone())), Some(new.clone()));
+        assert_eq!(newest(Some(new.clone()), Some(old.clone())), Some(new.clone()));
+        assert_eq!(newest(None, Some(old.clone())), Some(old));
+    }
+
+    #[test]
+    fn a_lost_write_is_decided_again_by_what_is_there() {
+        let (old, now, next) = (shard_record(3, &["a"]), shard_record(4, &["b"]), shard_record(5, &["c"]));
+        assert_eq!(read_back(4, Some(next), true, Some(&now)), ReadBack::Fenced(5));
+        assert_eq!(read_back(4, Some(now.clone()), true, Some(&old)), ReadBack::Keep(now.clone()));
+        assert_eq!(read_back(4, Some(old.clone()), true, Some(&now)), ReadBack::Rewrite(now.clone()));
+        assert_eq!(read_back(4, None, true, Some(&now)), ReadBack::Rewrite(now));
+        assert_eq!(read_back(4, Some(old.clone()), true, None), ReadBack::Rewrite(old));
+        assert_eq!(read_back(4, None, true, None), ReadBack::Remove);
+        assert_eq!(read_back(4, None, false, None), ReadBack::Nothing);
+    }
+}

@@ -1,0 +1,131 @@
+//! Which log counts when a stream is not what its record says: the leader's decision.
+//!
+//! Pure. Keeps: a log is given up only for what the most advanced holder has, so that nothing is lost that
+//! any holder has applied.
+
+use crate::logic::replica::LogFacts;
+use crate::model::events::ReplicaState;
+use crate::model::records::ShardRecord;
+use crate::model::wire::ReplicaReport;
+use uuid::Uuid;
+
+/// What is to be done about a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is what its record says.
+    Fine,
+    /// It does not exist, and nobody has anything that it should hold.
+    Create,
+    /// The record is older than the log that everybody follows.
+    Adopt(Uuid),
+    /// It has lost entries; the most advanced replica has applied this much.
+    Rebuild(u64),
+}
+
+/// Decides, from what every holder has said and the stream as it was seen afterwards.
+pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
+    let most = reports.iter().map(|report| report.applied).max().unwrap_or(0);
+    let ours = log.filter(|log| log.id == record.log_id);
+    let following = reports.iter().filter(|report| report.applied > 0);
+    match (ours, log) {
+        (Some(ours), _) => {
+            let known = following.clone().filter(|r| r.log_id == record.log_id).map(|r| r.applied).max();
+            let damaged =
+                reports.iter().any(|r| r.state == ReplicaState::LogLost && r.log_id == record.log_id);
+            // A record of a log that begins at 1, and holders of another one: made anew by mistake.
+            let foreign = record.log_first_seq == 1 && following.clone().any(|r| r.log_id != record.log_id);
+            if ours.last_seq < known.unwrap_or(0) || damaged || (foreign && ours.last_seq == 0) {
+                Verdict::Rebuild(most)
+            } else {
+                Verdict::Fine
+            }
+        }
+        (None, Some(other)) if !other.id.is_nil() && other.last_seq >= most => {
+            let all = following.clone().count() > 0 && following.clone().all(|r| r.log_id == other.id);
+            if all { Verdict::Adopt(other.id) } else { gone(record, most) }
+        }
+        (None, _) => gone(record, most),
+    }
+}
+
+fn gone(record: &ShardRecord, most: u64) -> Verdict {
+    // Nothing was ever applied, or the record already names the log to be.
+    if most == 0 || record.log_first_seq > most { Verdict::Create } else { Verdict::Rebuild(most) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ShardId;
+    use crate::model::records::ShardStatus;
+    use chrono::DateTime;
+
+    const A: Uuid = Uuid::from_u128(1);
+    const B: Uuid = Uuid::from_u128(2);
+
+    fn record(log_id: Uuid, log_first_seq: u64) -> ShardRecord {
+        ShardRecord {
+            shard: ShardId(1),
+            primary: "a".into(),
+            replicas: vec!["a".into(), "b".into()],
+            joining: vec![],
+            status: ShardStatus::Full,
+            term: 1,
+            migration: None,
+            log_id,
+            log_first_seq,
+            updated_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
+    fn said(log_id: Uuid, applied: u64, state: ReplicaState) -> ReplicaReport {
+        ReplicaReport { shard: ShardId(1), state, applied, durable: applied, vectors: 0, bytes: 0, log_id }
+    }
+
+    fn log(id: Uuid, last_seq: u64) -> Option<LogFacts> {
+        Some(LogFacts { id, first_seq: 1, last_seq })
+    }
+
+    #[test]
+    fn a_log_that_holds_what_was_applied_is_fine() {
+        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 30)), Verdict::Fine);
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 99)), Verdict::Fine);
+    }
+
+    #[test]
+    fn a_log_that_ends_early_is_gone_or_was_seen_damaged_is_rebuilt_from_the_most_advanced() {
+        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 29)), Verdict::Rebuild(30));
+        assert_eq!(verdict(&record(A, 1), &both, None), Verdict::Rebuild(30));
+        let damaged = [said(A, 30, ReplicaState::LogLost), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(A, 1), &damaged, log(A, 40)), Verdict::Rebuild(30));
+    }
+
+    #[test]
+    fn damage_of_the_last_log_does_not_condemn_the_new_one() {
+        let late = [said(A, 30, ReplicaState::LogLost), said(B, 31, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(B, 31), &late, log(B, 31)), Verdict::Fine);
+    }
+
+    #[test]
+    fn a_record_that_names_a_log_to_be_gets_it_created() {
+        let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(B, 31), &both, None), Verdict::Create);
+        assert_eq!(verdict(&record(B, 31), &both, log(A, 12)), Verdict::Create);
+        let fresh = [said(Uuid::nil(), 0, ReplicaState::Recovering)];
+        assert_eq!(verdict(&record(A, 1), &fresh, None), Verdict::Create);
+    }
+
+    #[test]
+    fn a_record_older_than_the_log_that_all_follow_adopts_it() {
+        let both = [said(B, 50, ReplicaState::LogLost), said(B, 49, ReplicaState::LogLost)];
+        assert_eq!(verdict(&record(A, 1), &both, log(B, 50)), Verdict::Adopt(B));
+    }
+
+    #[test]
+    fn a_new_empty_log_does_not_replace_what_the_holders_have() {
+        let both = [said(A, 30, ReplicaState::LogLost), said(B, 0, ReplicaState::Serving)];
+        assert_eq!(verdict(&record(B, 1), &both, log(B, 0)), Verdict::Rebuild(30));
+    }
+}

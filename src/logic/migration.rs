@@ -1,0 +1,129 @@
+//! What the leader does about a migration, and what each step makes of the shard's record.
+//!
+//! Pure: `node::leader` reads the records, asks here, and writes. The swap is one change of one record, so
+//! a shard has its old replicas before it and the new ones after it, and never fewer of them.
+
+use crate::model::NodeId;
+use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
+
+/// Entries behind that count as "close behind": the target may compare its content with a source.
+pub(crate) const CLOSE: u64 = 64;
+
+/// What the leader knows of a running migration.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Facts<'a> {
+    pub(crate) migration: &'a MigrationRecord,
+    /// The shard's record, as we wrote it.
+    pub(crate) record: &'a ShardRecord,
+    /// What the cluster thinks of the target.
+    pub(crate) target: NodeStatus,
+    /// It has made no progress for too long.
+    pub(crate) stalled: bool,
+    /// It was seen a moment ago for the first time: the shard's record may not name it yet.
+    pub(crate) young: bool,
+}
+
+/// The next step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// It is the target's turn.
+    Wait,
+    /// The target serves: put it in and the source out, then say so.
+    Swap,
+    /// Swapped already, by a leader that died before it could say so: say so.
+    Finish,
+    /// The shard has nothing to do with it: it ends, and the shard's record stays.
+    End(String),
+    /// It cannot go on: take the target off the shard's record, then end it.
+    Abort(String),
+}
+
+/// Decides.
+pub(crate) fn next_step(facts: Facts<'_>) -> Step {
+    let Facts { migration, record, target, stalled, young } = facts;
+    if record.migration.as_deref() != Some(migration.id.as_str()) {
+        let arrived = record.has_replica(&migration.to) && migration.phase == MigrationPhase::Cutover;
+        return match (arrived, young) {
+            (true, _) => Step::Finish,
+            (false, true) => Step::Wait,
+            (false, false) => Step::End("the shard's record does not name it".into()),
+        };
+    }
+    match target {
+        NodeStatus::Down | NodeStatus::Left => {
+            return Step::Abort(format!("its target {} is {target}", migration.to));
+        }
+        NodeStatus::Up | NodeStatus::Suspect | NodeStatus::Draining => {}
+    }
+    if stalled {
+        return Step::Abort("it made no progress for 10 minutes".into());
+    }
+    if migration.phase == MigrationPhase::Cutover { Step::Swap } else { Step::Wait }
+}
+
+/// The record while `to` builds its replica.
+pub(crate) fn joined(record: &ShardRecord, id: &str, to: &str) -> ShardRecord {
+    ShardRecord { joining: vec![to.to_owned()], migration: Some(id.to_owned()), ..record.clone() }
+}
+
+/// The record after the migration: the target in, the source out, at the source's place.
+pub(crate) fn swapped(record: &ShardRecord, from: Option<&NodeId>, to: &NodeId) -> ShardRecord {
+    let mut record = released(record);
+    if !record.has_replica(to) {
+        match from.and_then(|from| record.replicas.iter().position(|n| n == from)) {
+            Some(at) => record.replicas[at].clone_from(to),
+            None => record.replicas.push(to.clone()),
+        }
+    }
+    record.primary.clone_from(&record.replicas[0]);
+    record
+}
+
+/// The record without any migration.
+pub(crate) fn released(record: &ShardRecord) -> ShardRecord {
+    ShardRecord { joining: Vec::new(), migration: None, ..record.clone() }
+}
+
+/// Whether a target may compare its content with a source.
+pub(crate) fn is_close(caught_up: bool, lag: u64) -> bool {
+    caught_up && lag <= CLOSE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::records::{migration_record, shard_record};
+
+    fn step(phase: MigrationPhase, named: bool, replicas: &[&str], target: NodeStatus) -> Step {
+        let migration = MigrationRecord { phase, ..migration_record("m", Some("a"), "c") };
+        let record = shard_record(1, replicas);
+        let record = if named { joined(&record, "m", "c") } else { record };
+        next_step(Facts { migration: &migration, record: &record, target, stalled: false, young: false })
+    }
+
+    #[test]
+    fn the_target_says_when_to_swap() {
+        use MigrationPhase::{CatchUp, Cutover, Prepare};
+        for phase in [Prepare, MigrationPhase::Snapshot, CatchUp] {
+            assert_eq!(step(phase, true, &["a", "b"], NodeStatus::Up), Step::Wait);
+        }
+        assert_eq!(step(Cutover, true, &["a", "b"], NodeStatus::Suspect), Step::Swap);
+        assert!(matches!(step(Cutover, true, &["a", "b"], NodeStatus::Down), Step::Abort(_)));
+    }
+
+    #[test]
+    fn a_shard_that_does_not_name_it_was_swapped_or_never_joined() {
+        assert_eq!(step(MigrationPhase::Cutover, false, &["c", "b"], NodeStatus::Up), Step::Finish);
+        assert!(matches!(step(MigrationPhase::Cutover, false, &["a", "b"], NodeStatus::Up), Step::End(_)));
+    }
+
+    #[test]
+    fn the_target_takes_the_sources_place() {
+        let before = joined(&shard_record(1, &["a", "b"]), "m", "c");
+        let after = swapped(&before, Some(&"a".into()), &"c".into());
+        assert_eq!((after.replicas, after.primary), (vec!["c".to_owned(), "b".to_owned()], "c".to_owned()));
+        assert!(after.joining.is_empty() && after.migration.is_none());
+        assert_eq!(swapped(&before, None, &"c".into()).replicas, ["a", "b", "c"]);
+        assert_eq!(released(&before), shard_record(1, &["a", "b"]));
+    }
+}

@@ -1,0 +1,98 @@
+//! How much of a shard's log may go.
+//!
+//! Pure. Keeps: no entry goes that a holder, joining ones included, does not have on its disk. A holder
+//! that does not answer, or speaks of another log, holds everything back.
+
+use crate::logic::replica::LogFacts;
+use crate::model::events::ReplicaState;
+use crate::model::wire::ReplicaReport;
+use uuid::Uuid;
+
+/// Entries that stay although every holder has them, so that a replica that was briefly away finds them.
+pub(crate) const MARGIN: u64 = 256;
+/// Fewer new entries are not worth a look.
+const LEAST: u64 = 16;
+/// A log below this is left alone: replaying it is cheaper than a snapshot.
+const WORTH_BYTES: u64 = 4 << 20;
+
+/// Whether the primary should ask the others: `done` is up to where it has looked already.
+pub(crate) fn is_worth_a_look(primary: &ReplicaReport, log_id: Uuid, done: u64) -> bool {
+    primary.state == ReplicaState::Serving && primary.log_id == log_id && primary.durable >= done + LEAST
+}
+
+/// What every holder has on disk; `None` if somebody's answer is missing. `others` has one place for each
+/// holder but the primary.
+pub(crate) fn lowest<'a>(
+    primary: u64,
+    log_id: Uuid,
+    others: impl IntoIterator<Item = Option<&'a ReplicaReport>>,
+) -> Option<u64> {
+    others.into_iter().try_fold(primary, |low, report| {
+        report.filter(|report| report.log_id == log_id).map(|report| low.min(report.durable))
+    })
+}
+
+/// The first sequence that stays, if truncating frees enough. `lowest` is on every holder's disk; a log that
+/// is filling up gives all of what may go.
+pub(crate) fn cut(
+    lowest: u64,
+    log: LogFacts,
+    bytes: u64,
+    log_max_bytes: u64,
+    ordered: Option<Uuid>,
+) -> Option<u64> {
+    let most = log_max_bytes.max(1);
+    let margin = if bytes > most / 2 { 0 } else { MARGIN };
+    let first = lowest.saturating_sub(margin) + 1;
+    if bytes < WORTH_BYTES.min(most / 4) || log.first_seq >= first {
+        return None;
+    }
+    // Truncating beyond the end would hide that the log has lost its tail; another log is not ours to cut.
+    (ordered == Some(log.id) && first <= log.last_seq + 1).then_some(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ShardId;
+
+    const A: Uuid = Uuid::from_u128(1);
+    const B: Uuid = Uuid::from_u128(2);
+
+    fn said(log_id: Uuid, durable: u64) -> ReplicaReport {
+        let state = ReplicaState::Serving;
+        ReplicaReport {
+            shard: ShardId(1),
+            state,
+            applied: durable + 5,
+            durable,
+            vectors: 0,
+            bytes: 0,
+            log_id,
+        }
+    }
+
+    #[test]
+    fn the_slowest_holder_decides_and_a_silent_one_holds_everything_back() {
+        assert_eq!(lowest(90, A, []), Some(90));
+        assert_eq!(lowest(90, A, [Some(&said(A, 80)), Some(&said(A, 95))]), Some(80));
+        assert_eq!(lowest(90, A, [Some(&said(A, 80)), None]), None);
+        assert_eq!(lowest(90, A, [Some(&said(B, 80))]), None, "it counts in another log");
+    }
+
+    #[test]
+    fn a_margin_stays_unless_the_log_is_filling_up() {
+        let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
+        assert_eq!(cut(900, log, 8 << 20, 1 << 30, Some(A)), Some(900 - MARGIN + 1));
+        assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(A)), Some(901));
+        assert_eq!(cut(900, log, 1 << 20, 1 << 30, Some(A)), None, "not worth it");
+        assert_eq!(cut(1_000, log, 600 << 20, 1 << 30, Some(A)), Some(1_001));
+    }
+
+    #[test]
+    fn a_lost_tail_is_not_hidden_and_another_log_is_not_cut() {
+        let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
+        assert_eq!(cut(1_001, log, 600 << 20, 1 << 30, Some(A)), None);
+        assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(B)), None);
+    }
+}
