@@ -4,6 +4,7 @@
 //! for the whole grace period: a wiped or unreadable bucket deletes nothing.
 
 use crate::error::{Error, Result};
+use crate::logic::holding::{Order, may_delete, order};
 use crate::model::ShardId;
 use crate::model::records::{MigrationPhase, ShardRecord};
 use crate::node::context::Context;
@@ -111,30 +112,27 @@ impl Replicas {
         let me = self.ctx.node.as_str();
         let mut slots = self.slots();
         for (shard, (_, record)) in &view.shards {
-            let (replica, joining) = (record.has_replica(me), record.is_joining(me));
-            match slots.get(shard) {
-                None if replica || joining => self.open(&mut slots, *shard, replica),
-                Some(Slot::Opening { not_before }) if (replica || joining) && now >= *not_before => {
-                    self.open(&mut slots, *shard, replica);
-                }
-                Some(Slot::Open(open)) if replica => open.allow_serving(),
-                Some(Slot::Open(open)) if joining => {
-                    if let Some(id) = &record.migration {
-                        self.drive(id, open);
+            match (slots.get(shard), order(record, me)) {
+                (None | Some(Slot::Opening { .. } | Slot::Closing), Order::Close) => {
+                    // It could not be opened, and is not wanted any more.
+                    let idle = |slot: &Slot| matches!(slot, Slot::Opening { not_before } if *not_before != Duration::MAX);
+                    if slots.get(shard).is_some_and(idle) {
+                        slots.remove(shard);
                     }
                 }
-                Some(Slot::Open(open)) => {
+                (None, wanted) => self.open(&mut slots, *shard, wanted == Order::Serve),
+                (Some(Slot::Opening { not_before }), wanted) if now >= *not_before => {
+                    self.open(&mut slots, *shard, wanted == Order::Serve);
+                }
+                (Some(Slot::Opening { .. } | Slot::Closing), _) => {}
+                (Some(Slot::Open(open)), Order::Serve) => open.allow_serving(),
+                (Some(Slot::Open(open)), Order::Build(Some(id))) => self.drive(&id, open),
+                (Some(Slot::Open(_)), Order::Build(None)) => {}
+                (Some(Slot::Open(open)), Order::Close) => {
                     let open = open.clone();
                     slots.insert(*shard, Slot::Closing);
                     self.close(*shard, open);
                 }
-                // It could not be opened, and is not wanted any more.
-                Some(Slot::Opening { not_before })
-                    if !replica && !joining && *not_before != Duration::MAX =>
-                {
-                    slots.remove(shard);
-                }
-                Some(Slot::Opening { .. } | Slot::Closing) | None => {}
             }
         }
     }
@@ -213,13 +211,15 @@ impl Replicas {
                 continue;
             }
             let since = *unwanted.entry(shard).or_insert(now);
-            if now.saturating_sub(since) < self.ctx.config.retire_after {
+            let (unwanted_for, grace) = (now.saturating_sub(since), self.ctx.config.retire_after);
+            if unwanted_for < grace {
                 continue;
             }
-            // Our copy of the map may be old: the bucket decides.
-            let Ok(Some(found)) = self.ctx.buckets.shards.get(&shard.token()).await else { continue };
-            let current = parse::<ShardRecord>(&found.value);
-            if current.is_ok_and(|now| now.term < record.term || now.holders().any(|n| *n == self.ctx.node)) {
+            // Our copy of the map may be old: the bucket decides, and garbage in it deletes nothing.
+            let key = shard.token();
+            let Ok(Some(found)) = self.ctx.buckets.shards.get(&key).await else { continue };
+            let stored = parse::<ShardRecord>(&found.value).ok().filter(|record| record.check(&key).is_ok());
+            if !may_delete(&self.ctx.node, record, stored.as_ref(), unwanted_for, grace) {
                 continue;
             }
             let stores = self.stores.clone();
