@@ -3,6 +3,19 @@
 //! Nothing here reads a clock (`now` is an argument: time since some fixed start, monotonic), touches
 //! the network or draws a random number, so every step can be tested and replayed.
 
+/// Whether the product is to be broken in this way, to see that tests notice: `false` outside of tests. See
+/// `sim::mutant`.
+macro_rules! broken {
+    ($mutant:ident) => {{
+        #[cfg(test)]
+        let broken = crate::sim::mutant::is(crate::sim::mutant::Mutant::$mutant);
+        #[cfg(not(test))]
+        let broken = false;
+        broken
+    }};
+}
+pub(crate) use broken;
+
 pub(crate) mod damping;
 pub(crate) mod dedup;
 pub(crate) mod fencing;

@@ -2,7 +2,49 @@
 //!
 //! Pure. The replica looks (record, store, stream), asks here, and does what it is told.
 
+use crate::model::events::ReplicaState;
 use uuid::Uuid;
+
+/// What has happened to a replica; what it can do follows from that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Condition {
+    /// It has applied all that the log had when it looked.
+    pub(crate) caught_up: bool,
+    /// Its content has been compared, or the shard's record names it.
+    pub(crate) may_serve: bool,
+    /// Its store does not work.
+    pub(crate) failed: bool,
+    /// Log that was found to have lost entries.
+    pub(crate) lost: Option<Uuid>,
+    /// Log that it follows.
+    pub(crate) log_id: Uuid,
+}
+
+impl Condition {
+    /// It may answer requests.
+    pub(crate) fn serves(&self) -> bool {
+        self.caught_up && self.may_serve && !self.failed
+    }
+
+    /// The same in one word.
+    pub(crate) fn state(&self) -> ReplicaState {
+        if self.failed {
+            ReplicaState::Failed
+        } else if self.lost == Some(self.log_id) {
+            ReplicaState::LogLost
+        } else if self.serves() {
+            ReplicaState::Serving
+        } else {
+            ReplicaState::Recovering
+        }
+    }
+}
+
+/// Whether an entry was put where this replica had applied one before: then the log has lost its tail.
+/// `applied` was read before the append.
+pub(crate) fn contradicts(seq: u64, duplicate: bool, applied: u64) -> bool {
+    seq <= applied && !duplicate
+}
 
 /// What the stream is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,7 +10,7 @@ mod lease;
 mod migration;
 mod pulse;
 mod rate;
-mod replica;
+pub(crate) mod replica;
 mod replicas;
 mod requests;
 

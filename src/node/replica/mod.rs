@@ -14,7 +14,7 @@ pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
-use crate::logic::replica::{Course, LogFacts, Ordered, course};
+use crate::logic::replica::{Condition, Course, LogFacts, Ordered, course};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
 use crate::model::{OpId, ShardId};
@@ -205,16 +205,15 @@ impl Replica {
         let may_serve = *self.may_serve.borrow();
         self.status.send_modify(|status| {
             change(status);
-            status.serving = status.caught_up && may_serve && !status.failed;
-            status.state = if status.failed {
-                ReplicaState::Failed
-            } else if status.lost == Some(status.log_id) {
-                ReplicaState::LogLost
-            } else if status.serving {
-                ReplicaState::Serving
-            } else {
-                ReplicaState::Recovering
+            let condition = Condition {
+                caught_up: status.caught_up,
+                may_serve,
+                failed: status.failed,
+                lost: status.lost,
+                log_id: status.log_id,
             };
+            status.serving = condition.serves();
+            status.state = condition.state();
         });
     }
 

@@ -7,6 +7,7 @@
 use super::apply::Outcome;
 use super::{Replica, blocking, lock};
 use crate::error::{Error, Result};
+use crate::logic::replica::contradicts;
 use crate::model::vector::validate_id;
 use crate::model::wire::{
     LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
@@ -188,7 +189,7 @@ impl Replica {
         let op = LogOp::Write { op_id, op: request.op };
         let placed = self.writer.append(op, bytes, deadline - Instant::now()).await;
         let placed = placed.inspect_err(|_| self.forget(op_id))?;
-        if placed.seq <= before && !placed.duplicate {
+        if contradicts(placed.seq, placed.duplicate, before) {
             self.lose_log(&format!("a write was put at {}, {before} was applied before", placed.seq)).await;
             return Err(Error::Unavailable(format!(
                 "the log of shard {} lost data: the write may be lost",
@@ -303,7 +304,7 @@ impl Replica {
                 // Every write acknowledged before now has a lower sequence than this barrier.
                 let until = Instant::now() + timeout;
                 let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
-                if placed.seq <= before {
+                if contradicts(placed.seq, false, before) {
                     self.lose_log(&format!(
                         "a barrier was put at {}, {before} was applied before",
                         placed.seq

@@ -1,0 +1,72 @@
+//! Ways to break the product on purpose, to see that the simulation notices.
+//!
+//! `logic::broken!(Name)` stands where the product would be wrong in that way; outside of tests it is the
+//! constant `false`. To add one: name it here, ask at the place, and say in `ALL` who must catch it.
+
+use std::cell::Cell;
+
+/// How the product is broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mutant {
+    /// A new leader does not rewrite the shard records.
+    NoFence,
+    /// A view and a leader do not mind a lower term.
+    AcceptStaleTerm,
+    /// A repeated operation takes effect again.
+    SkipDedup,
+    /// The target says that it is ready before it is, and the leader believes it.
+    CutOverBeforeCatchUp,
+    /// The log is truncated one entry too far.
+    TruncateOneTooFar,
+    /// A write is answered before JetStream has acknowledged it.
+    AckBeforeLog,
+    /// The lease counts from the answer instead of from before the question.
+    LeaseFromAnswer,
+    /// A replica serves while it is still being built.
+    ServeWhileRebuilding,
+    /// A lost tail goes unnoticed.
+    IgnoreLostTail,
+    /// A log is rebuilt from the least advanced replica.
+    RebuildFromLeast,
+    /// A store is deleted although the bucket says that it is wanted again.
+    DeleteWithoutLooking,
+}
+
+impl Mutant {
+    pub(crate) const ALL: [Mutant; 11] = [
+        Mutant::NoFence,
+        Mutant::AcceptStaleTerm,
+        Mutant::SkipDedup,
+        Mutant::CutOverBeforeCatchUp,
+        Mutant::TruncateOneTooFar,
+        Mutant::AckBeforeLog,
+        Mutant::LeaseFromAnswer,
+        Mutant::ServeWhileRebuilding,
+        Mutant::IgnoreLostTail,
+        Mutant::RebuildFromLeast,
+        Mutant::DeleteWithoutLooking,
+    ];
+
+    /// Breaks the product on this thread, until what is returned is dropped.
+    pub(crate) fn here(mutant: Option<Mutant>) -> Broken {
+        Broken(ACTIVE.replace(mutant))
+    }
+}
+
+thread_local! {
+    static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+}
+
+/// Whether the product is broken in this way on this thread.
+pub(crate) fn is(mutant: Mutant) -> bool {
+    ACTIVE.get() == Some(mutant)
+}
+
+/// Makes it whole again when dropped.
+pub(crate) struct Broken(Option<Mutant>);
+
+impl Drop for Broken {
+    fn drop(&mut self) {
+        ACTIVE.set(self.0);
+    }
+}

@@ -1,0 +1,421 @@
+//! A replica in the simulated world: as `node::replica`, round by round.
+
+use super::exec::{ProcId, Signal, either};
+use super::log::Appended;
+use super::node::{State, reports};
+use super::store::SimStore;
+use super::world::{World, name};
+use crate::logic::replica::{Condition, Course, Ordered, contradicts, course};
+use crate::model::events::ReplicaState;
+use crate::model::records::ShardRecord;
+use crate::model::wire::{LogEntry, LogOp, ReplicaReport};
+use crate::model::{OpId, ShardId, VectorEntry};
+use crate::node::replica::apply::Applier;
+use crate::store::{Digest, Mutation, ShardStore};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+pub(crate) struct Replica {
+    pub(crate) shard: ShardId,
+    pub(crate) store: Arc<SimStore>,
+    pub(crate) condition: Cell<Condition>,
+    pub(crate) applied: Cell<u64>,
+    pub(crate) lag: Cell<u64>,
+    /// Takes writes.
+    gate: Cell<bool>,
+    loading: Cell<bool>,
+    reload: Cell<bool>,
+    pub(crate) checkpoints: RefCell<VecDeque<(Uuid, Digest)>>,
+    pub(crate) changed: Signal,
+    tasks: RefCell<Vec<u64>>,
+    state: State,
+    proc: ProcId,
+}
+
+type Tried<T> = Result<T, &'static str>;
+
+impl Replica {
+    pub(crate) fn open(world: &World, state: &State, shard: ShardId, may_serve: bool) -> Rc<Replica> {
+        let store = world.disks.borrow_mut().entry((state.at, shard)).or_default().clone();
+        let condition =
+            Condition { caught_up: false, may_serve, failed: false, lost: None, log_id: Uuid::nil() };
+        let replica = Rc::new(Replica {
+            shard,
+            applied: Cell::new(store.applied()),
+            store,
+            condition: Cell::new(condition),
+            lag: Cell::new(0),
+            gate: Cell::new(false),
+            loading: Cell::new(false),
+            reload: Cell::new(false),
+            checkpoints: RefCell::default(),
+            changed: Signal::new(&world.exec),
+            tasks: RefCell::default(),
+            state: state.clone(),
+            proc: state.proc,
+        });
+        let (r, w) = (replica.clone(), world.clone());
+        let rounds = world.exec.spawn(state.proc, async move {
+            loop {
+                if r.round(&w).await.is_err() {
+                    r.gate.set(false);
+                    w.exec.sleep(r.proc, Duration::from_millis(200)).await;
+                }
+            }
+        });
+        let (r, w) = (replica.clone(), world.clone());
+        let flush = world.exec.spawn(state.proc, async move {
+            loop {
+                w.exec.sleep(r.proc, Duration::from_millis(1_500)).await;
+                let _ = r.store.flush();
+            }
+        });
+        replica.tasks.borrow_mut().extend([rounds, flush]);
+        replica
+    }
+
+    pub(crate) fn close(&self, world: &World) {
+        self.tasks.borrow_mut().drain(..).for_each(|task| world.exec.cancel(task));
+        self.change(|c| c.caught_up = false);
+        let _ = self.store.flush();
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Condition)) {
+        let mut condition = self.condition.get();
+        change(&mut condition);
+        self.condition.set(condition);
+        self.changed.raise();
+    }
+
+    pub(crate) fn allow_serving(&self) {
+        if !self.condition.get().may_serve {
+            self.change(|c| c.may_serve = true);
+        }
+    }
+
+    pub(crate) fn reload(&self) {
+        self.reload.set(true);
+    }
+
+    pub(crate) fn close_gate(&self) {
+        self.gate.set(false);
+    }
+
+    pub(crate) fn serves(&self) -> bool {
+        self.condition.get().serves()
+    }
+
+    pub(crate) fn report(&self) -> ReplicaReport {
+        let condition = self.condition.get();
+        ReplicaReport {
+            shard: self.shard,
+            state: condition.state(),
+            applied: self.applied.get(),
+            durable: if self.loading.get() { 0 } else { self.store.durable() },
+            vectors: 0,
+            bytes: 0,
+            log_id: condition.log_id,
+        }
+    }
+
+    fn record(&self) -> Option<ShardRecord> {
+        self.state.view.borrow().shard(self.shard).cloned()
+    }
+
+    fn ordered(&self) -> Option<Ordered> {
+        self.record().map(|r| Ordered { log_id: r.log_id, log_first_seq: r.log_first_seq })
+    }
+
+    async fn pause(&self, world: &World, ms: u64) {
+        let seen = self.state.changed.version();
+        self.state.changed.changed(self.proc, seen, Duration::from_millis(ms)).await;
+        let _ = world;
+    }
+
+    async fn round(&self, world: &World) -> Tried<()> {
+        let applier = Applier::load(self.store.clone(), &super::records::cluster()).map_err(|_| "load")?;
+        let (connection, Some(ordered)) = (self.state.reconnected.get(), self.ordered()) else {
+            self.pause(world, 2_000).await;
+            return Ok(());
+        };
+        self.applied.set(applier.held.applied);
+        self.change(|c| (c.log_id, c.failed) = (applier.held.log_id, false));
+        if applier.seed.is_some() {
+            return self.load_snapshot(world, applier).await;
+        }
+        let peers = self.peers_applied(world, ordered.log_id).await;
+        let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
+        let held = &applier.held;
+        let logged = match log {
+            Some(log)
+                if held.checksum.is_some() && (log.first_seq..=log.last_seq).contains(&held.applied) =>
+            {
+                world.log_checksum(self.proc, self.shard, held.applied).await.ok_or("no checksum")?
+            }
+            _ => None,
+        };
+        match course(held, ordered, log, logged.as_deref(), peers) {
+            Course::Follow => {
+                let last = log.map_or(0, |log| log.last_seq);
+                self.follow(world, applier, ordered, last, connection).await
+            }
+            Course::Snapshot => self.load_snapshot(world, applier).await,
+            Course::Wait => {
+                self.gate.set(false);
+                self.pause(world, 500).await;
+                Ok(())
+            }
+            Course::LogLost(why) => {
+                self.lose_log(world, &why);
+                self.pause(world, 2_000).await;
+                Ok(())
+            }
+        }
+    }
+
+    fn lose_log(&self, world: &World, why: &str) {
+        world.exec.note(|| format!("n{} shard {}: {why}", self.state.at, self.shard));
+        self.gate.set(false);
+        self.change(|c| c.lost = Some(c.log_id));
+    }
+
+    async fn peers_applied(&self, world: &World, log_id: Uuid) -> Option<u64> {
+        let record = self.record()?;
+        let mut most = None;
+        for node in self.live(&record) {
+            let said = reports(world, self.proc, &node, Duration::from_millis(500)).await.unwrap_or_default();
+            let applied =
+                said.iter().find(|r| r.shard == self.shard && r.log_id == log_id).map(|r| r.applied);
+            most = most.max(applied);
+        }
+        most
+    }
+
+    /// The other replicas that are live.
+    fn live(&self, record: &ShardRecord) -> Vec<String> {
+        let (view, me) = (self.state.view.borrow(), name(self.state.at));
+        let live = |n: &&String| **n != me && view.node_status(n).is_live();
+        record.replicas.iter().filter(live).cloned().collect()
+    }
+
+    async fn follow(
+        &self,
+        world: &World,
+        mut applier: Applier,
+        ordered: Ordered,
+        last: u64,
+        connection: u64,
+    ) -> Tried<()> {
+        let log_id = ordered.log_id;
+        applier.adopt(log_id).map_err(|_| "adopt")?;
+        let goal = last.max(applier.complete_at);
+        let goal = if crate::logic::broken!(ServeWhileRebuilding) { 0 } else { goal };
+        self.gate.set(connection == self.state.reconnected.get());
+        self.loading.set(false);
+        self.lag.set(goal.saturating_sub(applier.held.applied));
+        self.change(|c| {
+            (c.log_id, c.lost) = (log_id, None);
+            c.caught_up = applier.held.applied >= goal;
+        });
+        let (mut looked, mut idle) = (applier.held.applied, 0);
+        loop {
+            if self.ordered() != Some(ordered) || connection != self.state.reconnected.get() {
+                self.gate.set(false);
+                return Ok(());
+            }
+            if self.reload.replace(false) {
+                self.change(|c| c.caught_up = false);
+                applier.begin_seed(log_id, 0).map_err(|_| "seed")?;
+                return Ok(());
+            }
+            let (seen, viewed) = (world.log_signal.version(), self.state.changed.version());
+            let reads = world
+                .log_read(self.proc, self.shard, log_id, applier.held.applied + 1)
+                .await
+                .ok_or("read")?;
+            let reads = reads.ok_or("no such stream")?;
+            if reads.iter().all(|read| read.seq <= applier.held.applied) {
+                let limit = Duration::from_secs(8);
+                let log = world.log_signal.changed(self.proc, seen, limit);
+                either(log, self.state.changed.changed(self.proc, viewed, limit)).await;
+                idle += 1;
+                if idle % 16 == 0 {
+                    // Now and then the stream is compared with what was applied.
+                    let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
+                    let last = log.filter(|log| log.id == log_id).map(|log| log.last_seq);
+                    if last.is_none_or(|last| last < applier.held.applied) {
+                        return Ok(());
+                    }
+                }
+                continue;
+            }
+            let done = applier.apply(reads).map_err(|_| "apply")?;
+            self.checkpoints.borrow_mut().extend(done.checkpoints);
+            looked = looked.max(applier.held.applied);
+            self.applied.set(looked);
+            self.lag.set(goal.saturating_sub(looked));
+            if looked >= goal {
+                self.condition.set(Condition { caught_up: true, ..self.condition.get() });
+            }
+            self.changed.raise();
+            super::check::on_apply(world, self.state.at, self, applier.complete_at);
+        }
+    }
+
+    /// As `seed` and `source`: pages read afresh at the cursor; any failure is "ask again at the cursor".
+    async fn load_snapshot(&self, world: &World, mut applier: Applier) -> Tried<()> {
+        self.loading.set(true);
+        self.gate.set(false);
+        self.change(|c| c.caught_up = false);
+        let record = self.record().ok_or("no record")?;
+        let sources = self.live(&record);
+        let source = world.exec.pick(&sources).cloned().ok_or("no source")?;
+        let (to, shard) = (world.node_at(&source).ok_or("no source")?, self.shard);
+        let log = world.log_info(self.proc, shard).await.ok_or("no info")?;
+        let usable = applier.seed.clone().filter(|seed| {
+            seed.cursor.is_some()
+                && seed.log_id == record.log_id
+                && log.is_some_and(|log| log.id == record.log_id && log.first_seq <= seed.seq + 1)
+        });
+        let limit = Duration::from_secs(5);
+        let (min_seq, fresh) = (usable.as_ref().map_or(0, |s| s.seq), usable.is_none());
+        let begun = world.ask(self.proc, to, limit, move |_, node, reply| {
+            let replicas = node.state.replicas.borrow();
+            let there =
+                replicas.get(&shard).filter(|r| r.condition.get().caught_up && r.applied.get() >= min_seq);
+            if let Some(there) = there {
+                let window = if fresh { window_of(there) } else { vec![] };
+                reply.set((there.store.applied(), there.condition.get().log_id, window));
+            }
+        });
+        let (seq, log_id, window) = begun.await.map_err(|_| "no answer")?;
+        if log_id != record.log_id {
+            return Err("another log");
+        }
+        if fresh {
+            applier.begin_seed(log_id, seq).map_err(|_| "begin")?;
+            super::check::on_clear(world, self.state.at, self.shard);
+            let notes = window.into_iter().map(|(key, note)| (key, Some(note))).collect();
+            applier.seed_chunk(vec![], notes, |_| {}).map_err(|_| "chunk")?;
+        }
+        loop {
+            let cursor = applier.seed.as_ref().and_then(|seed| seed.cursor.clone());
+            let page = world.ask(self.proc, to, limit, move |_, node, reply| {
+                let replicas = node.state.replicas.borrow();
+                if let Some(there) = replicas.get(&shard).filter(|r| r.condition.get().caught_up)
+                    && let Ok(page) = there.store.page(cursor.as_deref(), 0)
+                {
+                    reply.set(page);
+                }
+            });
+            let page = page.await.map_err(|_| "no page")?;
+            if page.applied < applier.seed.as_ref().map_or(min_seq, |seed| seed.seq) {
+                return Err("an older page");
+            }
+            let last_id = page.entries.last().map(|entry: &VectorEntry| entry.id.clone());
+            let mutations = page.entries.into_iter().map(Mutation::Upsert).collect();
+            let stored = applier.seed_chunk(mutations, vec![], |seed| {
+                seed.complete_at = seed.complete_at.max(page.applied);
+                if last_id.is_some() {
+                    seed.cursor = last_id;
+                }
+            });
+            stored.map_err(|_| "chunk")?;
+            if page.last {
+                applier.end_seed().map_err(|_| "end")?;
+                self.loading.set(false);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Appends until JetStream acknowledges, or time is over: as `writer::persist`.
+    pub(crate) async fn append(
+        &self,
+        world: &World,
+        op: LogOp,
+        message: OpId,
+        limit: Duration,
+    ) -> Tried<(u64, bool)> {
+        let until = world.exec.local(self.proc) + limit;
+        let entry = Rc::new(LogEntry { ops: vec![op] });
+        loop {
+            let now = world.exec.local(self.proc);
+            if now + Duration::from_millis(50) >= until {
+                return Err("no acknowledgement in time");
+            }
+            if world.connected(self.proc) {
+                let patience = Duration::from_millis(1_500).min(until - now);
+                let tried = world.append(self.proc, self.shard, entry.clone(), message, patience).await;
+                if let Appended::At { seq, duplicate } = tried {
+                    return Ok((seq, duplicate));
+                }
+            }
+            world.exec.sleep(self.proc, Duration::from_millis(50)).await;
+        }
+    }
+
+    pub(crate) async fn write(&self, world: &World, op_id: OpId, op: LogOp) -> Tried<u64> {
+        if !self.serves() || !self.gate.get() {
+            return Err("not now");
+        }
+        let before = self.applied.get();
+        if crate::logic::broken!(AckBeforeLog) {
+            return Ok(before + 1);
+        }
+        let (seq, duplicate) = self.append(world, op, op_id, Duration::from_secs(4)).await?;
+        if contradicts(seq, duplicate, before) {
+            self.lose_log(world, "a write was put too early");
+            return Err("the log lost data");
+        }
+        Ok(seq)
+    }
+
+    /// A linearizable read.
+    pub(crate) async fn read(&self, world: &World, id: &str) -> Tried<Option<VectorEntry>> {
+        if !self.serves() || !self.gate.get() {
+            return Err("not now");
+        }
+        let before = self.applied.get();
+        let limit = Duration::from_secs(3);
+        let (seq, _) = self.append(world, LogOp::Barrier, world.exec.uuid(), limit).await?;
+        if contradicts(seq, false, before) {
+            self.lose_log(world, "a barrier was put too early");
+            return Err("the log lost data");
+        }
+        self.wait_applied(world, seq).await?;
+        if !self.serves() {
+            return Err("not any more");
+        }
+        self.store.get(id).map_err(|_| "store")
+    }
+
+    pub(crate) async fn wait_applied(&self, world: &World, seq: u64) -> Tried<()> {
+        let until = world.exec.local(self.proc) + Duration::from_secs(3);
+        while self.applied.get() < seq {
+            let left = until.saturating_sub(world.exec.local(self.proc));
+            if left.is_zero() {
+                return Err("not applied in time");
+            }
+            self.changed.changed(self.proc, self.changed.version(), left).await;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn digest_at(&self, id: Uuid) -> Option<Digest> {
+        self.checkpoints.borrow().iter().find(|(known, _)| *known == id).map(|(_, digest)| *digest)
+    }
+
+    pub(crate) fn is_loading(&self) -> bool {
+        self.loading.get() || self.condition.get().state() == ReplicaState::Recovering
+    }
+}
+
+fn window_of(replica: &Replica) -> Vec<(u64, Vec<u8>)> {
+    let notes = replica.store.notes().unwrap_or_default();
+    notes.into_iter().filter(|(key, _)| crate::node::replica::apply::is_window_note(*key)).collect()
+}
