@@ -54,7 +54,8 @@ impl Window {
 
     /// The outcome that `id` had at a lower sequence, if it is remembered.
     pub(crate) fn earlier(&self, id: &OpId, seq: u64) -> Option<u32> {
-        self.by_id.get(id).filter(|(taken, _)| *taken < seq).map(|(_, outcome)| *outcome)
+        let known = self.by_id.get(id).filter(|(taken, _)| *taken < seq && !broken!(SkipDedup));
+        known.map(|(_, outcome)| *outcome)
     }
 
     /// Remembers the operations that took effect at `seq`. Returns the note to store under key `seq`.

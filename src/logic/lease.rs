@@ -321,7 +321,10 @@ impl Lease {
     }
 
     fn on_cas(&mut self, now: Duration, outcome: CasOutcome, out: &mut Vec<Action>) {
-        let Some(claim) = self.pending.take() else { return };
+        let Some(mut claim) = self.pending.take() else { return };
+        if broken!(LeaseFromAnswer) {
+            claim.sent = now;
+        }
         match (outcome, claim.claim) {
             (CasOutcome::Applied(revision), Claim::Acquire | Claim::Renew) => {
                 self.highest_term = self.highest_term.max(claim.term);

@@ -24,7 +24,8 @@ pub(crate) enum Verdict {
 
 /// Decides, from what every holder has said and the stream as it was seen afterwards.
 pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
-    let most = reports.iter().map(|report| report.applied).max().unwrap_or(0);
+    let applied = reports.iter().map(|report| report.applied);
+    let most = if broken!(RebuildFromLeast) { applied.min() } else { applied.max() }.unwrap_or(0);
     let ours = log.filter(|log| log.id == record.log_id);
     let following = reports.iter().filter(|report| report.applied > 0);
     match (ours, log) {

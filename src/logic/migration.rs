@@ -4,7 +4,9 @@
 //! a shard has its old replicas before it and the new ones after it, and never fewer of them.
 
 use crate::model::NodeId;
+use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
+use crate::model::wire::ReplicaReport;
 
 /// Entries behind that count as "close behind": the target may compare its content with a source.
 pub(crate) const CLOSE: u64 = 64;
@@ -28,7 +30,7 @@ pub(crate) struct Facts<'a> {
 pub(crate) enum Step {
     /// It is the target's turn.
     Wait,
-    /// The target serves: put it in and the source out, then say so.
+    /// The target says that it serves: if it still does, put it in and the source out, then say so.
     Swap,
     /// Swapped already, by a leader that died before it could say so: say so.
     Finish,
@@ -58,7 +60,15 @@ pub(crate) fn next_step(facts: Facts<'_>) -> Step {
     if stalled {
         return Step::Abort("it made no progress for 10 minutes".into());
     }
-    if migration.phase == MigrationPhase::Cutover { Step::Swap } else { Step::Wait }
+    let ready = migration.phase == MigrationPhase::Cutover || broken!(CutOverBeforeCatchUp);
+    if ready { Step::Swap } else { Step::Wait }
+}
+
+/// Whether the target still serves, as it said when it was ready: it may have been restarted since, and
+/// a swap would then leave the shard with one replica less. Asked right before the swap.
+pub(crate) fn may_swap(record: &ShardRecord, target: Option<&ReplicaReport>) -> bool {
+    let serves = |r: &ReplicaReport| r.state == ReplicaState::Serving && r.log_id == record.log_id;
+    target.is_some_and(serves) || broken!(SwapWithoutAsking) || broken!(CutOverBeforeCatchUp)
 }
 
 /// The record while `to` builds its replica.
@@ -109,6 +119,24 @@ mod tests {
         }
         assert_eq!(step(Cutover, true, &["a", "b"], NodeStatus::Suspect), Step::Swap);
         assert!(matches!(step(Cutover, true, &["a", "b"], NodeStatus::Down), Step::Abort(_)));
+    }
+
+    #[test]
+    fn a_target_that_was_restarted_after_it_was_ready_is_not_swapped_in_yet() {
+        let record = shard_record(1, &["a", "b"]);
+        let report = |state, log_id| ReplicaReport {
+            shard: record.shard,
+            state,
+            applied: 5,
+            durable: 5,
+            vectors: 0,
+            bytes: 0,
+            log_id,
+        };
+        assert!(may_swap(&record, Some(&report(ReplicaState::Serving, record.log_id))));
+        assert!(!may_swap(&record, Some(&report(ReplicaState::Recovering, record.log_id))));
+        assert!(!may_swap(&record, Some(&report(ReplicaState::Serving, uuid::Uuid::nil()))));
+        assert!(!may_swap(&record, None));
     }
 
     #[test]

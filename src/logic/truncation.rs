@@ -1,7 +1,8 @@
 //! How much of a shard's log may go.
 //!
 //! Pure. Keeps: no entry goes that a holder, joining ones included, does not have on its disk. A holder
-//! that does not answer, or speaks of another log, holds everything back.
+//! that does not answer, speaks of another log, or has found the log damaged, holds everything back: what it
+//! has there may be other entries, and comparing them needs those of the log.
 
 use crate::logic::replica::LogFacts;
 use crate::model::events::ReplicaState;
@@ -28,7 +29,9 @@ pub(crate) fn lowest<'a>(
     others: impl IntoIterator<Item = Option<&'a ReplicaReport>>,
 ) -> Option<u64> {
     others.into_iter().try_fold(primary, |low, report| {
-        report.filter(|report| report.log_id == log_id).map(|report| low.min(report.durable))
+        let sound =
+            |report: &&ReplicaReport| report.log_id == log_id && report.state != ReplicaState::LogLost;
+        report.filter(sound).map(|report| low.min(report.durable))
     })
 }
 
@@ -43,7 +46,7 @@ pub(crate) fn cut(
 ) -> Option<u64> {
     let most = log_max_bytes.max(1);
     let margin = if bytes > most / 2 { 0 } else { MARGIN };
-    let first = lowest.saturating_sub(margin) + 1;
+    let first = lowest.saturating_sub(margin) + 1 + u64::from(broken!(TruncateOneTooFar));
     if bytes < WORTH_BYTES.min(most / 4) || log.first_seq >= first {
         return None;
     }
@@ -78,6 +81,12 @@ mod tests {
         assert_eq!(lowest(90, A, [Some(&said(A, 80)), Some(&said(A, 95))]), Some(80));
         assert_eq!(lowest(90, A, [Some(&said(A, 80)), None]), None);
         assert_eq!(lowest(90, A, [Some(&said(B, 80))]), None, "it counts in another log");
+    }
+
+    #[test]
+    fn a_holder_with_other_entries_keeps_the_log_from_being_truncated() {
+        let diverged = ReplicaReport { state: ReplicaState::LogLost, ..said(A, 80) };
+        assert_eq!(lowest(90, A, [Some(&diverged)]), None);
     }
 
     #[test]

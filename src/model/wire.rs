@@ -194,6 +194,13 @@ pub struct ReplicaReport {
     pub log_id: Uuid,
 }
 
+impl ReplicaReport {
+    /// Whether the replica knows by now what it has: it is not just being opened.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.applied == 0 || !self.log_id.is_nil()
+    }
+}
+
 /// Answer to [`PingRequest`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PingReply {

@@ -117,6 +117,7 @@ async fn faults(world: World) {
             5 | 6 if alive => {
                 exec.note(|| format!("n{at} is stopped"));
                 exec.stop(proc, true);
+                check::on_hurt(&world);
                 let (w, pause) = (world.clone(), Duration::from_millis(exec.below(12_000)));
                 exec.after(pause, move || {
                     if let Some(node) = w.nodes.borrow_mut().get_mut(at).filter(|n| n.proc == proc) {
@@ -128,6 +129,8 @@ async fn faults(world: World) {
                 world.nodes.borrow_mut()[at].hurt = exec.now();
             }
             7 | 8 if alive => {
+                world.nodes.borrow_mut()[at].alone = true;
+                check::on_hurt(&world);
                 node::connect(&world, at, false);
                 let (w, pause) = (world.clone(), Duration::from_millis(exec.below(8_000)));
                 exec.after(pause, move || {
@@ -164,7 +167,7 @@ fn wipe_disk(world: &World, at: usize) {
             world.checks.borrow_mut().count("disks lost");
         }
     }
-    check::on_crash(world);
+    check::on_hurt(world);
 }
 
 /// NATS is away for a moment; its disk may have lost the end of a log, or all of it.

@@ -35,7 +35,7 @@ impl Expected {
                 WriteOp::Upsert(entries) => {
                     next.entries.extend(entries.iter().map(|e| (e.id.clone(), e.content_hash())));
                 }
-                WriteOp::Delete(ids) => ids.iter().for_each(|id| drop(next.entries.remove(id))),
+                WriteOp::Delete(ids) => next.entries.retain(|id, _| !ids.contains(id)),
             }
         }
         next
@@ -95,7 +95,7 @@ fn fail(world: &World, why: String) {
 pub(crate) fn forgive_what_nobody_has(world: &World, only: Option<ShardId>) {
     let acked = std::mem::take(&mut world.checks.borrow_mut().acked);
     let kept = acked.into_iter().filter(|(_, (shard, id))| {
-        only.is_some_and(|only| only != *shard) || on_a_replica(world, *shard, id) || {
+        only.is_some_and(|only| only != *shard) || on_a_replica(world, *shard, id, true) || {
             let logs = world.logs.borrow();
             logs.get(shard).is_some_and(|log| log.entries.values().any(|e| writes(&e.body, id)))
         }
@@ -113,14 +113,16 @@ fn writes(entry: &LogEntry, id: &str) -> bool {
     })
 }
 
-fn on_a_replica(world: &World, shard: ShardId, id: &str) -> bool {
+/// `well`: only replicas that can be asked count, and those that merely have no connection while NATS is away.
+fn on_a_replica(world: &World, shard: ShardId, id: &str, well: bool) -> bool {
     let Some(record) = world.shard(shard) else { return false };
-    let disks = world.disks.borrow();
-    record
-        .replicas
-        .iter()
-        .filter_map(|n| world.node_at(n))
-        .any(|at| disks.get(&(at, shard)).is_some_and(|store| store.contains(id).unwrap_or(false)))
+    let (disks, nodes) = (world.disks.borrow(), world.nodes.borrow());
+    let counts = |at: &usize| {
+        let node = nodes.get(*at);
+        !well || node.is_some_and(|n| n.alive && !n.alone && !world.exec.is_stopped(n.proc))
+    };
+    let has = |at| disks.get(&(at, shard)).is_some_and(|store| store.contains(id).unwrap_or(false));
+    record.replicas.iter().filter_map(|n| world.node_at(n)).filter(counts).any(has)
 }
 
 /// Looks after every step.
@@ -152,7 +154,7 @@ fn leaders(world: &World) {
 fn acknowledged(world: &World) {
     let checks = world.checks.borrow();
     for (shard, id) in checks.acked.values() {
-        if on_a_replica(world, *shard, id) {
+        if on_a_replica(world, *shard, id, false) {
             continue;
         }
         let logs = world.logs.borrow();
@@ -283,8 +285,10 @@ pub(crate) fn on_clear(world: &World, _: usize, _: ShardId) {
     checks.dirty = true;
 }
 
-pub(crate) fn on_crash(world: &World) {
-    // What was only in a process's memory, of a log that has lost it: two faults at once.
+/// A node has lost something: its process, its disk, its connection, its time.
+pub(crate) fn on_hurt(world: &World) {
+    // After a log has lost its end, a replica that has it and then cannot be asked is a second fault: the log
+    // goes on with what the others have.
     forgive_if_lost(world);
     world.checks.borrow_mut().dirty = true;
 }

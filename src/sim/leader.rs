@@ -7,7 +7,7 @@ use crate::logic::fencing::{ReadBack, is_over, newest, read_back};
 use crate::logic::lease::CasOutcome;
 use crate::logic::log_loss::{Verdict, verdict};
 use crate::logic::membership::{Action, Membership};
-use crate::logic::migration::{Facts, Step, joined, next_step, released, swapped};
+use crate::logic::migration::{Facts, Step, joined, may_swap, next_step, released, swapped};
 use crate::logic::planner::{PlanInput, PlanNode, PlanShard, Role, Rules, plan};
 use crate::model::events::ReplicaState;
 use crate::model::records::{
@@ -290,6 +290,12 @@ impl Leader {
         match next_step(Facts { migration, record: &record, target, stalled, young }) {
             Step::Wait => Ok(()),
             Step::Swap => {
+                let limit = Duration::from_millis(800);
+                let said = reports(&self.world, self.state.proc, &migration.to, limit).await;
+                let said = said.unwrap_or_default().into_iter().find(|r| r.shard == migration.shard);
+                if !may_swap(&record, said.as_ref()) {
+                    return Ok(());
+                }
                 self.write_shard(swapped(&record, migration.from.as_ref(), &migration.to)).await?;
                 self.end(migration, MigrationPhase::Completed).await
             }

@@ -16,6 +16,8 @@ pub(crate) enum Mutant {
     SkipDedup,
     /// The target says that it is ready before it is, and the leader believes it.
     CutOverBeforeCatchUp,
+    /// The leader swaps a target in that was ready once, without asking again.
+    SwapWithoutAsking,
     /// The log is truncated one entry too far.
     TruncateOneTooFar,
     /// A write is answered before JetStream has acknowledged it.
@@ -33,11 +35,12 @@ pub(crate) enum Mutant {
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 11] = [
+    pub(crate) const ALL: [Mutant; 12] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
         Mutant::CutOverBeforeCatchUp,
+        Mutant::SwapWithoutAsking,
         Mutant::TruncateOneTooFar,
         Mutant::AckBeforeLog,
         Mutant::LeaseFromAnswer,

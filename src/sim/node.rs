@@ -40,6 +40,8 @@ pub(crate) struct Node {
     pub(crate) instance: InstanceId,
     pub(crate) alive: bool,
     pub(crate) connected: bool,
+    /// Cut off while NATS is there for others.
+    pub(crate) alone: bool,
     pub(crate) silent: [bool; 4],
     pub(crate) watched: [Duration; 4],
     /// When it last lost something: its process, its disk, its connection, its time.
@@ -167,6 +169,7 @@ pub(crate) fn boot(world: &World, at: usize) {
             instance,
             alive: true,
             connected: true,
+            alone: false,
             silent: [false; 4],
             watched: [Duration::ZERO; 4],
             hurt: world.exec.now(),
@@ -450,7 +453,7 @@ pub(crate) fn crash(world: &World, at: usize) {
             store.crash();
         }
     }
-    super::check::on_crash(world);
+    super::check::on_hurt(world);
 }
 
 /// Drops, or restores, the connection to NATS.
@@ -461,6 +464,7 @@ pub(crate) fn connect(world: &World, at: usize, connected: bool) {
             return;
         }
         nodes[at].connected = connected;
+        nodes[at].alone &= !connected;
         nodes[at].hurt = world.exec.now();
         nodes[at].clone()
     };

@@ -2,10 +2,10 @@
 
 use super::exec::{ProcId, Signal, either};
 use super::log::Appended;
-use super::node::{State, reports};
+use super::node::State;
 use super::store::SimStore;
 use super::world::{World, name};
-use crate::logic::replica::{Condition, Course, Ordered, contradicts, course};
+use crate::logic::replica::{Condition, Course, Ordered, contradicts, course, takes_writes};
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::{LogEntry, LogOp, ReplicaReport};
@@ -29,6 +29,7 @@ pub(crate) struct Replica {
     gate: Cell<bool>,
     loading: Cell<bool>,
     reload: Cell<bool>,
+    silent_since: Cell<Option<Duration>>,
     pub(crate) checkpoints: RefCell<VecDeque<(Uuid, Digest)>>,
     pub(crate) changed: Signal,
     tasks: RefCell<Vec<u64>>,
@@ -52,6 +53,7 @@ impl Replica {
             gate: Cell::new(false),
             loading: Cell::new(false),
             reload: Cell::new(false),
+            silent_since: Cell::new(None),
             checkpoints: RefCell::default(),
             changed: Signal::new(&world.exec),
             tasks: RefCell::default(),
@@ -147,7 +149,7 @@ impl Replica {
         if applier.seed.is_some() {
             return self.load_snapshot(world, applier).await;
         }
-        let peers = self.peers_applied(world, ordered.log_id).await;
+        let (peers, all_have_said) = self.peers_applied(world, ordered.log_id).await;
         let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
         let held = &applier.held;
         let logged = match log {
@@ -161,7 +163,16 @@ impl Replica {
         match course(held, ordered, log, logged.as_deref(), peers) {
             Course::Follow => {
                 let last = log.map_or(0, |log| log.last_seq);
-                self.follow(world, applier, ordered, last, connection).await
+                if all_have_said {
+                    self.silent_since.set(None);
+                }
+                let now = world.exec.local(self.proc);
+                let since = self.silent_since.get().unwrap_or(now);
+                if !all_have_said {
+                    self.silent_since.set(Some(since));
+                }
+                let writes = takes_writes(all_have_said, now.saturating_sub(since));
+                self.follow(world, applier, ordered, last, (connection, writes)).await
             }
             Course::Snapshot => self.load_snapshot(world, applier).await,
             Course::Wait => {
@@ -183,16 +194,25 @@ impl Replica {
         self.change(|c| c.lost = Some(c.log_id));
     }
 
-    async fn peers_applied(&self, world: &World, log_id: Uuid) -> Option<u64> {
-        let record = self.record()?;
-        let mut most = None;
-        for node in self.live(&record) {
-            let said = reports(world, self.proc, &node, Duration::from_millis(500)).await.unwrap_or_default();
-            let applied =
-                said.iter().find(|r| r.shard == self.shard && r.log_id == log_id).map(|r| r.applied);
-            most = most.max(applied);
+    async fn peers_applied(&self, world: &World, log_id: Uuid) -> (Option<u64>, bool) {
+        let Some(record) = self.record() else { return (None, false) };
+        let (mut most, mut all_have_said) = (None, true);
+        for node in record.replicas.iter().filter(|n| **n != name(self.state.at)) {
+            let live = self.state.view.borrow().node_status(node).is_live();
+            let Some(to) = world.node_at(node) else { continue };
+            let limit = Duration::from_millis(500);
+            let asked = world.ask(self.proc, to, limit, |_, node, reply| reply.set(node.state.reports()));
+            match asked.await {
+                Ok(said) => {
+                    let report = said.into_iter().find(|r| r.shard == self.shard);
+                    all_have_said &= report.as_ref().is_some_and(ReplicaReport::is_settled);
+                    most = most.max(report.filter(|r| r.log_id == log_id).map(|r| r.applied));
+                }
+                Err(true) => all_have_said &= !live,
+                Err(false) => all_have_said = false,
+            }
         }
-        most
+        (most, all_have_said)
     }
 
     /// The other replicas that are live.
@@ -208,13 +228,12 @@ impl Replica {
         mut applier: Applier,
         ordered: Ordered,
         last: u64,
-        connection: u64,
+        (connection, writes): (u64, bool),
     ) -> Tried<()> {
         let log_id = ordered.log_id;
         applier.adopt(log_id).map_err(|_| "adopt")?;
         let goal = last.max(applier.complete_at);
-        let goal = if crate::logic::broken!(ServeWhileRebuilding) { 0 } else { goal };
-        self.gate.set(connection == self.state.reconnected.get());
+        self.gate.set(writes && connection == self.state.reconnected.get());
         self.loading.set(false);
         self.lag.set(goal.saturating_sub(applier.held.applied));
         self.change(|c| {
@@ -222,9 +241,13 @@ impl Replica {
             c.caught_up = applier.held.applied >= goal;
         });
         let (mut looked, mut idle) = (applier.held.applied, 0);
+        let ask_again = world.exec.local(self.proc) + Duration::from_millis(200);
         loop {
             if self.ordered() != Some(ordered) || connection != self.state.reconnected.get() {
                 self.gate.set(false);
+                return Ok(());
+            }
+            if !writes && world.exec.local(self.proc) >= ask_again {
                 return Ok(());
             }
             if self.reload.replace(false) {
@@ -239,7 +262,7 @@ impl Replica {
                 .ok_or("read")?;
             let reads = reads.ok_or("no such stream")?;
             if reads.iter().all(|read| read.seq <= applier.held.applied) {
-                let limit = Duration::from_secs(8);
+                let limit = Duration::from_millis(if writes { 8_000 } else { 200 });
                 let log = world.log_signal.changed(self.proc, seen, limit);
                 either(log, self.state.changed.changed(self.proc, viewed, limit)).await;
                 idle += 1;

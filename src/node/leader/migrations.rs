@@ -11,7 +11,7 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::migration::{Facts, Step, joined, next_step, released, swapped};
+use crate::logic::migration::{Facts, Step, joined, may_swap, next_step, released, swapped};
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::{NodeId, ShardId};
@@ -127,6 +127,12 @@ impl Leader {
         match next_step(Facts { migration, record, target, stalled, young }) {
             Step::Wait => Ok(()),
             Step::Swap => {
+                let record = record.clone();
+                let said = self.ask_holder(&migration.to, migration.shard).await.ok();
+                if !may_swap(&record, said.as_ref()) {
+                    debug!(migration = migration.id, "the target does not serve at the moment");
+                    return Ok(());
+                }
                 pause("migration-before-swap").await;
                 self.swap(migration).await?;
                 pause("migration-after-swap").await;

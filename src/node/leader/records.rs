@@ -367,21 +367,24 @@ impl Leader {
     async fn holders_say(&self, record: &ShardRecord) -> Result<Vec<ReplicaReport>> {
         let view = self.ctx.view();
         let gone = |node: &&NodeId| view.node(node).is_none_or(|record| self.role(record) == Role::Gone);
-        let asks = record.replicas.iter().filter(|n| !gone(n)).map(|node| {
-            let subject = self.ctx.subjects.node(node, "ping");
-            let request = PingRequest { shards: vec![record.shard] };
-            async move {
-                let reply: PingReply = self.ctx.control.call(subject, &request, HOLDER).await?;
-                let report = reply.replicas.into_iter().find(|report| report.shard == record.shard);
-                let settled = report.filter(|report| report.applied == 0 || !report.log_id.is_nil());
-                settled.ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
-            }
-        });
+        let asks =
+            record.replicas.iter().filter(|n| !gone(n)).map(|node| self.ask_holder(node, record.shard));
         let reports: Vec<ReplicaReport> = futures::future::try_join_all(asks).await?;
         if reports.is_empty() {
             return Err(Error::Unavailable("no holder is left".into()));
         }
         Ok(reports)
+    }
+
+    /// What one node says of its replica.
+    pub(super) async fn ask_holder(&self, node: &str, shard: ShardId) -> Result<ReplicaReport> {
+        let subject = self.ctx.subjects.node(node, "ping");
+        let request = PingRequest { shards: vec![shard] };
+        let reply: PingReply = self.ctx.control.call(subject, &request, HOLDER).await?;
+        let report = reply.replicas.into_iter().find(|report| report.shard == shard);
+        report
+            .filter(ReplicaReport::is_settled)
+            .ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
     }
 
     /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record

@@ -14,7 +14,7 @@ pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
-use crate::logic::replica::{Condition, Course, LogFacts, Ordered, course};
+use crate::logic::replica::{Condition, Course, LogFacts, Ordered, course, takes_writes};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
 use crate::model::{OpId, ShardId};
@@ -44,6 +44,8 @@ const FLUSH: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(30);
 /// How long to ask other holders what they have applied.
 const PEERS: Duration = Duration::from_millis(500);
+/// Pause before they are asked again, if somebody did not answer.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// Digests of this many checkpoints are remembered.
 const CHECKPOINTS: usize = 16;
 
@@ -89,6 +91,8 @@ pub(crate) struct Replica {
     /// A migration's target serves only after its digest has been compared.
     may_serve: watch::Sender<bool>,
     reload: tokio::sync::Notify,
+    /// Since when other live holders have not said what they have applied.
+    silent_since: Mutex<Option<Duration>>,
     /// Counts up before the content is thrown away: an answer that was looked up across that is void.
     generation: AtomicU64,
     /// One other replica at a time copies this one to repair itself, so that they do not all throw
@@ -111,6 +115,8 @@ pub(crate) type Window = (u64, Vec<(u64, Vec<u8>)>);
 struct Watched {
     views: watch::Receiver<Arc<View>>,
     connected: watch::Receiver<bool>,
+    /// The log may be written to.
+    writes: bool,
 }
 
 type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
@@ -151,6 +157,7 @@ impl Replica {
             status: watch::Sender::new(status),
             may_serve: watch::Sender::new(may_serve),
             reload: tokio::sync::Notify::new(),
+            silent_since: Mutex::default(),
             generation: AtomicU64::new(0),
             repairs: Arc::new(tokio::sync::Semaphore::new(1)),
             writer,
@@ -362,8 +369,11 @@ impl Replica {
         let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
         let applier = blocking(move || Applier::load(store, &cluster)).await?;
         // Before looking, so that nothing that changes meanwhile is missed.
-        let mut watched =
-            Watched { views: self.ctx.views.subscribe(), connected: self.ctx.data.nats.connected() };
+        let mut watched = Watched {
+            views: self.ctx.views.subscribe(),
+            connected: self.ctx.data.nats.connected(),
+            writes: false,
+        };
         watched.connected.mark_unchanged();
         let views = &mut watched.views;
         let Some(ordered) = self.ordered() else {
@@ -379,7 +389,7 @@ impl Replica {
             return self.load_snapshot(applier).await;
         }
         // Others first, the log after: while writes go on it is then never behind what they said.
-        let peers = self.peers_applied(ordered.log_id).await;
+        let (peers, all_have_said) = self.peers_applied(ordered.log_id).await;
         let log = self.ctx.logs.info(self.shard).await?;
         let held = &applier.held;
         let logged = match &log {
@@ -393,6 +403,7 @@ impl Replica {
         match course(held, ordered, log.map(facts), logged.as_deref(), peers) {
             Course::Follow => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
+                watched.writes = takes_writes(all_have_said, self.waited_for_peers(all_have_said));
                 self.follow(applier, ordered, last_seq, asks, &mut watched).await.inspect(|()| *failures = 0)
             }
             Course::Snapshot => self.load_snapshot(applier).await,
@@ -439,25 +450,43 @@ impl Replica {
         self.status.send_modify(|status| status.gate = Some(error));
     }
 
-    /// Highest sequence that another holder of the same log has applied; those that do not answer are
-    /// not waited for.
-    async fn peers_applied(&self, log_id: Uuid) -> Option<u64> {
+    /// Since when other holders are silent.
+    fn waited_for_peers(&self, all_have_said: bool) -> Duration {
+        let mut since = lock(&self.silent_since);
+        if all_have_said {
+            *since = None;
+            return Duration::ZERO;
+        }
+        let now = self.ctx.clock.now();
+        now.saturating_sub(*since.get_or_insert(now))
+    }
+
+    /// Highest sequence that another holder of the same log has applied, and whether every one that
+    /// may have something has said what it has.
+    async fn peers_applied(&self, log_id: Uuid) -> (Option<u64>, bool) {
         let view = self.ctx.view();
-        let record = view.shard(self.shard)?;
-        let others = record.replicas.iter().filter(|n| **n != self.ctx.node && view.node_status(n).is_live());
+        let Some(record) = view.shard(self.shard) else { return (None, false) };
+        let others = record.replicas.iter().filter(|n| **n != self.ctx.node);
         let asks = others.map(|node| {
             let subject = self.ctx.subjects.node(node, "ping");
             let request = PingRequest { shards: vec![self.shard] };
-            async move { self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await }
+            let live = view.node_status(node).is_live();
+            async move { (live, self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await) }
         });
-        let answers = futures::future::join_all(asks).await;
-        let applied = answers.into_iter().filter_map(|answer| match answer {
-            Asked::Answer(Ok(reply)) => {
-                reply.replicas.into_iter().find(|r| r.log_id == log_id).map(|r| r.applied)
+        let (mut most, mut all_have_said) = (None, true);
+        for (live, answer) in futures::future::join_all(asks).await {
+            match answer {
+                Asked::Answer(Ok(reply)) => {
+                    let report = reply.replicas.into_iter().find(|r| r.shard == self.shard);
+                    all_have_said &= report.as_ref().is_some_and(ReplicaReport::is_settled);
+                    most = most.max(report.filter(|r| r.log_id == log_id).map(|r| r.applied));
+                }
+                // It is not connected. One that the cluster has given up is not waited for.
+                Asked::NoResponders => all_have_said &= !live,
+                Asked::Answer(Err(_)) | Asked::NoAnswer(_) => all_have_said = false,
             }
-            Asked::Answer(Err(_)) | Asked::NoResponders | Asked::NoAnswer(_) => None,
-        });
-        applied.max()
+        }
+        (most, all_have_said)
     }
 
     /// Applies the log until something makes it necessary to look again.
@@ -473,14 +502,17 @@ impl Replica {
         applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
         let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
         let goal = last_seq.max(applier.complete_at);
-        let Watched { views, connected } = watched;
+        let Watched { views, connected, writes } = watched;
+        let ask_again = tokio::time::sleep(if *writes { Duration::MAX } else { ASK_AGAIN });
+        tokio::pin!(ask_again);
         // Shards take turns looking, instead of all at once.
         let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
         let mut looked_at = applier.held.applied;
         self.change(|status| {
             status.log_id = log_id;
-            status.gate = None;
+            let wait = || format!("other replicas of shard {} have not said yet what they have", self.shard);
+            status.gate = (!*writes).then(|| Error::Unavailable(wait()));
             status.lost = None;
             status.progress.loading = false;
             status.lag = goal.saturating_sub(status.applied);
@@ -511,6 +543,7 @@ impl Replica {
                     }
                     looked_at = applied;
                 }
+                () = &mut ask_again, if !*writes => return Ok(()),
                 () = self.reload.notified() => {
                     self.void_answers();
                     blocking(move || applier.begin_seed(log_id, 0)).await?;
