@@ -3,6 +3,7 @@
 //! Pure. The replica looks (record, store, stream), asks here, and does what it is told.
 
 use crate::model::events::ReplicaState;
+use crate::model::wire::ReplicaReport;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -44,11 +45,42 @@ impl Condition {
 /// How long a replica waits, before it takes writes, for other live holders to say what they have applied.
 pub(crate) const SILENT_PEERS: Duration = Duration::from_secs(10);
 
+/// What the other holders of a shard say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Peers {
+    /// Highest sequence that one of them has applied in the same log.
+    pub(crate) applied: Option<u64>,
+    /// Every one that may have something has said what it has.
+    pub(crate) all_have_said: bool,
+    /// One of them has found that this log has lost entries.
+    pub(crate) lost: bool,
+}
+
+impl Peers {
+    /// Before anybody has answered.
+    pub(crate) const NONE: Peers = Peers { applied: None, all_have_said: true, lost: false };
+
+    /// Takes in one answer about a replica.
+    pub(crate) fn said(&mut self, report: Option<&ReplicaReport>, log_id: Uuid) {
+        self.all_have_said &= report.is_some_and(ReplicaReport::is_settled);
+        if let Some(report) = report.filter(|report| report.log_id == log_id) {
+            self.applied = self.applied.max(Some(report.applied));
+            self.lost |= report.state == ReplicaState::LogLost;
+        }
+    }
+
+    /// Takes in that one did not answer. One that is not connected, and that the cluster has given up, is not
+    /// waited for.
+    pub(crate) fn silent(&mut self, live: bool, connected: bool) {
+        self.all_have_said &= !live && !connected;
+    }
+}
+
 /// Whether a replica that follows its log may take writes. Only the other holders know whether JetStream has
 /// lost entries that they have applied and we have not: a write that took the place of one of those would be
 /// acknowledged, and given up when the log is rebuilt. `waited` is since when somebody has not answered.
-pub(crate) fn takes_writes(all_have_said: bool, waited: Duration) -> bool {
-    all_have_said || waited >= SILENT_PEERS
+pub(crate) fn takes_writes(peers: Peers, waited: Duration) -> bool {
+    !peers.lost && (peers.all_have_said || waited >= SILENT_PEERS)
 }
 
 /// Whether an entry was put where this replica had applied one before: then the log has lost its tail.
@@ -170,9 +202,31 @@ mod tests {
 
     #[test]
     fn no_writes_before_every_live_holder_has_said_what_it_has_applied() {
-        assert!(takes_writes(true, Duration::ZERO));
-        assert!(!takes_writes(false, Duration::from_secs(9)));
-        assert!(takes_writes(false, SILENT_PEERS), "one that never answers does not stop the shard");
+        let mut silent = Peers::NONE;
+        assert!(takes_writes(silent, Duration::ZERO));
+        silent.silent(false, false);
+        assert!(takes_writes(silent, Duration::ZERO), "it was given up");
+        silent.silent(true, false);
+        assert!(!takes_writes(silent, Duration::from_secs(9)));
+        assert!(takes_writes(silent, SILENT_PEERS), "one that never answers does not stop the shard");
+    }
+
+    #[test]
+    fn no_writes_into_a_log_that_another_holder_has_found_damaged() {
+        let report = ReplicaReport {
+            shard: crate::model::ShardId(1),
+            state: ReplicaState::LogLost,
+            applied: 30,
+            durable: 30,
+            vectors: 0,
+            bytes: 0,
+            log_id: A,
+        };
+        let mut peers = Peers::NONE;
+        peers.said(Some(&report), B);
+        assert!(takes_writes(peers, Duration::ZERO), "that was the log before");
+        peers.said(Some(&report), A);
+        assert!(!takes_writes(peers, SILENT_PEERS));
     }
 
     #[test]

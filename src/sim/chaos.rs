@@ -53,6 +53,7 @@ pub(crate) fn run(seed: u64, trace: bool) -> Outcome {
         nodes: RefCell::default(),
         disks: RefCell::default(),
         weather: Cell::new(weather),
+        epoch: Cell::new(0),
         checks: RefCell::new(Checks::default()),
     }));
     exec.note(|| format!("seed {seed}: {nodes} nodes, {settings:?}, {weather:?}"));
@@ -174,6 +175,7 @@ fn wipe_disk(world: &World, at: usize) {
 async fn restart_nats(world: &World) {
     let (exec, count) = (&world.exec, world.nodes.borrow().len());
     exec.note(|| "NATS is away".into());
+    world.epoch.set(world.epoch.get() + 1);
     for at in 0..count {
         node::connect(world, at, false);
     }

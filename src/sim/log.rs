@@ -58,7 +58,11 @@ impl World {
         message: OpId,
         limit: Duration,
     ) -> Appended {
-        let serve = move |world: &World| world.append_now(shard, entry, message);
+        // What was on its way when NATS went away is gone.
+        let epoch = self.epoch.get();
+        let serve = move |world: &World| {
+            (world.epoch.get() == epoch).then(|| world.append_now(shard, entry, message)).flatten()
+        };
         match self.request(proc, limit, serve).await {
             Some(Some((seq, duplicate))) => Appended::At { seq, duplicate },
             Some(None) => Appended::Refused,

@@ -5,7 +5,7 @@ use super::log::Appended;
 use super::node::State;
 use super::store::SimStore;
 use super::world::{World, name};
-use crate::logic::replica::{Condition, Course, Ordered, contradicts, course, takes_writes};
+use crate::logic::replica::{Condition, Course, Ordered, Peers, contradicts, course, takes_writes};
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::{LogEntry, LogOp, ReplicaReport};
@@ -149,7 +149,7 @@ impl Replica {
         if applier.seed.is_some() {
             return self.load_snapshot(world, applier).await;
         }
-        let (peers, all_have_said) = self.peers_applied(world, ordered.log_id).await;
+        let peers = self.peers(world, ordered.log_id).await;
         let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
         let held = &applier.held;
         let logged = match log {
@@ -160,18 +160,18 @@ impl Replica {
             }
             _ => None,
         };
-        match course(held, ordered, log, logged.as_deref(), peers) {
+        match course(held, ordered, log, logged.as_deref(), peers.applied) {
             Course::Follow => {
                 let last = log.map_or(0, |log| log.last_seq);
-                if all_have_said {
+                if peers.all_have_said {
                     self.silent_since.set(None);
                 }
                 let now = world.exec.local(self.proc);
                 let since = self.silent_since.get().unwrap_or(now);
-                if !all_have_said {
+                if !peers.all_have_said {
                     self.silent_since.set(Some(since));
                 }
-                let writes = takes_writes(all_have_said, now.saturating_sub(since));
+                let writes = takes_writes(peers, now.saturating_sub(since));
                 self.follow(world, applier, ordered, last, (connection, writes)).await
             }
             Course::Snapshot => self.load_snapshot(world, applier).await,
@@ -194,25 +194,20 @@ impl Replica {
         self.change(|c| c.lost = Some(c.log_id));
     }
 
-    async fn peers_applied(&self, world: &World, log_id: Uuid) -> (Option<u64>, bool) {
-        let Some(record) = self.record() else { return (None, false) };
-        let (mut most, mut all_have_said) = (None, true);
+    async fn peers(&self, world: &World, log_id: Uuid) -> Peers {
+        let Some(record) = self.record() else { return Peers { all_have_said: false, ..Peers::NONE } };
+        let mut peers = Peers::NONE;
         for node in record.replicas.iter().filter(|n| **n != name(self.state.at)) {
             let live = self.state.view.borrow().node_status(node).is_live();
             let Some(to) = world.node_at(node) else { continue };
             let limit = Duration::from_millis(500);
             let asked = world.ask(self.proc, to, limit, |_, node, reply| reply.set(node.state.reports()));
             match asked.await {
-                Ok(said) => {
-                    let report = said.into_iter().find(|r| r.shard == self.shard);
-                    all_have_said &= report.as_ref().is_some_and(ReplicaReport::is_settled);
-                    most = most.max(report.filter(|r| r.log_id == log_id).map(|r| r.applied));
-                }
-                Err(true) => all_have_said &= !live,
-                Err(false) => all_have_said = false,
+                Ok(said) => peers.said(said.iter().find(|r| r.shard == self.shard), log_id),
+                Err(no_responders) => peers.silent(live, !no_responders),
             }
         }
-        (most, all_have_said)
+        peers
     }
 
     /// The other replicas that are live.
@@ -371,7 +366,7 @@ impl Replica {
             if now + Duration::from_millis(50) >= until {
                 return Err("no acknowledgement in time");
             }
-            if world.connected(self.proc) {
+            if world.connected(self.proc) && self.gate.get() {
                 let patience = Duration::from_millis(1_500).min(until - now);
                 let tried = world.append(self.proc, self.shard, entry.clone(), message, patience).await;
                 if let Appended::At { seq, duplicate } = tried {

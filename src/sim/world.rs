@@ -74,6 +74,8 @@ pub(crate) struct Inner {
     pub(crate) nodes: RefCell<Vec<Node>>,
     pub(crate) disks: RefCell<BTreeMap<(usize, ShardId), Arc<SimStore>>>,
     pub(crate) weather: Cell<Weather>,
+    /// How often NATS has been away.
+    pub(crate) epoch: Cell<u64>,
     pub(crate) checks: RefCell<Checks>,
 }
 

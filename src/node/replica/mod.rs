@@ -14,7 +14,7 @@ pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
-use crate::logic::replica::{Condition, Course, LogFacts, Ordered, course, takes_writes};
+use crate::logic::replica::{Condition, Course, LogFacts, Ordered, Peers, course, takes_writes};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
 use crate::model::{OpId, ShardId};
@@ -135,7 +135,6 @@ impl Replica {
         let store = blocking(move || factory.open(&spec)).await?;
         let stop = ctx.stop.child_token();
         let tasks = TaskTracker::new();
-        let (writer, writing) = LogWriter::start(shard, ctx.logs.clone(), stop.clone());
         let (snapshots, asks) = tokio::sync::mpsc::channel(4);
         let status = Status {
             state: ReplicaState::Recovering,
@@ -150,11 +149,13 @@ impl Replica {
             progress: Progress::default(),
             lag: 0,
         };
+        let status = watch::Sender::new(status);
+        let (writer, writing) = LogWriter::start(shard, ctx.logs.clone(), status.subscribe(), stop.clone());
         let replica = Arc::new(Replica {
             shard,
             ctx: ctx.clone(),
             store,
-            status: watch::Sender::new(status),
+            status,
             may_serve: watch::Sender::new(may_serve),
             reload: tokio::sync::Notify::new(),
             silent_since: Mutex::default(),
@@ -389,7 +390,7 @@ impl Replica {
             return self.load_snapshot(applier).await;
         }
         // Others first, the log after: while writes go on it is then never behind what they said.
-        let (peers, all_have_said) = self.peers_applied(ordered.log_id).await;
+        let peers = self.peers(ordered.log_id).await;
         let log = self.ctx.logs.info(self.shard).await?;
         let held = &applier.held;
         let logged = match &log {
@@ -400,10 +401,10 @@ impl Replica {
             }
             _ => None,
         };
-        match course(held, ordered, log.map(facts), logged.as_deref(), peers) {
+        match course(held, ordered, log.map(facts), logged.as_deref(), peers.applied) {
             Course::Follow => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
-                watched.writes = takes_writes(all_have_said, self.waited_for_peers(all_have_said));
+                watched.writes = takes_writes(peers, self.waited_for_peers(peers.all_have_said));
                 self.follow(applier, ordered, last_seq, asks, &mut watched).await.inspect(|()| *failures = 0)
             }
             Course::Snapshot => self.load_snapshot(applier).await,
@@ -461,11 +462,12 @@ impl Replica {
         now.saturating_sub(*since.get_or_insert(now))
     }
 
-    /// Highest sequence that another holder of the same log has applied, and whether every one that
-    /// may have something has said what it has.
-    async fn peers_applied(&self, log_id: Uuid) -> (Option<u64>, bool) {
+    /// What the other holders say.
+    async fn peers(&self, log_id: Uuid) -> Peers {
         let view = self.ctx.view();
-        let Some(record) = view.shard(self.shard) else { return (None, false) };
+        let Some(record) = view.shard(self.shard) else {
+            return Peers { all_have_said: false, ..Peers::NONE };
+        };
         let others = record.replicas.iter().filter(|n| **n != self.ctx.node);
         let asks = others.map(|node| {
             let subject = self.ctx.subjects.node(node, "ping");
@@ -473,20 +475,17 @@ impl Replica {
             let live = view.node_status(node).is_live();
             async move { (live, self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await) }
         });
-        let (mut most, mut all_have_said) = (None, true);
+        let mut peers = Peers::NONE;
         for (live, answer) in futures::future::join_all(asks).await {
             match answer {
                 Asked::Answer(Ok(reply)) => {
-                    let report = reply.replicas.into_iter().find(|r| r.shard == self.shard);
-                    all_have_said &= report.as_ref().is_some_and(ReplicaReport::is_settled);
-                    most = most.max(report.filter(|r| r.log_id == log_id).map(|r| r.applied));
+                    peers.said(reply.replicas.iter().find(|r| r.shard == self.shard), log_id);
                 }
-                // It is not connected. One that the cluster has given up is not waited for.
-                Asked::NoResponders => all_have_said &= !live,
-                Asked::Answer(Err(_)) | Asked::NoAnswer(_) => all_have_said = false,
+                Asked::NoResponders => peers.silent(live, false),
+                Asked::Answer(Err(_)) | Asked::NoAnswer(_) => peers.silent(live, true),
             }
         }
-        (most, all_have_said)
+        peers
     }
 
     /// Applies the log until something makes it necessary to look again.
@@ -511,7 +510,8 @@ impl Replica {
         let mut looked_at = applier.held.applied;
         self.change(|status| {
             status.log_id = log_id;
-            let wait = || format!("other replicas of shard {} have not said yet what they have", self.shard);
+            let wait =
+                || format!("other replicas of shard {} have not said yet that its log is whole", self.shard);
             status.gate = (!*writes).then(|| Error::Unavailable(wait()));
             status.lost = None;
             status.progress.loading = false;

@@ -9,6 +9,7 @@
 //!   client is told that the outcome is unknown.
 //! - A message is late: it lands as a write that the client may have retried; the operation id covers it.
 
+use super::Status;
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
 use crate::model::wire::{LogEntry, LogOp, WriteOp, encode};
@@ -17,7 +18,7 @@ use crate::nats::log::{Appended, Logs, MAX_JOINED_BYTES};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -59,11 +60,12 @@ impl LogWriter {
     pub(crate) fn start(
         shard: ShardId,
         logs: Logs,
+        status: watch::Receiver<Status>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()>) {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let writer = LogWriter { jobs, room: Arc::new(Semaphore::new(QUEUE_BYTES)), shard };
-        (writer, run(shard, logs, queue, stop))
+        (writer, run(Target { shard, logs, status }, queue, stop))
     }
 
     /// Appends `op` and returns its place.
@@ -86,7 +88,23 @@ impl LogWriter {
     }
 }
 
-async fn run(shard: ShardId, logs: Logs, mut queue: mpsc::Receiver<Job>, stop: CancellationToken) {
+/// Where entries go.
+struct Target {
+    shard: ShardId,
+    logs: Logs,
+    status: watch::Receiver<Status>,
+}
+
+impl Target {
+    /// Not connected: what is published now would wait in a buffer and land long after its client has given
+    /// up. Gate closed: after a reconnection the log may have lost its end, and an entry would take the
+    /// place of one that other replicas have.
+    fn is_open(&self) -> bool {
+        self.logs.is_connected() && self.status.borrow().gate.is_none()
+    }
+}
+
+async fn run(target: Target, mut queue: mpsc::Receiver<Job>, stop: CancellationToken) {
     let mut next: Option<Job> = None;
     loop {
         let first = match next.take() {
@@ -107,15 +125,15 @@ async fn run(shard: ShardId, logs: Logs, mut queue: mpsc::Receiver<Job>, stop: C
             bytes += job.bytes;
             batch.push(job);
         }
-        append(shard, &logs, batch).await;
+        append(&target, batch).await;
     }
 }
 
-async fn append(shard: ShardId, logs: &Logs, batch: Vec<Job>) {
+async fn append(target: &Target, batch: Vec<Job>) {
     let (entry, message_id) = join(&batch);
     let Some(deadline) = batch.iter().map(|job| job.deadline).max() else { return };
     let result = match encode(&entry) {
-        Ok(body) => persist(shard, logs, body.into(), message_id, deadline).await,
+        Ok(body) => persist(target, body.into(), message_id, deadline).await,
         Err(error) => Err(error),
     };
     for job in batch {
@@ -150,25 +168,20 @@ fn join(batch: &[Job]) -> (LogEntry, OpId) {
     (LogEntry { ops }, message_id)
 }
 
-async fn persist(
-    shard: ShardId,
-    logs: &Logs,
-    body: bytes::Bytes,
-    id: OpId,
-    deadline: Instant,
-) -> Result<Placed> {
+async fn persist(target: &Target, body: bytes::Bytes, id: OpId, deadline: Instant) -> Result<Placed> {
     let mut unknown = false;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        // What is published now would wait in a buffer and land long after its client has given up.
-        if !logs.is_connected() {
+        if !target.is_open() {
             if Instant::now() + PAUSE >= deadline {
-                return Err(Error::Unavailable("not connected to NATS".into()));
+                return Err(Error::Unavailable(
+                    "not connected to NATS, or its log is not checked yet".into(),
+                ));
             }
             tokio::time::sleep(PAUSE).await;
             continue;
         }
-        let error = match logs.append(shard, body.clone(), id, TRY.min(left.max(PAUSE))).await {
+        let error = match target.logs.append(target.shard, body.clone(), id, TRY.min(left.max(PAUSE))).await {
             Appended::At { seq, duplicate } => return Ok(Placed { seq, duplicate }),
             Appended::Refused(error @ Error::Unavailable(_)) => error,
             Appended::Refused(error) if !unknown => return Err(error),
