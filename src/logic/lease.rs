@@ -21,6 +21,7 @@ use std::time::Duration;
 
 /// Fixed at start.
 #[derive(Debug, Clone)]
+#[cfg_attr(test, derive(PartialEq, Eq, Hash))]
 pub(crate) struct Settings {
     pub(crate) instance: InstanceId,
     pub(crate) ttl: Duration,
@@ -91,7 +92,7 @@ pub(crate) enum Action {
 }
 
 /// What a compare-and-set writes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Claim {
     /// A new term of ours.
     Acquire,
@@ -102,6 +103,7 @@ pub(crate) enum Claim {
 }
 
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(test, derive(Eq, Hash))]
 struct Observed {
     revision: u64,
     record: LeaderRecord,
@@ -110,6 +112,7 @@ struct Observed {
 }
 
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(test, derive(Eq, Hash))]
 enum Role {
     Follower {
         /// Pings in a row that NATS answered with *no responders*, with the revision unchanged.
@@ -125,6 +128,7 @@ enum Role {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg_attr(test, derive(Eq, Hash))]
 struct Pending {
     claim: Claim,
     term: Term,
@@ -134,6 +138,7 @@ struct Pending {
 
 /// The state machine of one node.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone, PartialEq, Eq, Hash))]
 pub(crate) struct Lease {
     settings: Settings,
     observed: Option<Observed>,

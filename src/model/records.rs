@@ -202,7 +202,7 @@ impl ClusterRecord {
 }
 
 /// Key `leader` of `ruvector_cluster`: the lease.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LeaderRecord {
     /// Holder, `null` after a graceful release.
     pub node: Option<NodeId>,

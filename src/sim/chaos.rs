@@ -181,7 +181,14 @@ async fn restart_nats(world: &World) {
     }
     exec.sleep(OUTSIDE, Duration::from_millis(exec.below(2_000))).await;
     let shard = ShardId(exec.below(u64::from(world.settings.shards)) as u32);
+    // Whoever loses every copy and the log has lost the data.
+    let copies = {
+        let nodes = world.nodes.borrow();
+        let serves = |n: &String| world.node_at(n).is_some_and(|at| node::is_serving(&nodes[at], shard));
+        world.shard(shard).is_some_and(|record| record.replicas.iter().any(serves))
+    };
     let lost = match exec.below(3) {
+        _ if !copies => 0,
         0 => 0,
         1 => 1 + exec.below(5),
         _ => u64::MAX,

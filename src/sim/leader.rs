@@ -10,6 +10,7 @@ use crate::logic::membership::{Action, Membership};
 use crate::logic::migration::{Facts, Step, joined, may_swap, next_step, released, swapped};
 use crate::logic::planner::{PlanInput, PlanNode, PlanShard, Role, Rules, plan};
 use crate::model::events::ReplicaState;
+use crate::model::plan::RebalancePlan;
 use crate::model::records::{
     MigrationPhase, MigrationRecord, NodeStatus, Placement, ShardRecord, ShardStatus,
 };
@@ -36,6 +37,7 @@ struct Leader {
     settled_at: Duration,
     present: BTreeSet<String>,
     last_tick: Duration,
+    planned: Option<(PlanInput, RebalancePlan)>,
 }
 
 pub(crate) async fn run(world: &World, state: &State, term: Term) -> Done {
@@ -56,6 +58,7 @@ pub(crate) async fn run(world: &World, state: &State, term: Term) -> Done {
         settled_at: now,
         present: BTreeSet::new(),
         last_tick: now,
+        planned: None,
     };
     while state.heartbeats.pop().is_some() {}
     leader.fence().await?;
@@ -378,7 +381,11 @@ impl Leader {
         if input.nodes.is_empty() {
             return Ok(());
         }
-        let plan = plan(&input);
+        let plan = match &self.planned {
+            Some((known, plan)) if *known == input => plan.clone(),
+            _ => plan(&input),
+        };
+        self.planned = Some((input, plan.clone()));
         let live = |this: &Self, node: &str| this.state.view.borrow().node_status(node).is_live();
         for step in &plan.promotions {
             let Some((_, record)) = self.shards.get(&step.shard) else { continue };

@@ -8,6 +8,7 @@ mod check;
 mod exec;
 mod leader;
 mod log;
+mod models;
 pub(crate) mod mutant;
 mod node;
 pub(crate) mod records;

@@ -1,0 +1,331 @@
+//! Lease and fencing: two nodes run the real [`Lease`], and as leaders fence and write one shard record.
+//!
+//! Every compare-and-set, of the lease and of the shard, may be answered, may land without an answer, may be
+//! reported unknown first and land at any later time, or never. A node may be slow at any place: its steps are
+//! simply taken later.
+
+use crate::logic::fencing::is_over;
+use crate::logic::lease::{Action, CasOutcome, Claim, Event, Lease, Settings};
+use crate::model::records::LeaderRecord;
+use crate::model::{InstanceId, Term};
+use crate::sim::mutant::Mutant;
+use chrono::DateTime;
+use stateright::{Checker, Model, Property};
+use std::time::Duration;
+
+/// The lease lasts four units.
+const TTL: u64 = 4;
+
+fn at(unit: u64) -> Duration {
+    Duration::from_secs(unit)
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Wire {
+    node: usize,
+    expected: u64,
+    what: What,
+    /// Its sender still waits for an answer.
+    awaited: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum What {
+    Lease(Claim, Term),
+    Shard(Term, bool),
+}
+
+/// A leader's work on the shard record.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Work {
+    Idle,
+    /// Read the record, then fence it.
+    Fence(Term),
+    /// The record is ours at this revision: one write may follow.
+    Fenced(Term, u64),
+    Waiting(Term),
+    Done,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Node {
+    lease: Lease,
+    work: Work,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct State {
+    now: u64,
+    nodes: Vec<Node>,
+    wires: Vec<Wire>,
+    lease: Option<(u64, Option<usize>, Term)>,
+    shard: (u64, Term),
+    /// Highest term whose leader believes that the record is its own.
+    fenced: Term,
+    terms: u64,
+    wrong: Option<&'static str>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Step {
+    Time,
+    Tick(usize),
+    Land(usize, bool),
+    Unknown(usize),
+    Forget(usize),
+    Work(usize),
+}
+
+#[derive(Clone, Copy)]
+struct World {
+    until: u64,
+    mutant: Option<Mutant>,
+}
+
+fn instance(node: usize) -> InstanceId {
+    InstanceId::from_u128(node as u128 + 1)
+}
+
+impl State {
+    fn feed(&mut self, node: usize, event: Event) {
+        let (now, mut reads) = (at(self.now), false);
+        for action in self.nodes[node].lease.on_event(now, event) {
+            match action {
+                Action::Read => reads = true,
+                Action::Cas { expected, claim, term } => {
+                    self.wires.push(Wire { node, expected, what: What::Lease(claim, term), awaited: true });
+                }
+                Action::Elected(term) => {
+                    self.terms = self.terms.max(term);
+                    self.nodes[node].work = Work::Fence(term);
+                }
+                Action::SteppedDown(_) => self.nodes[node].work = Work::Idle,
+                Action::Ping(_) => {}
+            }
+        }
+        // At once: a late answer only makes the reader's wait begin later.
+        if reads {
+            let record = self.record();
+            self.feed(node, Event::Seen(record));
+        }
+    }
+
+    /// A compare-and-set arrives; the revision, if it applies.
+    fn land(&mut self, wire: &Wire) -> Option<u64> {
+        match wire.what {
+            What::Lease(claim, term) => {
+                if self.lease.map_or(0, |(revision, ..)| revision) != wire.expected {
+                    return None;
+                }
+                let held = (claim != Claim::Release).then_some(wire.node);
+                if let Some((_, holder, known)) = self.lease
+                    && (known > term || (known == term && held.is_some() && holder != held))
+                {
+                    self.wrong = Some("the lease's term goes back, or has two holders");
+                }
+                self.lease = Some((wire.expected + 1, held, term));
+                Some(wire.expected + 1)
+            }
+            What::Shard(term, _) => {
+                if self.shard.0 != wire.expected {
+                    return None;
+                }
+                if term < self.shard.1 {
+                    self.wrong = Some("the shard's term goes back");
+                }
+                if term < self.fenced {
+                    self.wrong = Some("an older term writes after a newer one has fenced");
+                }
+                self.shard = (wire.expected + 1, term);
+                Some(wire.expected + 1)
+            }
+        }
+    }
+
+    fn answer(&mut self, wire: &Wire, outcome: CasOutcome) {
+        match wire.what {
+            What::Lease(..) => self.feed(wire.node, Event::Cas(outcome)),
+            What::Shard(term, fence) => {
+                if self.nodes[wire.node].work != Work::Waiting(term) {
+                    return;
+                }
+                self.nodes[wire.node].work = match outcome {
+                    CasOutcome::Applied(revision) if fence => {
+                        self.fenced = self.fenced.max(term);
+                        Work::Fenced(term, revision)
+                    }
+                    // Look again, as `fence_one` does.
+                    CasOutcome::Lost | CasOutcome::Unknown if fence => Work::Fence(term),
+                    CasOutcome::Applied(_) | CasOutcome::Lost | CasOutcome::Unknown => Work::Done,
+                };
+            }
+        }
+    }
+
+    /// A leader's next step, only under a valid lease.
+    fn work(&mut self, node: usize) {
+        let leads = self.nodes[node].lease.leading(at(self.now));
+        let (next, write) = match self.nodes[node].work {
+            Work::Fence(term) if leads == Some(term) => {
+                let (revision, found) = self.shard;
+                if is_over(term, found) {
+                    (Work::Done, None)
+                } else if found == term || crate::logic::broken!(NoFence) {
+                    // An earlier write of ours has landed; or the mutant takes it for granted.
+                    self.fenced = self.fenced.max(term);
+                    (Work::Fenced(term, revision), None)
+                } else {
+                    (Work::Waiting(term), Some((revision, What::Shard(term, true))))
+                }
+            }
+            Work::Fenced(term, revision) if leads == Some(term) => {
+                (Work::Waiting(term), Some((revision, What::Shard(term, false))))
+            }
+            _ => return,
+        };
+        self.nodes[node].work = next;
+        if let Some((expected, what)) = write {
+            self.wires.push(Wire { node, expected, what, awaited: true });
+        }
+    }
+
+    fn record(&self) -> Option<(u64, LeaderRecord)> {
+        let (revision, holder, term) = self.lease?;
+        let record = LeaderRecord {
+            node: holder.map(|n| format!("n{n}")),
+            instance: holder.map(instance),
+            term,
+            acquired_at: DateTime::UNIX_EPOCH,
+            renewed_at: DateTime::UNIX_EPOCH,
+            ttl_ms: TTL * 1_000,
+        };
+        Some((revision, record))
+    }
+}
+
+impl Model for World {
+    type State = State;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<State> {
+        let node = |n| {
+            let ttl = at(TTL);
+            let settings = Settings { instance: instance(n), ttl, ping_gap: at(1), early_takeover: false };
+            Node { lease: Lease::new(settings, at(0)), work: Work::Idle }
+        };
+        let mut state = State {
+            now: 0,
+            nodes: (0..2).map(node).collect(),
+            wires: vec![],
+            lease: None,
+            shard: (1, 0),
+            fenced: 0,
+            terms: 0,
+            wrong: None,
+        };
+        // One leads already, has fenced the record, and the other has seen that.
+        state.feed(0, Event::Tick);
+        let wire = state.wires.remove(0);
+        let applied = state.land(&wire).map_or(CasOutcome::Lost, CasOutcome::Applied);
+        state.answer(&wire, applied);
+        state.work(0);
+        let wire = state.wires.remove(0);
+        let applied = state.land(&wire).map_or(CasOutcome::Lost, CasOutcome::Applied);
+        state.answer(&wire, applied);
+        state.feed(1, Event::Tick);
+        vec![state]
+    }
+
+    fn actions(&self, state: &State, steps: &mut Vec<Step>) {
+        if state.now < self.until {
+            steps.push(Step::Time);
+        }
+        for (n, node) in state.nodes.iter().enumerate() {
+            steps.push(Step::Tick(n));
+            if matches!(node.work, Work::Fence(_) | Work::Fenced(..)) {
+                steps.push(Step::Work(n));
+            }
+        }
+        for (w, wire) in state.wires.iter().enumerate() {
+            steps.push(Step::Land(w, wire.awaited));
+            if wire.awaited {
+                // Landing without an answer is this, and landing right after it.
+                steps.push(Step::Unknown(w));
+            } else {
+                steps.push(Step::Forget(w));
+            }
+        }
+    }
+
+    fn next_state(&self, last: &State, step: Step) -> Option<State> {
+        let _broken = Mutant::here(self.mutant);
+        let mut state = last.clone();
+        match step {
+            Step::Time => state.now += 1,
+            Step::Tick(n) => state.feed(n, Event::Tick),
+            Step::Land(w, answered) => {
+                let wire = state.wires.remove(w);
+                let applied = state.land(&wire);
+                if answered {
+                    state.answer(&wire, applied.map_or(CasOutcome::Lost, CasOutcome::Applied));
+                } else if wire.awaited {
+                    state.answer(&wire, CasOutcome::Unknown);
+                }
+            }
+            Step::Unknown(w) => {
+                state.wires[w].awaited = false;
+                let wire = state.wires[w].clone();
+                state.answer(&wire, CasOutcome::Unknown);
+            }
+            Step::Forget(w) => drop(state.wires.remove(w)),
+            Step::Work(n) => state.work(n),
+        }
+        state.wires.sort_by_key(|w| (w.node, w.expected, w.awaited));
+        (state != *last).then_some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            Property::always("nothing goes back", |_, state: &State| state.wrong.is_none()),
+            Property::always("one leader at a time", |_, state: &State| {
+                let leads = |n: &&Node| n.lease.leading(at(state.now)).is_some();
+                state.nodes.iter().filter(leads).count() <= 1
+            }),
+            Property::sometimes("a second term", |_, state: &State| state.terms >= 2),
+            Property::sometimes("a write under the second term", |_, state: &State| {
+                state.shard.1 == 2 && state.shard.0 >= 4
+            }),
+        ]
+    }
+
+    fn within_boundary(&self, state: &State) -> bool {
+        state.wires.len() <= 2
+    }
+}
+
+fn check(until: u64, mutant: Option<Mutant>) -> (usize, Vec<String>) {
+    let checker = World { until, mutant }.checker().threads(2).spawn_bfs().join();
+    let found = checker.discoveries().into_keys().map(str::to_owned).collect();
+    (checker.unique_state_count(), found)
+}
+
+#[test]
+fn sim_model_lease_and_fencing_hold_in_every_order() {
+    let (states, found) = check(5, None);
+    println!("lease and fencing: {states} states");
+    assert_eq!(found.len(), 2, "only what should be reached: {found:?}");
+    assert!(found.iter().all(|name| name.contains("second term")), "{found:?}");
+}
+
+#[test]
+fn sim_model_lease_notices_its_mutants() {
+    for (mutant, what) in [
+        (Mutant::NoFence, "nothing goes back"),
+        (Mutant::LeaseFromAnswer, "one leader at a time"),
+        (Mutant::AcceptStaleTerm, "nothing goes back"),
+    ] {
+        let (states, found) = check(5, Some(mutant));
+        println!("{mutant:?}: {states} states, {found:?}");
+        assert!(found.iter().any(|name| name == what), "{mutant:?}: {found:?}");
+    }
+}
