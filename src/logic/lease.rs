@@ -178,6 +178,8 @@ impl Lease {
     /// The term in which we may act as leader at `now`, if any.
     pub(crate) fn leading(&self, now: Duration) -> Option<Term> {
         match self.role {
+            // Once the release is on its way another may lead, whether we know of its arrival or not.
+            Role::Leader { .. } if self.resigning => None,
             Role::Leader { term, renewed, .. } if now < renewed + self.valid_for() => Some(term),
             Role::Leader { .. } | Role::Follower { .. } => None,
         }
@@ -250,7 +252,11 @@ impl Lease {
                 self.next_read = now + self.settings.ping_gap;
             }
             Event::Resign => {
-                self.resigning = matches!(self.role, Role::Leader { .. });
+                // First stop, then say so.
+                if matches!(self.role, Role::Leader { .. }) && !self.resigning {
+                    out.push(Action::SteppedDown("it gives leadership up"));
+                    self.resigning = true;
+                }
                 self.not_before = now + self.settings.ttl / 2;
             }
         }
@@ -260,7 +266,7 @@ impl Lease {
     }
 
     fn step_down(&mut self, why: &'static str, out: &mut Vec<Action>) {
-        if matches!(self.role, Role::Leader { .. }) {
+        if matches!(self.role, Role::Leader { .. }) && !self.resigning {
             out.push(Action::SteppedDown(why));
         }
         self.role = Role::Follower { misses: 0, next_ping: Duration::ZERO };
@@ -612,14 +618,23 @@ mod tests {
     #[test]
     fn resigning_leader_releases_and_leaves_the_lease_to_others_for_a_while() {
         let mut a = leader();
-        assert_eq!(
-            a.on_event(ms(100), Event::Resign),
-            [Action::Cas { expected: 1, claim: Claim::Release, term: 1 }]
-        );
-        let out = a.on_event(ms(110), Event::Cas(CasOutcome::Applied(2)));
-        assert!(matches!(out[0], Action::SteppedDown(_)));
+        let out = a.on_event(ms(100), Event::Resign);
+        assert!(matches!(out[0], Action::SteppedDown(_)), "{out:?}");
+        assert_eq!(out[1..], [Action::Cas { expected: 1, claim: Claim::Release, term: 1 }]);
+        assert!(a.on_event(ms(110), Event::Cas(CasOutcome::Applied(2))).is_empty());
         assert!(a.on_event(ms(120), Event::Seen(Some((2, record(None, 1))))).is_empty());
         assert!(a.on_event(ms(5_200), Event::Tick).contains(&acquire(2, 2)), "nobody wanted it");
+    }
+
+    #[test]
+    fn a_release_whose_answer_is_late_does_not_leave_two_leaders() {
+        let mut a = leader();
+        a.on_event(ms(100), Event::Resign);
+        assert_eq!(a.leading(ms(100)), None, "another may lead as soon as the release lands");
+        a.on_event(ms(2_000), Event::Cas(CasOutcome::Unknown));
+        let out = a.on_event(ms(2_100), Event::Seen(Some((1, record(Some("a"), 1)))));
+        assert_eq!(out, [Action::Cas { expected: 1, claim: Claim::Release, term: 1 }], "not landed: again");
+        assert_eq!(a.leading(ms(2_100)), None);
     }
 
     #[test]

@@ -141,7 +141,9 @@ async fn faults(world: World) {
                     }
                 });
             }
-            9 if exec.chance(400) => restart_nats(&world).await,
+            9 if exec.chance(400) && exec.now() + Duration::from_secs(5) < FAULTS => {
+                restart_nats(&world).await;
+            }
             10 if !alive => {
                 // Its disk is gone, too, if others have a copy.
                 wipe_disk(&world, at);

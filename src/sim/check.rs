@@ -142,6 +142,10 @@ fn leaders(world: &World) {
             && now.saturating_sub(n.hurt) > world.settings.ttl
     };
     let nodes = world.nodes.borrow();
+    let holds = |n: &&node::Node| n.state.lease.borrow().valid_until().is_some();
+    if nodes.iter().filter(holds).count() < 2 {
+        return;
+    }
     let mut leading = nodes.iter().filter(leads);
     if let (Some(one), Some(two)) = (leading.next(), leading.next()) {
         fail(world, format!("n{} and n{} lead at once", one.at, two.at));

@@ -1,54 +1,80 @@
 //! Many seeds; one seed again; every mutant.
 
-use super::chaos;
+use super::chaos::{self, Outcome};
 use super::mutant::Mutant;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How many seeds, and the first one: `RUVECTOR_SIM_SEEDS`, `RUVECTOR_SIM_SEED`.
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
+/// Runs seeds on two threads until `seen` says that it is enough.
+fn run_seeds(seeds: u64, mutant: Option<Mutant>, seen: impl Fn(u64, Outcome) -> bool + Sync) {
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let _broken = Mutant::here(mutant);
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= seeds {
+                        return;
+                    }
+                    if seen(seed, chaos::run(seed, false)) {
+                        next.store(seeds, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// `RUVECTOR_SIM_SEEDS`: how many. `RUVECTOR_SIM_SEED`: this one only, told step by step.
+#[test]
+fn sim_many_bad_days_end_well() {
+    if let Some(seed) = number("RUVECTOR_SIM_SEED") {
+        assert_eq!(chaos::run(seed, true).failure, None, "seed {seed}");
+        return;
+    }
+    let seeds = number("RUVECTOR_SIM_SEEDS").unwrap_or(300);
+    let failures = std::sync::Mutex::new(Vec::new());
+    let sums = std::sync::Mutex::new((0, BTreeMap::<&str, u64>::new()));
+    run_seeds(seeds, None, |seed, outcome| {
+        let mut failures = failures.lock().unwrap();
+        failures.extend(outcome.failure.map(|why| format!("seed {seed}: {why}")));
+        let mut sums = sums.lock().unwrap();
+        sums.0 += outcome.steps;
+        for (what, count) in outcome.counts {
+            *sums.1.entry(what).or_default() += count;
+        }
+        failures.len() >= 10
+    });
+    let (failures, (steps, counts)) = (failures.into_inner().unwrap(), sums.into_inner().unwrap());
+    println!("{seeds} seeds, {steps} steps: {counts:?}");
+    let how = "RUVECTOR_SIM_SEED=<seed> cargo test --lib sim_many -- --nocapture";
+    assert!(failures.is_empty(), "{}\nreplay with {how}", failures.join("\n"));
+}
+
+/// `RUVECTOR_SIM_MUTANT`: this one only.
 #[test]
 fn sim_notices_every_mutant() {
-    let (only, seeds) =
-        (std::env::var("RUVECTOR_SIM_MUTANT").ok(), number("RUVECTOR_SIM_SEEDS").unwrap_or(400));
+    let only = std::env::var("RUVECTOR_SIM_MUTANT").ok();
     let mut missed = Vec::new();
     for mutant in Mutant::ALL {
         if only.as_ref().is_some_and(|only| *only != format!("{mutant:?}")) {
             continue;
         }
-        let _broken = Mutant::here(Some(mutant));
-        let found = (0..seeds).find_map(|seed| chaos::run(seed, false).failure.map(|why| (seed, why)));
-        match found {
-            Some((seed, why)) => println!("{mutant:?}: seed {seed}: {why}"),
+        let found = std::sync::Mutex::new(None);
+        run_seeds(number("RUVECTOR_SIM_SEEDS").unwrap_or(2_000), Some(mutant), |seed, outcome| {
+            let Some(why) = outcome.failure else { return false };
+            found.lock().unwrap().get_or_insert(format!("seed {seed}: {why}"));
+            true
+        });
+        match found.into_inner().unwrap() {
+            Some(how) => println!("{mutant:?}: {how}"),
             None => missed.push(mutant),
         }
     }
     assert!(missed.is_empty(), "not noticed: {missed:?}");
-}
-
-#[test]
-fn sim_thousands_of_bad_days() {
-    if let Some(seed) = number("RUVECTOR_SIM_SEED") {
-        let outcome = chaos::run(seed, true);
-        assert_eq!(outcome.failure, None, "seed {seed}");
-        return;
-    }
-    let seeds = number("RUVECTOR_SIM_SEEDS").unwrap_or(200);
-    let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
-    let mut steps = 0;
-    for seed in 0..seeds {
-        let outcome = chaos::run(seed, false);
-        if let Some(why) = outcome.failure {
-            panic!(
-                "seed {seed}: {why}\nreplay with RUVECTOR_SIM_SEED={seed} cargo test --lib sim_ -- --nocapture"
-            );
-        }
-        steps += outcome.steps;
-        for (what, count) in outcome.counts {
-            *counts.entry(what).or_default() += count;
-        }
-    }
-    println!("{seeds} seeds, {steps} steps: {counts:?}");
 }
