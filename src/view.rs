@@ -369,6 +369,7 @@ mod tests {
             migration: None,
             log_id: uuid::Uuid::nil(),
             log_first_seq: 1,
+            log_base: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         let value = serde_json::to_vec(&record).unwrap();

@@ -262,6 +262,7 @@ mod tests {
             migration: Some("m-00007-ab".into()),
             log_id: uuid::Uuid::nil(),
             log_first_seq: 1,
+            log_base: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         let applied = [("n1".to_owned(), 1_500), ("n2".to_owned(), 1_400)].into();

@@ -18,8 +18,9 @@ pub(crate) enum Verdict {
     Create,
     /// The record is older than the log that everybody follows.
     Adopt(Uuid),
-    /// It has lost entries; the most advanced replica has applied this much.
-    Rebuild(u64),
+    /// It has lost entries; the most advanced replica has applied this much, and has an entry of this
+    /// checksum there.
+    Rebuild(u64, Option<String>),
 }
 
 /// Decides, from what every holder has said and the stream as it was seen afterwards.
@@ -36,22 +37,34 @@ pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Opti
             // A record of a log that begins at 1, and holders of another one: made anew by mistake.
             let foreign = record.log_first_seq == 1 && following.clone().any(|r| r.log_id != record.log_id);
             if ours.last_seq < known.unwrap_or(0) || damaged || (foreign && ours.last_seq == 0) {
-                Verdict::Rebuild(most)
+                Verdict::Rebuild(most, base(reports, most))
             } else {
                 Verdict::Fine
             }
         }
         (None, Some(other)) if !other.id.is_nil() && other.last_seq >= most => {
             let all = following.clone().count() > 0 && following.clone().all(|r| r.log_id == other.id);
-            if all { Verdict::Adopt(other.id) } else { gone(record, most) }
+            if all { Verdict::Adopt(other.id) } else { gone(record, reports, most) }
         }
-        (None, _) => gone(record, most),
+        (None, _) => gone(record, reports, most),
     }
 }
 
-fn gone(record: &ShardRecord, most: u64) -> Verdict {
+fn gone(record: &ShardRecord, reports: &[ReplicaReport], most: u64) -> Verdict {
     // Nothing was ever applied, or the record already names the log to be.
-    if most == 0 || record.log_first_seq > most { Verdict::Create } else { Verdict::Rebuild(most) }
+    if most == 0 || record.log_first_seq > most {
+        Verdict::Create
+    } else {
+        Verdict::Rebuild(most, base(reports, most))
+    }
+}
+
+/// What most of the most advanced have there; of equals, what stands first in the record.
+fn base(reports: &[ReplicaReport], most: u64) -> Option<String> {
+    let sums: Vec<&String> =
+        reports.iter().filter(|r| r.applied == most).filter_map(|r| r.checksum.as_ref()).collect();
+    let votes = |sum: &String| sums.iter().filter(|other| **other == sum).count();
+    sums.iter().rev().max_by_key(|sum| votes(sum)).map(|sum| (*sum).clone())
 }
 
 #[cfg(test)]
@@ -75,12 +88,22 @@ mod tests {
             migration: None,
             log_id,
             log_first_seq,
+            log_base: None,
             updated_at: DateTime::UNIX_EPOCH,
         }
     }
 
     fn said(log_id: Uuid, applied: u64, state: ReplicaState) -> ReplicaReport {
-        ReplicaReport { shard: ShardId(1), state, applied, durable: applied, vectors: 0, bytes: 0, log_id }
+        ReplicaReport {
+            shard: ShardId(1),
+            state,
+            applied,
+            durable: applied,
+            vectors: 0,
+            bytes: 0,
+            log_id,
+            checksum: None,
+        }
     }
 
     fn log(id: Uuid, last_seq: u64) -> Option<LogFacts> {
@@ -97,10 +120,10 @@ mod tests {
     #[test]
     fn a_log_that_ends_early_is_gone_or_was_seen_damaged_is_rebuilt_from_the_most_advanced() {
         let both = [said(A, 30, ReplicaState::Serving), said(A, 28, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(A, 1), &both, log(A, 29)), Verdict::Rebuild(30));
-        assert_eq!(verdict(&record(A, 1), &both, None), Verdict::Rebuild(30));
+        assert_eq!(verdict(&record(A, 1), &both, log(A, 29)), Verdict::Rebuild(30, None));
+        assert_eq!(verdict(&record(A, 1), &both, None), Verdict::Rebuild(30, None));
         let damaged = [said(A, 30, ReplicaState::LogLost), said(A, 28, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(A, 1), &damaged, log(A, 40)), Verdict::Rebuild(30));
+        assert_eq!(verdict(&record(A, 1), &damaged, log(A, 40)), Verdict::Rebuild(30, None));
     }
 
     #[test]
@@ -127,6 +150,19 @@ mod tests {
     #[test]
     fn a_new_empty_log_does_not_replace_what_the_holders_have() {
         let both = [said(A, 30, ReplicaState::LogLost), said(B, 0, ReplicaState::Serving)];
-        assert_eq!(verdict(&record(B, 1), &both, log(B, 0)), Verdict::Rebuild(30));
+        assert_eq!(verdict(&record(B, 1), &both, log(B, 0)), Verdict::Rebuild(30, None));
+    }
+
+    #[test]
+    fn where_the_most_advanced_differ_the_most_of_them_decide() {
+        let at =
+            |sum: &str| ReplicaReport { checksum: Some(sum.into()), ..said(A, 30, ReplicaState::LogLost) };
+        let base = |all: &[ReplicaReport]| match verdict(&record(A, 1), all, log(A, 29)) {
+            Verdict::Rebuild(30, base) => base,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(base(&[at("x"), at("y"), at("y")]), Some("y".into()));
+        assert_eq!(base(&[at("x"), at("y")]), Some("x".into()), "the primary's");
+        assert_eq!(base(&[said(A, 30, ReplicaState::LogLost)]), None, "it was copied there");
     }
 }

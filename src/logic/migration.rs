@@ -132,6 +132,7 @@ mod tests {
             vectors: 0,
             bytes: 0,
             log_id,
+            checksum: None,
         };
         assert!(may_swap(&record, Some(&report(ReplicaState::Serving, record.log_id))));
         assert!(!may_swap(&record, Some(&report(ReplicaState::Recovering, record.log_id))));

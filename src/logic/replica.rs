@@ -3,6 +3,7 @@
 //! Pure. The replica looks (record, store, stream), asks here, and does what it is told.
 
 use crate::model::events::ReplicaState;
+use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
 use std::time::Duration;
 use uuid::Uuid;
@@ -110,10 +111,19 @@ pub(crate) struct Held {
 }
 
 /// What the shard record says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ordered {
     pub(crate) log_id: Uuid,
     pub(crate) log_first_seq: u64,
+    /// Checksum of the entry before the first one, if the log was rebuilt.
+    pub(crate) log_base: Option<String>,
+}
+
+impl Ordered {
+    pub(crate) fn by(record: &ShardRecord) -> Ordered {
+        let (log_id, log_first_seq) = (record.log_id, record.log_first_seq);
+        Ordered { log_id, log_first_seq, log_base: record.log_base.clone() }
+    }
 }
 
 /// What the replica should do.
@@ -135,7 +145,7 @@ pub(crate) enum Course {
 /// highest sequence that another holder has applied in the same log.
 pub(crate) fn course(
     held: &Held,
-    ordered: Ordered,
+    ordered: &Ordered,
     log: Option<LogFacts>,
     logged: Option<&str>,
     peers: Option<u64>,
@@ -170,8 +180,10 @@ pub(crate) fn course(
         ));
     }
     // The log was rebuilt from the replica that had applied most: `log_first_seq - 1`. Whoever has
-    // exactly that goes on; more would be entries that nobody else ever saw.
-    if held.applied + 1 == ordered.log_first_seq && !held.log_id.is_nil() {
+    // exactly that goes on; more would be entries that nobody else ever saw, and another entry at the same
+    // place was written after the log had lost its end.
+    let same = ordered.log_base.is_none() || ordered.log_base == held.checksum || broken!(IgnoreLogBase);
+    if held.applied + 1 == ordered.log_first_seq && !held.log_id.is_nil() && same {
         return reach(held.applied, log);
     }
     Course::Snapshot
@@ -197,7 +209,7 @@ mod tests {
     }
 
     fn ordered(log_id: Uuid, log_first_seq: u64) -> Ordered {
-        Ordered { log_id, log_first_seq }
+        Ordered { log_id, log_first_seq, log_base: None }
     }
 
     #[test]
@@ -221,6 +233,7 @@ mod tests {
             vectors: 0,
             bytes: 0,
             log_id: A,
+            checksum: None,
         };
         let mut peers = Peers::NONE;
         peers.said(Some(&report), B);
@@ -231,49 +244,58 @@ mod tests {
 
     #[test]
     fn a_fresh_replica_replays_a_log_that_begins_at_one() {
-        assert_eq!(course(&Held::default(), ordered(A, 1), log(A, 1, 50), None, None), Course::Follow);
-        assert_eq!(course(&Held::default(), ordered(A, 1), log(A, 1, 0), None, None), Course::Follow);
-        assert_eq!(course(&Held::default(), ordered(A, 1), log(A, 20, 50), None, None), Course::Snapshot);
+        assert_eq!(course(&Held::default(), &ordered(A, 1), log(A, 1, 50), None, None), Course::Follow);
+        assert_eq!(course(&Held::default(), &ordered(A, 1), log(A, 1, 0), None, None), Course::Follow);
+        assert_eq!(course(&Held::default(), &ordered(A, 1), log(A, 20, 50), None, None), Course::Snapshot);
     }
 
     #[test]
     fn a_replica_follows_its_log_as_far_as_it_reaches_back() {
-        assert_eq!(course(&held(A, 30), ordered(A, 1), log(A, 31, 50), None, None), Course::Follow);
-        assert_eq!(course(&held(A, 30), ordered(A, 1), log(A, 32, 50), None, None), Course::Snapshot);
-        assert_eq!(course(&held(A, 30), ordered(A, 1), log(A, 31, 30), None, None), Course::Follow);
+        assert_eq!(course(&held(A, 30), &ordered(A, 1), log(A, 31, 50), None, None), Course::Follow);
+        assert_eq!(course(&held(A, 30), &ordered(A, 1), log(A, 32, 50), None, None), Course::Snapshot);
+        assert_eq!(course(&held(A, 30), &ordered(A, 1), log(A, 31, 30), None, None), Course::Follow);
     }
 
     #[test]
     fn a_log_that_ends_early_is_lost() {
         let lost = |c| matches!(c, Course::LogLost(_));
-        assert!(lost(course(&held(A, 30), ordered(A, 1), log(A, 1, 29), None, None)));
-        assert!(lost(course(&held(A, 30), ordered(A, 1), None, None, None)));
-        assert!(lost(course(&held(A, 30), ordered(A, 1), log(B, 1, 99), None, None)));
-        assert!(lost(course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("other"), None)));
-        assert!(lost(course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(41))));
+        assert!(lost(course(&held(A, 30), &ordered(A, 1), log(A, 1, 29), None, None)));
+        assert!(lost(course(&held(A, 30), &ordered(A, 1), None, None, None)));
+        assert!(lost(course(&held(A, 30), &ordered(A, 1), log(B, 1, 99), None, None)));
+        assert!(lost(course(&held(A, 30), &ordered(A, 1), log(A, 1, 40), Some("other"), None)));
+        assert!(lost(course(&held(A, 30), &ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(41))));
         assert_eq!(
-            course(&held(A, 30), ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(40)),
+            course(&held(A, 30), &ordered(A, 1), log(A, 1, 40), Some("sum30"), Some(40)),
             Course::Follow
         );
     }
 
     #[test]
     fn a_store_with_data_is_never_cleared_for_a_log_that_begins_at_one() {
-        let course = course(&held(A, 30), ordered(B, 1), log(B, 1, 0), None, None);
+        let course = course(&held(A, 30), &ordered(B, 1), log(B, 1, 0), None, None);
         assert!(matches!(course, Course::LogLost(_)), "{course:?}");
     }
 
     #[test]
     fn before_the_log_exists_a_fresh_replica_waits() {
-        assert_eq!(course(&Held::default(), ordered(A, 1), None, None, None), Course::Wait);
-        assert_eq!(course(&held(A, 30), ordered(B, 31), log(A, 1, 20), None, None), Course::Wait);
+        assert_eq!(course(&Held::default(), &ordered(A, 1), None, None, None), Course::Wait);
+        assert_eq!(course(&held(A, 30), &ordered(B, 31), log(A, 1, 20), None, None), Course::Wait);
     }
 
     #[test]
     fn after_a_rebuild_only_the_most_advanced_replica_goes_on() {
-        assert_eq!(course(&held(A, 30), ordered(B, 31), log(B, 31, 30), None, None), Course::Follow);
-        assert_eq!(course(&held(A, 29), ordered(B, 31), log(B, 31, 30), None, None), Course::Snapshot);
-        assert_eq!(course(&held(A, 33), ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
-        assert_eq!(course(&Held::default(), ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
+        assert_eq!(course(&held(A, 30), &ordered(B, 31), log(B, 31, 30), None, None), Course::Follow);
+        assert_eq!(course(&held(A, 29), &ordered(B, 31), log(B, 31, 30), None, None), Course::Snapshot);
+        assert_eq!(course(&held(A, 33), &ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
+        assert_eq!(course(&Held::default(), &ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
+    }
+
+    #[test]
+    fn a_replica_with_another_entry_where_the_log_was_rebuilt_does_not_go_on() {
+        let with = |base: &str| Ordered { log_base: Some(base.into()), ..ordered(B, 31) };
+        assert_eq!(course(&held(A, 30), &with("sum30"), log(B, 31, 30), None, None), Course::Follow);
+        assert_eq!(course(&held(A, 30), &with("other"), log(B, 31, 30), None, None), Course::Snapshot);
+        let copied = Held { checksum: None, ..held(A, 30) };
+        assert_eq!(course(&copied, &with("other"), log(B, 31, 30), None, None), Course::Snapshot);
     }
 }

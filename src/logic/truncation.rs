@@ -72,6 +72,7 @@ mod tests {
             vectors: 0,
             bytes: 0,
             log_id,
+            checksum: None,
         }
     }
 

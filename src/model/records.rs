@@ -408,6 +408,10 @@ pub struct ShardRecord {
     /// First sequence of that log (above 1 after the log had to be rebuilt).
     #[serde(default = "first")]
     pub log_first_seq: u64,
+    /// Checksum of the entry before that one, at the replica that the log was rebuilt from: whoever has another
+    /// entry there starts from a copy of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_base: Option<String>,
     /// When it was written.
     pub updated_at: DateTime<Utc>,
 }
@@ -607,6 +611,7 @@ mod tests {
             migration: None,
             log_id: Uuid::nil(),
             log_first_seq: 1,
+            log_base: None,
             updated_at: DateTime::UNIX_EPOCH,
         }
     }

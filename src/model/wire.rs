@@ -192,6 +192,9 @@ pub struct ReplicaReport {
     pub bytes: u64,
     /// Which log it follows.
     pub log_id: Uuid,
+    /// Checksum of the entry at `applied`, if it was applied from the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<String>,
 }
 
 impl ReplicaReport {

@@ -481,6 +481,7 @@ impl Leader {
             migration: None,
             log_id,
             log_first_seq: 1,
+            log_base: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         self.logs_checked.insert(shard);
@@ -533,9 +534,9 @@ impl Leader {
                 Verdict::Fine => Ok(()),
                 Verdict::Create => self.recreate(&record).await,
                 Verdict::Adopt(log_id) => self.write_shard(ShardRecord { log_id, ..record }).await,
-                Verdict::Rebuild(most) => {
-                    let record =
-                        ShardRecord { log_id: self.world.exec.uuid(), log_first_seq: most + 1, ..record };
+                Verdict::Rebuild(most, log_base) => {
+                    let log_id = self.world.exec.uuid();
+                    let record = ShardRecord { log_id, log_first_seq: most + 1, log_base, ..record };
                     self.logs_checked.remove(&shard);
                     match self.write_shard(record.clone()).await {
                         Ok(()) => self.recreate(&record).await,

@@ -30,12 +30,14 @@ pub(crate) enum Mutant {
     IgnoreLostTail,
     /// A log is rebuilt from the least advanced replica.
     RebuildFromLeast,
+    /// A replica goes on in a rebuilt log although it has another entry where that begins.
+    IgnoreLogBase,
     /// A store is deleted although the bucket says that it is wanted again.
     DeleteWithoutLooking,
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 12] = [
+    pub(crate) const ALL: [Mutant; 13] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
@@ -47,6 +49,7 @@ impl Mutant {
         Mutant::ServeWhileRebuilding,
         Mutant::IgnoreLostTail,
         Mutant::RebuildFromLeast,
+        Mutant::IgnoreLogBase,
         Mutant::DeleteWithoutLooking,
     ];
 

@@ -22,6 +22,7 @@ pub(crate) fn shard_record(term: u64, replicas: &[&str]) -> ShardRecord {
         migration: None,
         log_id: Uuid::from_u128(1),
         log_first_seq: 1,
+        log_base: None,
         updated_at: DateTime::UNIX_EPOCH,
     }
 }

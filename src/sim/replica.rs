@@ -25,6 +25,7 @@ pub(crate) struct Replica {
     pub(crate) condition: Cell<Condition>,
     pub(crate) applied: Cell<u64>,
     pub(crate) lag: Cell<u64>,
+    checksum: RefCell<Option<String>>,
     /// Takes writes.
     gate: Cell<bool>,
     loading: Cell<bool>,
@@ -50,6 +51,7 @@ impl Replica {
             store,
             condition: Cell::new(condition),
             lag: Cell::new(0),
+            checksum: RefCell::default(),
             gate: Cell::new(false),
             loading: Cell::new(false),
             reload: Cell::new(false),
@@ -121,6 +123,7 @@ impl Replica {
             vectors: 0,
             bytes: 0,
             log_id: condition.log_id,
+            checksum: self.checksum.borrow().clone(),
         }
     }
 
@@ -129,7 +132,7 @@ impl Replica {
     }
 
     fn ordered(&self) -> Option<Ordered> {
-        self.record().map(|r| Ordered { log_id: r.log_id, log_first_seq: r.log_first_seq })
+        self.record().as_ref().map(Ordered::by)
     }
 
     async fn pause(&self, world: &World, ms: u64) {
@@ -145,6 +148,7 @@ impl Replica {
             return Ok(());
         };
         self.applied.set(applier.held.applied);
+        self.checksum.borrow_mut().clone_from(&applier.held.checksum);
         self.change(|c| (c.log_id, c.failed) = (applier.held.log_id, false));
         if applier.seed.is_some() {
             return self.load_snapshot(world, applier).await;
@@ -160,7 +164,7 @@ impl Replica {
             }
             _ => None,
         };
-        match course(held, ordered, log, logged.as_deref(), peers.applied) {
+        match course(held, &ordered, log, logged.as_deref(), peers.applied) {
             Course::Follow => {
                 let last = log.map_or(0, |log| log.last_seq);
                 if peers.all_have_said {
@@ -226,6 +230,7 @@ impl Replica {
         (connection, writes): (u64, bool),
     ) -> Tried<()> {
         let log_id = ordered.log_id;
+        let ordered = Some(ordered);
         applier.adopt(log_id).map_err(|_| "adopt")?;
         let goal = last.max(applier.complete_at);
         self.gate.set(writes && connection == self.state.reconnected.get());
@@ -238,7 +243,7 @@ impl Replica {
         let (mut looked, mut idle) = (applier.held.applied, 0);
         let ask_again = world.exec.local(self.proc) + Duration::from_millis(200);
         loop {
-            if self.ordered() != Some(ordered) || connection != self.state.reconnected.get() {
+            if self.ordered() != ordered || connection != self.state.reconnected.get() {
                 self.gate.set(false);
                 return Ok(());
             }
@@ -275,6 +280,7 @@ impl Replica {
             self.checkpoints.borrow_mut().extend(done.checkpoints);
             looked = looked.max(applier.held.applied);
             self.applied.set(looked);
+            self.checksum.borrow_mut().clone_from(&applier.held.checksum);
             self.lag.set(goal.saturating_sub(looked));
             if looked >= goal {
                 self.condition.set(Condition { caught_up: true, ..self.condition.get() });

@@ -230,6 +230,7 @@ impl Leader {
                 migration: None,
                 log_id: log.id,
                 log_first_seq: 1,
+                log_base: None,
                 updated_at: wall(),
             };
             match self.write_shard(record).await {
@@ -341,7 +342,7 @@ impl Leader {
                     record.log_id = log_id;
                     self.write_shard(record).await
                 }
-                Verdict::Rebuild(most) => self.rebuild(record, most).await,
+                Verdict::Rebuild(most, base) => self.rebuild(record, most, base).await,
             };
             if let Err(error) = done {
                 self.soft(error)?;
@@ -389,11 +390,12 @@ impl Leader {
 
     /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record
     /// says so (from then on nobody appends to the old one), then the stream is made so.
-    async fn rebuild(&mut self, mut record: ShardRecord, most: u64) -> Result<()> {
+    async fn rebuild(&mut self, mut record: ShardRecord, most: u64, base: Option<String>) -> Result<()> {
         let shard = record.shard;
         warn!(%shard, most, "JetStream has lost acknowledged entries: the log is rebuilt from the replicas");
         record.log_id = fresh_id();
         record.log_first_seq = most + 1;
+        record.log_base = base;
         let (id, first) = (record.log_id, record.log_first_seq);
         self.write_shard(record.clone()).await?;
         self.logs_checked.remove(&shard);

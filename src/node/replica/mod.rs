@@ -55,6 +55,8 @@ pub(crate) struct Status {
     pub(crate) state: ReplicaState,
     pub(crate) applied: u64,
     pub(crate) log_id: Uuid,
+    /// Of the entry at `applied`.
+    checksum: Option<String>,
     /// It has applied all that the log had when it looked.
     pub(crate) caught_up: bool,
     /// It may answer requests.
@@ -140,6 +142,7 @@ impl Replica {
             state: ReplicaState::Recovering,
             applied: store.applied(),
             log_id: Uuid::nil(),
+            checksum: None,
             caught_up: false,
             serving: false,
             lost: None,
@@ -243,6 +246,7 @@ impl Replica {
             vectors: stats.vectors,
             bytes: stats.bytes,
             log_id: status.log_id,
+            checksum: status.checksum,
         }
     }
 
@@ -383,6 +387,7 @@ impl Replica {
         };
         self.change(|status| {
             status.applied = applier.held.applied;
+            status.checksum.clone_from(&applier.held.checksum);
             status.log_id = applier.held.log_id;
             status.failed = false;
         });
@@ -401,7 +406,7 @@ impl Replica {
             }
             _ => None,
         };
-        match course(held, ordered, log.map(facts), logged.as_deref(), peers.applied) {
+        match course(held, &ordered, log.map(facts), logged.as_deref(), peers.applied) {
             Course::Follow => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
                 watched.writes = takes_writes(peers, self.waited_for_peers(peers.all_have_said));
@@ -444,7 +449,7 @@ impl Replica {
     fn ordered(&self) -> Option<Ordered> {
         let view = self.ctx.view();
         let record = view.shard(self.shard)?;
-        Some(Ordered { log_id: record.log_id, log_first_seq: record.log_first_seq })
+        Some(Ordered::by(record))
     }
 
     fn close_gate(&self, error: Error) {
@@ -599,6 +604,7 @@ impl Replica {
         let seq = applier.held.applied;
         self.status.send_modify(|status| {
             status.applied = seq;
+            status.checksum.clone_from(&applier.held.checksum);
             status.lag = goal.saturating_sub(seq);
         });
         if !self.status.borrow().caught_up && seq >= goal {

@@ -157,6 +157,7 @@ impl State {
                     vectors: 0,
                     bytes: 0,
                     log_id: record.log_id,
+                    checksum: None,
                 };
                 if may_swap(&record, Some(&report)) {
                     self.target.restarted = false;
