@@ -53,6 +53,9 @@ pub(crate) struct Checks {
     branch: BTreeMap<(Uuid, u64), Vec<Rc<Expected>>>,
     all: BTreeMap<(Uuid, u64), Vec<Rc<Expected>>>,
     lineage: BTreeMap<ShardId, Uuid>,
+    /// Logs that have lost their end and are not rebuilt yet, and whether a holder could not be asked meanwhile:
+    /// then two faults have met, and what is acknowledged until the log is rebuilt is not promised.
+    lost: BTreeMap<ShardId, bool>,
     fenced: BTreeMap<ShardId, Term>,
     holder: BTreeMap<Term, InstanceId>,
     changed: BTreeMap<ShardId, Duration>,
@@ -155,7 +158,7 @@ fn leaders(world: &World) {
 /// Everything acknowledged is in the log or on a replica.
 fn acknowledged(world: &World) {
     let checks = world.checks.borrow();
-    for (shard, id) in checks.acked.values() {
+    for (shard, id) in checks.acked.values().filter(|(shard, _)| checks.lost.get(shard) != Some(&true)) {
         if on_a_replica(world, *shard, id, false) {
             continue;
         }
@@ -226,6 +229,9 @@ fn on_shard(
     }
     if before.log_id != now.log_id {
         checks.count("logs rebuilt");
+        if checks.lost.remove(&shard) == Some(true) {
+            checks.acked.retain(|_, (of, _)| *of != shard);
+        }
     }
     let arrived: Vec<&String> = now.replicas.iter().filter(|n| !before.has_replica(n)).collect();
     if arrived.is_empty() {
@@ -291,6 +297,7 @@ pub(crate) fn on_clear(world: &World, _: usize, _: ShardId) {
 pub(crate) fn on_hurt(world: &World) {
     // After a log has lost its end, a replica that has it and then cannot be asked is a second fault: the log
     // goes on with what the others have.
+    world.checks.borrow_mut().lost.values_mut().for_each(|twice| *twice = true);
     forgive_if_lost(world);
     world.checks.borrow_mut().dirty = true;
 }
@@ -328,6 +335,11 @@ pub(crate) fn on_truncate(world: &World, shard: ShardId, first: u64, decided: Du
             fail(world, format!("shard {shard} is truncated to {first}, n{holder} has {durable}"));
         }
     }
+}
+
+/// Whether what is acknowledged is promised at the moment.
+pub(crate) fn is_promised(world: &World, shard: ShardId) -> bool {
+    world.checks.borrow().lost.get(&shard) != Some(&true)
 }
 
 /// Whether all is as it should be once nothing fails any more; why not, if not.
@@ -375,6 +387,11 @@ pub(crate) fn on_tail_lost(world: &World, shard: ShardId) {
         let logs = world.logs.borrow();
         let (id, last) = logs.get(&shard).map_or((Uuid::nil(), 0), |log| (log.id, log.last));
         checks.branch.retain(|(known, seq), _| *known != id || *seq <= last);
+        let nodes = world.nodes.borrow();
+        let well = |at: usize| nodes[at].alive && !nodes[at].alone && !world.exec.is_stopped(nodes[at].proc);
+        let holders = world.shard(shard).map(|record| record.replicas).unwrap_or_default();
+        let all = holders.iter().filter_map(|n| world.node_at(n)).all(well);
+        checks.lost.insert(shard, !all);
     }
     forgive_what_nobody_has(world, Some(shard));
 }
