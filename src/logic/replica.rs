@@ -189,6 +189,17 @@ pub(crate) fn course(
     Course::Snapshot
 }
 
+/// The same for a node that only builds a replica: when every replica has said that the log is whole, what is
+/// left here of earlier times is what is wrong, and nobody counts on it.
+pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: Peers) -> Course {
+    let whole =
+        peers.all_have_said && !peers.lost && log.is_some_and(|log| peers.applied <= Some(log.last_seq));
+    match course {
+        Course::LogLost(_) if whole && peers.applied.is_some() => Course::Snapshot,
+        course => course,
+    }
+}
+
 fn reach(applied: u64, log: LogFacts) -> Course {
     if log.first_seq <= applied + 1 { Course::Follow } else { Course::Snapshot }
 }
@@ -288,6 +299,18 @@ mod tests {
         assert_eq!(course(&held(A, 29), &ordered(B, 31), log(B, 31, 30), None, None), Course::Snapshot);
         assert_eq!(course(&held(A, 33), &ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
         assert_eq!(course(&Held::default(), &ordered(B, 31), log(B, 31, 40), None, None), Course::Snapshot);
+    }
+
+    #[test]
+    fn what_is_left_at_a_target_from_earlier_times_does_not_hold_its_migration_up() {
+        let left = || course(&held(A, 30), &ordered(A, 1), log(A, 1, 40), Some("other"), Some(38));
+        let whole = Peers { applied: Some(38), ..Peers::NONE };
+        assert_eq!(course_of_joining(left(), log(A, 1, 40), whole), Course::Snapshot);
+        let lost = |course| matches!(course, Course::LogLost(_));
+        assert!(lost(course_of_joining(left(), log(A, 1, 40), Peers { lost: true, ..whole })));
+        assert!(lost(course_of_joining(left(), log(A, 1, 40), Peers { all_have_said: false, ..whole })));
+        assert!(lost(course_of_joining(left(), log(A, 1, 37), whole)), "the replicas will see that, too");
+        assert!(lost(course_of_joining(left(), None, whole)));
     }
 
     #[test]

@@ -239,6 +239,7 @@ async fn write(world: &World, shard: ShardId, op: WriteOp, own: String) {
     let op_id: OpId = exec.uuid();
     let upsert = matches!(op, WriteOp::Upsert(_));
     let until = exec.now() + Duration::from_secs(12);
+    let epoch = world.epoch.get();
     while exec.now() < until {
         let (holders, op) = (world.shard(shard).map(|r| r.replicas).unwrap_or_default(), op.clone());
         let Some(to) = exec.pick(&holders).and_then(|n| world.node_at(n)) else {
@@ -257,12 +258,18 @@ async fn write(world: &World, shard: ShardId, op: WriteOp, own: String) {
             });
         });
         if asked.await == Ok(true) {
-            let mut checks = world.checks.borrow_mut();
-            checks.count("acknowledged");
-            if upsert {
-                checks.acked.insert(op_id, (shard, own));
+            {
+                let mut checks = world.checks.borrow_mut();
+                checks.count("acknowledged");
+                if upsert {
+                    checks.acked.insert(op_id, (shard, own));
+                }
+                checks.dirty = true;
             }
-            checks.dirty = true;
+            // The acknowledgement was on its way when JetStream lost the entry.
+            if world.epoch.get() != epoch && world.checks.borrow().tail_lost {
+                check::forgive_what_nobody_has(world, Some(shard));
+            }
             return;
         }
         exec.sleep(OUTSIDE, Duration::from_millis(100 + exec.below(400))).await;

@@ -5,7 +5,9 @@ use super::log::Appended;
 use super::node::State;
 use super::store::SimStore;
 use super::world::{World, name};
-use crate::logic::replica::{Condition, Course, Ordered, Peers, contradicts, course, takes_writes};
+use crate::logic::replica::{
+    Condition, Course, Ordered, Peers, contradicts, course, course_of_joining, takes_writes,
+};
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::{LogEntry, LogOp, ReplicaReport};
@@ -164,7 +166,11 @@ impl Replica {
             }
             _ => None,
         };
-        match course(held, &ordered, log, logged.as_deref(), peers.applied) {
+        let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
+        if self.record().is_some_and(|record| record.is_joining(&name(self.state.at))) {
+            course = course_of_joining(course, log, peers);
+        }
+        match course {
             Course::Follow => {
                 let last = log.map_or(0, |log| log.last_seq);
                 if peers.all_have_said {

@@ -14,7 +14,9 @@ pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
-use crate::logic::replica::{Condition, Course, LogFacts, Ordered, Peers, course, takes_writes};
+use crate::logic::replica::{
+    Condition, Course, LogFacts, Ordered, Peers, course, course_of_joining, takes_writes,
+};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
 use crate::model::{OpId, ShardId};
@@ -406,7 +408,12 @@ impl Replica {
             }
             _ => None,
         };
-        match course(held, &ordered, log.map(facts), logged.as_deref(), peers.applied) {
+        let log_facts = log.map(facts);
+        let mut course = course(held, &ordered, log_facts, logged.as_deref(), peers.applied);
+        if self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node)) {
+            course = course_of_joining(course, log_facts, peers);
+        }
+        match course {
             Course::Follow => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
                 watched.writes = takes_writes(peers, self.waited_for_peers(peers.all_have_said));
