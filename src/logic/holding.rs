@@ -40,8 +40,7 @@ pub(crate) fn may_delete(
 ) -> bool {
     unwanted >= grace
         && order(known, me) == Order::Close
-        && (stored.is_some_and(|stored| stored.term >= known.term && order(stored, me) == Order::Close)
-            || broken!(DeleteWithoutLooking))
+        && stored.is_some_and(|stored| stored.term >= known.term && order(stored, me) == Order::Close)
 }
 
 #[cfg(test)]

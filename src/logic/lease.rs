@@ -179,7 +179,7 @@ impl Lease {
     pub(crate) fn leading(&self, now: Duration) -> Option<Term> {
         match self.role {
             // Once the release is on its way another may lead, whether we know of its arrival or not.
-            Role::Leader { .. } if self.resigning => None,
+            Role::Leader { .. } if self.resigning && !broken!(LeadWhileResigning) => None,
             Role::Leader { term, renewed, .. } if now < renewed + self.valid_for() => Some(term),
             Role::Leader { .. } | Role::Follower { .. } => None,
         }

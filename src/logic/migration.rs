@@ -3,6 +3,7 @@
 //! Pure: `node::leader` reads the records, asks here, and writes. The swap is one change of one record, so
 //! a shard has its old replicas before it and the new ones after it, and never fewer of them.
 
+use crate::logic::replica::LogFacts;
 use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
@@ -64,11 +65,36 @@ pub(crate) fn next_step(facts: Facts<'_>) -> Step {
     if ready { Step::Swap } else { Step::Wait }
 }
 
-/// Whether the target still serves, as it said when it was ready: it may have been restarted since, and
-/// a swap would then leave the shard with one replica less. Asked right before the swap.
-pub(crate) fn may_swap(record: &ShardRecord, target: Option<&ReplicaReport>) -> bool {
-    let serves = |r: &ReplicaReport| r.state == ReplicaState::Serving && r.log_id == record.log_id;
-    target.is_some_and(serves) || broken!(SwapWithoutAsking) || broken!(CutOverBeforeCatchUp)
+/// What was asked right before a swap: first the replicas, then the log.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Look {
+    /// What the target says of its replica, if it answered.
+    pub(crate) target: Option<ReplicaReport>,
+    /// What the source says of its own.
+    pub(crate) source: Option<ReplicaReport>,
+    /// The source is, as far as the cluster knows, alive.
+    pub(crate) source_lives: bool,
+    pub(crate) log: Option<LogFacts>,
+}
+
+/// Whether a swap takes nothing away. The target may have been restarted since it said that it was ready: then
+/// the shard would have one replica less. And JetStream may have lost entries that only the source has: then
+/// the log is about to be rebuilt from it.
+pub(crate) fn may_swap(record: &ShardRecord, look: &Look) -> bool {
+    let counts = |r: &&ReplicaReport| r.log_id == record.log_id;
+    let serves = |r: &ReplicaReport| r.state == ReplicaState::Serving;
+    let whole = match (&look.source, look.log) {
+        (_, None) => false,
+        (None, Some(_)) => !look.source_lives,
+        (Some(source), Some(log)) => {
+            let reaches = log.id == record.log_id && source.applied <= log.last_seq;
+            source.log_id != record.log_id || (source.state != ReplicaState::LogLost && reaches)
+        }
+    };
+    (look.target.as_ref().filter(counts).is_some_and(serves)
+        || broken!(SwapWithoutAsking)
+        || broken!(CutOverBeforeCatchUp))
+        && (whole || broken!(SwapOffDamagedLog))
 }
 
 /// The record while `to` builds its replica.
@@ -134,10 +160,44 @@ mod tests {
             log_id,
             checksum: None,
         };
-        assert!(may_swap(&record, Some(&report(ReplicaState::Serving, record.log_id))));
-        assert!(!may_swap(&record, Some(&report(ReplicaState::Recovering, record.log_id))));
-        assert!(!may_swap(&record, Some(&report(ReplicaState::Serving, uuid::Uuid::nil()))));
-        assert!(!may_swap(&record, None));
+        let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 9 });
+        let swap =
+            |target, source, source_lives| may_swap(&record, &Look { target, source, source_lives, log });
+        let serving = || Some(report(ReplicaState::Serving, record.log_id));
+        assert!(swap(serving(), serving(), true));
+        assert!(swap(serving(), None, false), "the source is gone");
+        assert!(!swap(Some(report(ReplicaState::Recovering, record.log_id)), serving(), true));
+        assert!(!swap(Some(report(ReplicaState::Serving, uuid::Uuid::nil())), serving(), true));
+        assert!(!swap(None, serving(), true));
+        assert!(!swap(serving(), None, true), "it may have what the log has lost");
+    }
+
+    #[test]
+    fn a_source_that_has_what_the_log_has_lost_is_not_retired() {
+        let record = shard_record(1, &["a", "b"]);
+        let said = |state, applied| {
+            let (durable, log_id) = (applied, record.log_id);
+            let shard = record.shard;
+            Some(ReplicaReport {
+                shard,
+                state,
+                applied,
+                durable,
+                vectors: 0,
+                bytes: 0,
+                log_id,
+                checksum: None,
+            })
+        };
+        let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 9 });
+        let swap = |source, log| {
+            let target = said(ReplicaState::Serving, 9);
+            may_swap(&record, &Look { target, source, source_lives: true, log })
+        };
+        assert!(swap(said(ReplicaState::Serving, 9), log));
+        assert!(!swap(said(ReplicaState::Serving, 10), log));
+        assert!(!swap(said(ReplicaState::LogLost, 9), log));
+        assert!(!swap(said(ReplicaState::Serving, 9), None), "nobody knows");
     }
 
     #[test]

@@ -81,7 +81,7 @@ impl Peers {
 /// lost entries that they have applied and we have not: a write that took the place of one of those would be
 /// acknowledged, and given up when the log is rebuilt. `waited` is since when somebody has not answered.
 pub(crate) fn takes_writes(peers: Peers, waited: Duration) -> bool {
-    !peers.lost && (peers.all_have_said || waited >= SILENT_PEERS)
+    (!peers.lost && (peers.all_have_said || waited >= SILENT_PEERS)) || broken!(WriteBeforeAsking)
 }
 
 /// Whether an entry was put where this replica had applied one before: then the log has lost its tail.
@@ -195,7 +195,7 @@ pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: Pe
     let whole =
         peers.all_have_said && !peers.lost && log.is_some_and(|log| peers.applied <= Some(log.last_seq));
     match course {
-        Course::LogLost(_) if whole && peers.applied.is_some() => Course::Snapshot,
+        Course::LogLost(_) if whole && peers.applied.is_some() && !broken!(KeepLeftovers) => Course::Snapshot,
         course => course,
     }
 }

@@ -287,10 +287,15 @@ pub(crate) fn on_apply(world: &World, at: usize, replica: &Replica, complete_at:
 }
 
 /// A replica throws its content away.
-pub(crate) fn on_clear(world: &World, _: usize, _: ShardId) {
-    let mut checks = world.checks.borrow_mut();
-    checks.count("snapshots");
-    checks.dirty = true;
+pub(crate) fn on_clear(world: &World, at: usize, replica: &Replica) {
+    {
+        let mut checks = world.checks.borrow_mut();
+        checks.count("snapshots");
+        checks.dirty = true;
+    }
+    if replica.serves() {
+        fail(world, format!("n{at} serves shard {} while it loads a snapshot", replica.shard));
+    }
 }
 
 /// A node has lost something: its process, its disk, its connection, its time.
@@ -391,7 +396,9 @@ pub(crate) fn on_tail_lost(world: &World, shard: ShardId) {
         let well = |at: usize| nodes[at].alive && !nodes[at].alone && !world.exec.is_stopped(nodes[at].proc);
         let holders = world.shard(shard).map(|record| record.replicas).unwrap_or_default();
         let all = holders.iter().filter_map(|n| world.node_at(n)).all(well);
-        checks.lost.insert(shard, !all);
+        // The second time before it is rebuilt: two faults again.
+        let again = checks.lost.contains_key(&shard);
+        checks.lost.insert(shard, !all || again);
     }
     forgive_what_nobody_has(world, Some(shard));
 }

@@ -7,13 +7,14 @@ use crate::logic::fencing::{ReadBack, is_over, newest, read_back};
 use crate::logic::lease::CasOutcome;
 use crate::logic::log_loss::{Verdict, verdict};
 use crate::logic::membership::{Action, Membership};
-use crate::logic::migration::{Facts, Step, joined, may_swap, next_step, released, swapped};
+use crate::logic::migration::{Facts, Look, Step, joined, may_swap, next_step, released, swapped};
 use crate::logic::planner::{PlanInput, PlanNode, PlanShard, Role, Rules, plan};
 use crate::model::events::ReplicaState;
 use crate::model::plan::RebalancePlan;
 use crate::model::records::{
     MigrationPhase, MigrationRecord, NodeStatus, Placement, ShardRecord, ShardStatus,
 };
+use crate::model::wire::ReplicaReport;
 use crate::model::{ShardId, Term};
 use chrono::DateTime;
 use std::collections::{BTreeMap, BTreeSet};
@@ -294,9 +295,18 @@ impl Leader {
             Step::Wait => Ok(()),
             Step::Swap => {
                 let limit = Duration::from_millis(800);
-                let said = reports(&self.world, self.state.proc, &migration.to, limit).await;
-                let said = said.unwrap_or_default().into_iter().find(|r| r.shard == migration.shard);
-                if !may_swap(&record, said.as_ref()) {
+                let mut look = Look::default();
+                let of_shard = |said: Option<Vec<ReplicaReport>>| {
+                    said.unwrap_or_default().into_iter().find(|r| r.shard == record.shard && r.is_settled())
+                };
+                let (proc, view) = (self.state.proc, &self.state.view);
+                look.target = of_shard(reports(&self.world, proc, &migration.to, limit).await);
+                if let Some(from) = &migration.from {
+                    look.source = of_shard(reports(&self.world, proc, from, limit).await);
+                    look.source_lives = view.borrow().node_status(from).is_live();
+                }
+                look.log = self.world.log_info(proc, record.shard).await.ok_or("no info")?;
+                if !may_swap(&record, &look) {
                     return Ok(());
                 }
                 self.write_shard(swapped(&record, migration.from.as_ref(), &migration.to)).await?;

@@ -32,12 +32,20 @@ pub(crate) enum Mutant {
     RebuildFromLeast,
     /// A replica goes on in a rebuilt log although it has another entry where that begins.
     IgnoreLogBase,
-    /// A store is deleted although the bucket says that it is wanted again.
-    DeleteWithoutLooking,
+    /// A source is retired although it has what the log has lost.
+    SwapOffDamagedLog,
+    /// A replica takes writes before the others have said what they have applied.
+    WriteBeforeAsking,
+    /// The log is truncated although a holder has found other entries in it.
+    TruncateUnderDiverged,
+    /// A leader that has sent its release still leads.
+    LeadWhileResigning,
+    /// A migration's target waits for a log to be rebuilt that is whole.
+    KeepLeftovers,
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 13] = [
+    pub(crate) const ALL: [Mutant; 17] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
@@ -50,7 +58,11 @@ impl Mutant {
         Mutant::IgnoreLostTail,
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
-        Mutant::DeleteWithoutLooking,
+        Mutant::SwapOffDamagedLog,
+        Mutant::WriteBeforeAsking,
+        Mutant::TruncateUnderDiverged,
+        Mutant::LeadWhileResigning,
+        Mutant::KeepLeftovers,
     ];
 
     /// Breaks the product on this thread, until what is returned is dropped.

@@ -328,7 +328,7 @@ impl Replica {
         }
         if fresh {
             applier.begin_seed(log_id, seq).map_err(|_| "begin")?;
-            super::check::on_clear(world, self.state.at, self.shard);
+            super::check::on_clear(world, self.state.at, self);
             let notes = window.into_iter().map(|(key, note)| (key, Some(note))).collect();
             applier.seed_chunk(vec![], notes, |_| {}).map_err(|_| "chunk")?;
         }

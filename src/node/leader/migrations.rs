@@ -11,12 +11,13 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::migration::{Facts, Step, joined, may_swap, next_step, released, swapped};
+use crate::logic::migration::{Facts, Look, Step, joined, may_swap, next_step, released, swapped};
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::failpoint::pause;
+use crate::node::replica::facts;
 use crate::view::parse;
 use std::time::Duration;
 use tracing::debug;
@@ -128,9 +129,8 @@ impl Leader {
             Step::Wait => Ok(()),
             Step::Swap => {
                 let record = record.clone();
-                let said = self.ask_holder(&migration.to, migration.shard).await.ok();
-                if !may_swap(&record, said.as_ref()) {
-                    debug!(migration = migration.id, "the target does not serve at the moment");
+                if !may_swap(&record, &self.look(migration).await?) {
+                    debug!(migration = migration.id, "a swap would take something away at the moment");
                     return Ok(());
                 }
                 pause("migration-before-swap").await;
@@ -142,6 +142,20 @@ impl Leader {
             Step::End(why) => self.end(migration, MigrationPhase::Failed, &why).await,
             Step::Abort(why) => self.abort(migration, MigrationPhase::Failed, &why).await,
         }
+    }
+
+    async fn look(&self, migration: &MigrationRecord) -> Result<Look> {
+        let ask = |node: NodeId| async move { self.ask_holder(&node, migration.shard).await.ok() };
+        let source = async {
+            match &migration.from {
+                Some(from) => ask(from.clone()).await,
+                None => None,
+            }
+        };
+        let (target, source) = futures::join!(ask(migration.to.clone()), source);
+        let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
+        let log = self.ctx.logs.info(migration.shard).await?.map(facts);
+        Ok(Look { target, source, source_lives, log })
     }
 
     async fn swap(&mut self, migration: &MigrationRecord) -> Result<()> {

@@ -5,7 +5,10 @@
 //! be restarted at any time; nodes and leaders see the map late.
 
 use crate::logic::holding::{Order, may_delete, order};
-use crate::logic::migration::{Facts, Step as Decision, joined, may_swap, next_step, released, swapped};
+use crate::logic::migration::{
+    Facts, Look, Step as Decision, joined, may_swap, next_step, released, swapped,
+};
+use crate::logic::replica::LogFacts;
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
 use crate::model::wire::ReplicaReport;
@@ -159,7 +162,9 @@ impl State {
                     log_id: record.log_id,
                     checksum: None,
                 };
-                if may_swap(&record, Some(&report)) {
+                let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 1 });
+                let look = Look { target: Some(report), source: None, source_lives: false, log };
+                if may_swap(&record, &look) {
                     self.target.restarted = false;
                     self.doing[leader] = Doing::Asked(Map {
                         term: leader as u8 + 1,
