@@ -35,6 +35,7 @@ pub(crate) fn run(seed: u64, trace: bool) -> Outcome {
         failure: Duration::from_secs(4),
         retire: Duration::from_secs(5),
         rereplicate: Duration::from_secs(8),
+        busy: exec.below(4) == 0,
     };
     let stormy = exec.below(3);
     let weather = Weather {
@@ -104,6 +105,8 @@ fn calm(world: &World) {
 
 async fn faults(world: World) {
     let exec = world.exec.clone();
+    // Every fourth world has a JetStream that forgets, and operators who move things.
+    let bad_nats = world.settings.busy;
     exec.sleep(OUTSIDE, Duration::from_millis(exec.below(6_000))).await;
     while exec.now() < FAULTS {
         let count = world.nodes.borrow().len() as u64;
@@ -112,6 +115,9 @@ async fn faults(world: World) {
             let nodes = world.nodes.borrow();
             (nodes[at].alive, nodes[at].proc)
         };
+        if bad_nats && exec.chance(350) && exec.now() + Duration::from_secs(5) < FAULTS {
+            restart_nats(&world).await;
+        }
         match exec.below(14) {
             0..4 if alive => node::crash(&world, at),
             0..5 if !alive => node::boot(&world, at),

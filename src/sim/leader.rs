@@ -435,7 +435,7 @@ impl Leader {
 
     /// What an operator may ask for at any time.
     async fn move_something(&mut self) -> Done {
-        if !self.world.exec.chance(60) {
+        if !self.world.exec.chance(if self.world.settings.busy { 250 } else { 60 }) {
             return Ok(());
         }
         let records: Vec<ShardRecord> = self.shards.values().map(|(_, record)| record.clone()).collect();

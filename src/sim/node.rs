@@ -30,6 +30,8 @@ pub(crate) struct Settings {
     pub(crate) failure: Duration,
     pub(crate) retire: Duration,
     pub(crate) rereplicate: Duration,
+    /// JetStream forgets often, and operators move replicas often.
+    pub(crate) busy: bool,
 }
 
 /// A node as the world has it; the process in it comes and goes.
