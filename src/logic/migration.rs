@@ -65,7 +65,7 @@ pub(crate) fn next_step(facts: Facts<'_>) -> Step {
     if ready { Step::Swap } else { Step::Wait }
 }
 
-/// What was asked right before a swap: first the replicas, then the log.
+/// What was asked right before a swap: the source, then the log, and the target last.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Look {
     /// What the target says of its replica, if it answered.

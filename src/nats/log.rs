@@ -223,7 +223,7 @@ impl Logs {
         let stream =
             self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
         match stream.get_raw_message(seq).await {
-            Ok(message) => Ok(Some(wire::checksum(&message.payload))),
+            Ok(message) => Ok(Some(stamp(&message.payload, message.time))),
             Err(error) if matches!(api_code(&error), Some(10_037 | 10_043)) => Ok(None),
             Err(error) => Err(unavailable(format!("reading {name}"), error)),
         }
@@ -258,6 +258,12 @@ impl Logs {
             .map_err(|e| unavailable(format!("{name}: pulling"), e))?;
         Ok(LogReader { messages, consumer_seq: 0, name })
     }
+}
+
+/// What tells an entry from any other that might have taken its place: a write that is repeated after the log
+/// has lost its end, or another barrier, has the same body, but not the same time.
+fn stamp(body: &[u8], time: async_nats::datetime::DateTime) -> String {
+    format!("{}-{:x}", wire::checksum(body), time.timestamp_micros())
 }
 
 fn classify(stream: &str, error: &async_nats::jetstream::context::PublishError) -> Appended {
@@ -297,7 +303,7 @@ pub(crate) struct Read {
     pub(crate) seq: u64,
     /// JetStream's timestamp.
     pub(crate) time_ms: u64,
-    /// XXH3-64 of the body.
+    /// See [`stamp`].
     pub(crate) checksum: String,
     /// What it says; an error if it is damaged or malformed: every replica sees the same bytes and skips it.
     pub(crate) entry: Result<LogEntry>,
@@ -350,7 +356,7 @@ impl LogReader {
         let (seq, time_ms) = (info.stream_sequence, info.published.timestamp_millis().max(0) as u64);
         let body = &message.payload;
         let entry = verify_checksum(message.headers.as_ref(), body).and_then(|()| wire::decode(body));
-        Ok(Read { seq, time_ms, checksum: wire::checksum(body), bytes: body.len(), entry })
+        Ok(Read { seq, time_ms, checksum: stamp(body, info.published), bytes: body.len(), entry })
     }
 }
 

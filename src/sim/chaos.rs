@@ -4,6 +4,7 @@ use super::check::{self, Checks};
 use super::exec::{Exec, OUTSIDE, Signal, Tasks};
 use super::node::{self, Settings};
 use super::world::{Inner, Kv, Weather, World};
+use crate::logic::lease::Event;
 use crate::model::wire::{LogOp, WriteOp};
 use crate::model::{OpId, ShardId, VectorEntry};
 use std::cell::{Cell, RefCell};
@@ -115,10 +116,10 @@ async fn faults(world: World) {
             let nodes = world.nodes.borrow();
             (nodes[at].alive, nodes[at].proc)
         };
-        if bad_nats && exec.chance(350) && exec.now() + Duration::from_secs(5) < FAULTS {
+        if bad_nats && exec.chance(450) && exec.now() + Duration::from_secs(5) < FAULTS {
             restart_nats(&world).await;
         }
-        match exec.below(14) {
+        match exec.below(15) {
             0..4 if alive => node::crash(&world, at),
             0..5 if !alive => node::boot(&world, at),
             5 | 6 if alive => {
@@ -149,6 +150,11 @@ async fn faults(world: World) {
             }
             9 if exec.chance(400) && exec.now() + Duration::from_secs(5) < FAULTS => {
                 restart_nats(&world).await;
+            }
+            11 if alive => {
+                // An operator wants another leader.
+                let state = world.nodes.borrow()[at].state.clone();
+                exec.inside(proc, move || state.events.push(Event::Resign));
             }
             10 if !alive => {
                 // Its disk is gone, too, if others have a copy.
@@ -199,6 +205,7 @@ async fn restart_nats(world: &World) {
         _ if !copies => 0,
         0 => 0,
         1 => 1 + exec.below(5),
+        _ if world.settings.busy && exec.chance(700) => 1,
         _ => u64::MAX,
     };
     if lost == u64::MAX {

@@ -300,12 +300,12 @@ impl Leader {
                     said.unwrap_or_default().into_iter().find(|r| r.shard == record.shard && r.is_settled())
                 };
                 let (proc, view) = (self.state.proc, &self.state.view);
-                look.target = of_shard(reports(&self.world, proc, &migration.to, limit).await);
                 if let Some(from) = &migration.from {
                     look.source = of_shard(reports(&self.world, proc, from, limit).await);
                     look.source_lives = view.borrow().node_status(from).is_live();
                 }
                 look.log = self.world.log_info(proc, record.shard).await.ok_or("no info")?;
+                look.target = of_shard(reports(&self.world, proc, &migration.to, limit).await);
                 if !may_swap(&record, &look) {
                     return Ok(());
                 }

@@ -83,6 +83,7 @@ impl World {
             stream.last += 1;
             let seq = stream.last;
             let sum = checksum(&encode(&*entry).unwrap_or_default());
+            let sum = format!("{sum}-{:x}", self.exec.now().as_nanos());
             stream.entries.insert(seq, Entry { body: entry.clone(), sum, time_ms });
             stream.messages.insert(message, (seq, time_ms));
             (stream.id, seq)

@@ -32,6 +32,8 @@ pub(crate) enum Mutant {
     RebuildFromLeast,
     /// A replica goes on in a rebuilt log although it has another entry where that begins.
     IgnoreLogBase,
+    /// An entry with the same body at the same place is taken for the same entry.
+    SameBodySameEntry,
     /// A source is retired although it has what the log has lost.
     SwapOffDamagedLog,
     /// A replica takes writes before the others have said what they have applied.
@@ -45,7 +47,7 @@ pub(crate) enum Mutant {
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 17] = [
+    pub(crate) const ALL: [Mutant; 18] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
@@ -58,6 +60,7 @@ impl Mutant {
         Mutant::IgnoreLostTail,
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
+        Mutant::SameBodySameEntry,
         Mutant::SwapOffDamagedLog,
         Mutant::WriteBeforeAsking,
         Mutant::TruncateUnderDiverged,

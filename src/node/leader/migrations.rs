@@ -152,9 +152,11 @@ impl Leader {
                 None => None,
             }
         };
-        let (target, source) = futures::join!(ask(migration.to.clone()), source);
+        let source = source.await;
         let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
         let log = self.ctx.logs.info(migration.shard).await?.map(facts);
+        // Last, so that what it says is not old when the swap is written.
+        let target = ask(migration.to.clone()).await;
         Ok(Look { target, source, source_lives, log })
     }
 
