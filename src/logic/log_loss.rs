@@ -27,6 +27,9 @@ pub(crate) enum Verdict {
 pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
     let applied = reports.iter().map(|report| report.applied);
     let most = if broken!(RebuildFromLeast) { applied.min() } else { applied.max() }.unwrap_or(0);
+    if is_closed(record) {
+        return Verdict::Rebuild(most, base(reports, most));
+    }
     let ours = log.filter(|log| log.id == record.log_id);
     let following = reports.iter().filter(|report| report.applied > 0);
     match (ours, log) {
@@ -57,6 +60,18 @@ fn gone(record: &ShardRecord, reports: &[ReplicaReport], most: u64) -> Verdict {
     } else {
         Verdict::Rebuild(most, base(reports, most))
     }
+}
+
+/// The first step of a rebuild: the record names a log to be, and does not say yet where it begins. From then on
+/// replicas neither follow the old one nor write to it, so that what they say they have stays what they have.
+/// `None` if that step is taken.
+pub(crate) fn close(record: &ShardRecord, log_id: Uuid) -> Option<ShardRecord> {
+    let open = !is_closed(record) && !broken!(RebuildUnclosed);
+    open.then(|| ShardRecord { log_id, log_first_seq: 0, log_base: None, ..record.clone() })
+}
+
+fn is_closed(record: &ShardRecord) -> bool {
+    record.log_first_seq == 0
 }
 
 /// What most of the most advanced have there; of equals, what stands first in the record.
@@ -164,5 +179,18 @@ mod tests {
         assert_eq!(base(&[at("x"), at("y"), at("y")]), Some("y".into()));
         assert_eq!(base(&[at("x"), at("y")]), Some("x".into()), "the primary's");
         assert_eq!(base(&[said(A, 30, ReplicaState::LogLost)]), None, "it was copied there");
+    }
+
+    #[test]
+    fn a_log_is_closed_before_it_is_rebuilt_so_that_nobody_applies_more_of_it() {
+        let closed = close(&record(A, 1), B).unwrap();
+        assert_eq!((closed.log_id, closed.log_first_seq), (B, 0));
+        assert_eq!(close(&closed, A), None);
+        let both = [said(A, 31, ReplicaState::Serving), said(A, 28, ReplicaState::LogLost)];
+        assert_eq!(
+            verdict(&closed, &both, log(A, 31)),
+            Verdict::Rebuild(31, None),
+            "nor is the old one adopted"
+        );
     }
 }

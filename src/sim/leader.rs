@@ -5,7 +5,7 @@ use super::target::update;
 use super::world::{Key, Value, World};
 use crate::logic::fencing::{ReadBack, is_over, newest, read_back};
 use crate::logic::lease::CasOutcome;
-use crate::logic::log_loss::{Verdict, verdict};
+use crate::logic::log_loss::{Verdict, close, verdict};
 use crate::logic::membership::{Action, Membership};
 use crate::logic::migration::{Facts, Look, Step, joined, may_swap, next_step, released, swapped};
 use crate::logic::planner::{PlanInput, PlanNode, PlanShard, Role, Rules, plan};
@@ -546,6 +546,12 @@ impl Leader {
                 Verdict::Adopt(log_id) => self.write_shard(ShardRecord { log_id, ..record }).await,
                 Verdict::Rebuild(most, log_base) => {
                     let log_id = self.world.exec.uuid();
+                    if let Some(closed) = close(&record, log_id) {
+                        self.logs_checked.remove(&shard);
+                        let written = self.write_shard(closed).await;
+                        self.soft(written)?;
+                        continue;
+                    }
                     let record = ShardRecord { log_id, log_first_seq: most + 1, log_base, ..record };
                     self.logs_checked.remove(&shard);
                     match self.write_shard(record.clone()).await {

@@ -34,6 +34,12 @@ pub(crate) enum Mutant {
     IgnoreLogBase,
     /// An entry with the same body at the same place is taken for the same entry.
     SameBodySameEntry,
+    /// A target's content is compared with a copy that is not complete yet.
+    DigestOfMixedAge,
+    /// The log is truncated by what a holder has before it has compared that with the log.
+    TruncateBeforeLooking,
+    /// A log is rebuilt while replicas still follow it.
+    RebuildUnclosed,
     /// A source is retired although it has what the log has lost.
     SwapOffDamagedLog,
     /// A replica takes writes before the others have said what they have applied.
@@ -47,7 +53,7 @@ pub(crate) enum Mutant {
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 18] = [
+    pub(crate) const ALL: [Mutant; 21] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
@@ -61,6 +67,9 @@ impl Mutant {
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
         Mutant::SameBodySameEntry,
+        Mutant::DigestOfMixedAge,
+        Mutant::TruncateBeforeLooking,
+        Mutant::RebuildUnclosed,
         Mutant::SwapOffDamagedLog,
         Mutant::WriteBeforeAsking,
         Mutant::TruncateUnderDiverged,

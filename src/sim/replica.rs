@@ -5,6 +5,7 @@ use super::log::Appended;
 use super::node::State;
 use super::store::SimStore;
 use super::world::{World, name};
+use crate::logic::broken;
 use crate::logic::replica::{
     Condition, Course, Ordered, Peers, contradicts, course, course_of_joining, takes_writes,
 };
@@ -31,6 +32,7 @@ pub(crate) struct Replica {
     /// Takes writes.
     gate: Cell<bool>,
     loading: Cell<bool>,
+    checked: Cell<bool>,
     reload: Cell<bool>,
     silent_since: Cell<Option<Duration>>,
     pub(crate) checkpoints: RefCell<VecDeque<(Uuid, Digest)>>,
@@ -56,6 +58,7 @@ impl Replica {
             checksum: RefCell::default(),
             gate: Cell::new(false),
             loading: Cell::new(false),
+            checked: Cell::new(false),
             reload: Cell::new(false),
             silent_since: Cell::new(None),
             checkpoints: RefCell::default(),
@@ -121,7 +124,7 @@ impl Replica {
             shard: self.shard,
             state: condition.state(),
             applied: self.applied.get(),
-            durable: if self.loading.get() { 0 } else { self.store.durable() },
+            durable: if self.loading.get() || !self.checked.get() { 0 } else { self.store.durable() },
             vectors: 0,
             bytes: 0,
             log_id: condition.log_id,
@@ -150,6 +153,7 @@ impl Replica {
             return Ok(());
         };
         self.applied.set(applier.held.applied);
+        self.checked.set(broken!(TruncateBeforeLooking));
         self.checksum.borrow_mut().clone_from(&applier.held.checksum);
         self.change(|c| (c.log_id, c.failed) = (applier.held.log_id, false));
         if applier.seed.is_some() {
@@ -241,6 +245,7 @@ impl Replica {
         let goal = last.max(applier.complete_at);
         self.gate.set(writes && connection == self.state.reconnected.get());
         self.loading.set(false);
+        self.checked.set(true);
         self.lag.set(goal.saturating_sub(applier.held.applied));
         self.change(|c| {
             (c.log_id, c.lost) = (log_id, None);
@@ -394,7 +399,7 @@ impl Replica {
             return Err("not now");
         }
         let before = self.applied.get();
-        if crate::logic::broken!(AckBeforeLog) {
+        if broken!(AckBeforeLog) {
             return Ok(before + 1);
         }
         let (seq, duplicate) = self.append(world, op, op_id, Duration::from_secs(4)).await?;

@@ -4,7 +4,7 @@ use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::logic::fencing::{ReadBack, is_over, newest, read_back};
-use crate::logic::log_loss::{Verdict, verdict};
+use crate::logic::log_loss::{Verdict, close, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{ShardRecord, ShardStatus};
@@ -388,10 +388,15 @@ impl Leader {
             .ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
     }
 
-    /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record
-    /// says so (from then on nobody appends to the old one), then the stream is made so.
+    /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record says
+    /// that it is closed; when all have been asked once more, that a new one begins (from then on nobody appends to the old one), then the stream is made so.
     async fn rebuild(&mut self, mut record: ShardRecord, most: u64, base: Option<String>) -> Result<()> {
         let shard = record.shard;
+        if let Some(closed) = close(&record, fresh_id()) {
+            warn!(%shard, "JetStream has lost acknowledged entries: the log is closed");
+            self.logs_checked.remove(&shard);
+            return self.write_shard(closed).await;
+        }
         warn!(%shard, most, "JetStream has lost acknowledged entries: the log is rebuilt from the replicas");
         record.log_id = fresh_id();
         record.log_first_seq = most + 1;

@@ -6,6 +6,7 @@
 //! reopens at an earlier entry and applies the rest again.
 
 use crate::error::{Error, Result};
+use crate::logic::broken;
 use crate::logic::dedup::Window;
 use crate::logic::replica::Held;
 use crate::model::OpId;
@@ -185,7 +186,9 @@ impl Applier {
             self.held.applied = read.seq;
             checksum = Some(read.checksum);
             done.entries += 1;
-            if let Some(id) = checkpoint {
+            // Below that the content is of mixed age: its digest says nothing.
+            let complete = read.seq >= self.complete_at || broken!(DigestOfMixedAge);
+            if let Some(id) = checkpoint.filter(|_| complete) {
                 self.held.checksum = checksum.take();
                 self.commit(std::mem::take(&mut batch))?;
                 there.clear();

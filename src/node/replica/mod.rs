@@ -59,6 +59,8 @@ pub(crate) struct Status {
     pub(crate) log_id: Uuid,
     /// Of the entry at `applied`.
     checksum: Option<String>,
+    /// What is here has been compared with the log since the start, or since the last reconnection.
+    checked: bool,
     /// It has applied all that the log had when it looked.
     pub(crate) caught_up: bool,
     /// It may answer requests.
@@ -145,6 +147,7 @@ impl Replica {
             applied: store.applied(),
             log_id: Uuid::nil(),
             checksum: None,
+            checked: false,
             caught_up: false,
             serving: false,
             lost: None,
@@ -243,8 +246,9 @@ impl Replica {
             shard: self.shard,
             state: status.state,
             applied: status.applied,
-            // While a snapshot is being loaded nothing of the log may go.
-            durable: if seeding { 0 } else { self.store.durable() },
+            // While a snapshot is being loaded, or before what is here has been compared with the log, nothing of
+            // the log may go.
+            durable: if seeding || !status.checked { 0 } else { self.store.durable() },
             vectors: stats.vectors,
             bytes: stats.bytes,
             log_id: status.log_id,
@@ -391,6 +395,7 @@ impl Replica {
             status.applied = applier.held.applied;
             status.checksum.clone_from(&applier.held.checksum);
             status.log_id = applier.held.log_id;
+            status.checked = false;
             status.failed = false;
         });
         if applier.seed.is_some() {
@@ -526,6 +531,7 @@ impl Replica {
                 || format!("other replicas of shard {} have not said yet that its log is whole", self.shard);
             status.gate = (!*writes).then(|| Error::Unavailable(wait()));
             status.lost = None;
+            status.checked = true;
             status.progress.loading = false;
             status.lag = goal.saturating_sub(status.applied);
             status.caught_up = applier.held.applied >= goal;
