@@ -66,8 +66,7 @@ fn gone(record: &ShardRecord, reports: &[ReplicaReport], most: u64) -> Verdict {
 /// replicas neither follow the old one nor write to it, so that what they say they have stays what they have.
 /// `None` if that step is taken.
 pub(crate) fn close(record: &ShardRecord, log_id: Uuid) -> Option<ShardRecord> {
-    let open = !is_closed(record) && !broken!(RebuildUnclosed);
-    open.then(|| ShardRecord { log_id, log_first_seq: 0, log_base: None, ..record.clone() })
+    (!is_closed(record)).then(|| ShardRecord { log_id, log_first_seq: 0, log_base: None, ..record.clone() })
 }
 
 fn is_closed(record: &ShardRecord) -> bool {

@@ -29,10 +29,8 @@ pub(crate) fn lowest<'a>(
     others: impl IntoIterator<Item = Option<&'a ReplicaReport>>,
 ) -> Option<u64> {
     others.into_iter().try_fold(primary, |low, report| {
-        let sound = |report: &&ReplicaReport| {
-            report.log_id == log_id
-                && (report.state != ReplicaState::LogLost || broken!(TruncateUnderDiverged))
-        };
+        let sound =
+            |report: &&ReplicaReport| report.log_id == log_id && report.state != ReplicaState::LogLost;
         report.filter(sound).map(|report| low.min(report.durable))
     })
 }

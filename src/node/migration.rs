@@ -189,6 +189,11 @@ async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result
     for node in record.replicas.iter().filter(|n| view.node_status(n).is_live()) {
         match ctx.data.call::<_, Digest>(ctx.subjects.node(node, "digest"), &request, COMPARE).await {
             Ok(theirs) if theirs == mine => return Ok(mine),
+            // The checkpoint is in the log twice, as its first acknowledgement was lost, and the other side knows
+            // another of the two.
+            Ok(theirs) if theirs.applied != mine.applied => {
+                last = Error::Unavailable(format!("{node} has the checkpoint at another sequence"));
+            }
             Ok(theirs) => {
                 warn!(migration = id, shard = %replica.shard, node, ?mine, ?theirs, "the content differs");
                 replica.reload().await;

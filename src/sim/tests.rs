@@ -37,7 +37,7 @@ fn sim_many_bad_days_end_well() {
         assert_eq!(chaos::run(seed, true).failure, None, "seed {seed}");
         return;
     }
-    let seeds = number("RUVECTOR_SIM_SEEDS").unwrap_or(300);
+    let seeds = number("RUVECTOR_SIM_SEEDS").unwrap_or(2_000);
     let failures = std::sync::Mutex::new(Vec::new());
     let sums = std::sync::Mutex::new((0, BTreeMap::<&str, u64>::new()));
     run_seeds(seeds, None, |seed, outcome| {
@@ -61,8 +61,9 @@ fn sim_many_bad_days_end_well() {
 fn sim_notices_every_mutant() {
     let only = std::env::var("RUVECTOR_SIM_MUTANT").ok();
     let mut missed = Vec::new();
-    for mutant in Mutant::ALL {
-        if only.as_ref().is_some_and(|only| *only != format!("{mutant:?}")) {
+    for mutant in Mutant::ALL.into_iter().chain(Mutant::RARE) {
+        let named = only.as_ref().map(|only| *only == format!("{mutant:?}"));
+        if !named.unwrap_or(Mutant::ALL.contains(&mutant)) {
             continue;
         }
         let found = std::sync::Mutex::new(None);

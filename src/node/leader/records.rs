@@ -389,7 +389,8 @@ impl Leader {
     }
 
     /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record says
-    /// that it is closed; when all have been asked once more, that a new one begins (from then on nobody appends to the old one), then the stream is made so.
+    /// that it is closed (from then on nobody follows it or appends to it); when all have been asked once more,
+    /// where the new one begins; then the stream is made so.
     async fn rebuild(&mut self, mut record: ShardRecord, most: u64, base: Option<String>) -> Result<()> {
         let shard = record.shard;
         if let Some(closed) = close(&record, fresh_id()) {
