@@ -70,7 +70,7 @@ mod tests {
     fn a_new_leader_starts_from_the_newest_good_copy() {
         let (old, new) = (shard_record(3, &["a"]), shard_record(4, &["b"]));
         assert_eq!(newest(Some(old.clone()), Some(new.clone())), Some(new.clone()));
-        assert_eq!(newest(Some(new.clone()), Some(old.clone())), Some(new.clone()));
+        assert_eq!(newest(Some(new.clone()), Some(old.clone())), Some(new));
         assert_eq!(newest(None, Some(old.clone())), Some(old));
     }
 

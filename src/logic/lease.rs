@@ -55,7 +55,7 @@ pub(crate) enum Event {
 }
 
 /// What became of a compare-and-set.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum CasOutcome {
     /// Applied at this revision.
     Applied(u64),

@@ -91,10 +91,13 @@ pub(crate) fn may_swap(record: &ShardRecord, look: &Look) -> bool {
             source.log_id != record.log_id || (source.state != ReplicaState::LogLost && reaches)
         }
     };
-    (look.target.as_ref().filter(counts).is_some_and(serves)
-        || broken!(SwapWithoutAsking)
-        || broken!(CutOverBeforeCatchUp))
-        && (whole || broken!(SwapOffDamagedLog))
+    let ready = look.target.as_ref().filter(counts).is_some_and(serves);
+    if broken!(SwapOffDamagedLog) {
+        return ready;
+    }
+    let asked = ready || broken!(SwapWithoutAsking);
+    let asked = asked || broken!(CutOverBeforeCatchUp);
+    asked && whole
 }
 
 /// The record while `to` builds its replica.

@@ -180,7 +180,7 @@ pub(crate) fn boot(world: &World, at: usize) {
         if at < nodes.len() { nodes[at] = node } else { nodes.push(node) }
     }
     world.exec.note(|| format!("n{at} starts"));
-    let (exec, w, s) = (&world.exec, world.clone(), state.clone());
+    let (exec, w, s) = (&world.exec, world.clone(), state);
     exec.spawn(proc, async move {
         if !join(&w, &s).await {
             return;
