@@ -56,6 +56,7 @@ pub(crate) fn run(seed: u64, trace: bool) -> Outcome {
         disks: RefCell::default(),
         weather: Cell::new(weather),
         epoch: Cell::new(0),
+        away: Cell::new(false),
         checks: RefCell::new(Checks::default()),
     }));
     exec.note(|| format!("seed {seed}: {nodes} nodes, {settings:?}, {weather:?}"));
@@ -143,7 +144,7 @@ async fn faults(world: World) {
                 let (w, pause) = (world.clone(), Duration::from_millis(exec.below(8_000)));
                 exec.after(pause, move || {
                     let same = w.nodes.borrow()[at].proc == proc;
-                    if same {
+                    if same && !w.away.get() {
                         node::connect(&w, at, true);
                     }
                 });
@@ -189,6 +190,7 @@ fn wipe_disk(world: &World, at: usize) {
 async fn restart_nats(world: &World) {
     let (exec, count) = (&world.exec, world.nodes.borrow().len());
     exec.note(|| "NATS is away".into());
+    world.away.set(true);
     world.epoch.set(world.epoch.get() + 1);
     for at in 0..count {
         node::connect(world, at, false);
@@ -218,6 +220,7 @@ async fn restart_nats(world: &World) {
         check::on_tail_lost(world, shard);
     }
     exec.sleep(OUTSIDE, Duration::from_millis(exec.below(2_000))).await;
+    world.away.set(false);
     for at in 0..count {
         node::connect(world, at, true);
     }

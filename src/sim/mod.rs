@@ -5,6 +5,7 @@
 
 mod chaos;
 mod check;
+mod duties;
 mod exec;
 mod leader;
 mod log;

@@ -1,14 +1,13 @@
 //! One simulated process: lease, map, replicas. Its drivers do what those in `node` do, with the same
 //! decisions from `logic` and the same applier.
 
+use super::duties;
 use super::exec::{Exec, Mailbox, ProcId, Signal};
 use super::leader;
 use super::replica::Replica;
 use super::world::{Key, Value, World, name};
 use crate::logic::fencing::takes_over;
-use crate::logic::holding::{Order, may_delete, order};
 use crate::logic::lease::{self, Action, Claim, Event, Lease, PingOutcome};
-use crate::logic::truncation;
 use crate::model::events::ReplicaState;
 use crate::model::records::{LeaderRecord, NodeRecord, NodeStatus};
 use crate::model::wire::ReplicaReport;
@@ -170,7 +169,7 @@ pub(crate) fn boot(world: &World, at: usize) {
             proc,
             instance,
             alive: true,
-            connected: true,
+            connected: !world.away.get(),
             alone: false,
             silent: [false; 4],
             watched: [Duration::ZERO; 4],
@@ -187,9 +186,9 @@ pub(crate) fn boot(world: &World, at: usize) {
         }
         w.relist(s.at, proc);
         w.exec.spawn(proc, lease_loop(w.clone(), s.clone()));
-        w.exec.spawn(proc, heartbeats(w.clone(), s.clone()));
-        w.exec.spawn(proc, hold(w.clone(), s.clone()));
-        w.exec.spawn(proc, truncate(w.clone(), s.clone()));
+        w.exec.spawn(proc, duties::heartbeats(w.clone(), s.clone()));
+        w.exec.spawn(proc, duties::hold(w.clone(), s.clone()));
+        w.exec.spawn(proc, duties::truncate(w.clone(), s.clone()));
         loop {
             w.exec.sleep(proc, Duration::from_secs(30)).await;
             if w.connected(proc) {
@@ -320,123 +319,6 @@ pub(crate) async fn reports(
 ) -> Option<Vec<ReplicaReport>> {
     let to = world.node_at(node)?;
     world.ask(from, to, limit, |_, node, reply| reply.set(node.state.reports())).await.ok()
-}
-
-async fn heartbeats(world: World, state: State) {
-    loop {
-        let leader = state.view.borrow().leader().and_then(|leader| leader.node.clone());
-        if let Some(to) = leader.and_then(|leader| world.node_at(&leader)) {
-            let beat = (state.name(), state.instance);
-            let w = world.clone();
-            if world.connected(state.proc) && !world.exec.chance(world.weather.get().lost) {
-                world.exec.after(world.delay(), move || {
-                    let there = w.nodes.borrow().get(to).filter(|n| n.alive && n.connected).cloned();
-                    if let Some(node) = there {
-                        w.exec.inside(node.proc, move || node.state.heartbeats.push(beat));
-                    }
-                });
-            }
-        }
-        world.exec.sleep(state.proc, world.settings.heartbeat).await;
-    }
-}
-
-/// Keeps the open replicas equal to what the map orders; deletes what it has not ordered for long.
-async fn hold(world: World, state: State) {
-    let mut unwanted: BTreeMap<ShardId, Duration> = BTreeMap::new();
-    loop {
-        let seen = state.changed.version();
-        let records: Vec<_> = state.view.borrow().shards.values().map(|(_, record)| record.clone()).collect();
-        for record in records {
-            let open = state.replicas.borrow().get(&record.shard).cloned();
-            match (order(&record, &state.name()), open) {
-                (Order::Close, None) => {}
-                (Order::Close, Some(open)) => {
-                    open.close(&world);
-                    state.replicas.borrow_mut().remove(&record.shard);
-                }
-                (Order::Serve, Some(open)) => open.allow_serving(),
-                (Order::Build(id), Some(open)) => {
-                    if let Some(id) = id.filter(|id| !state.driving.borrow().contains(id)) {
-                        state.driving.borrow_mut().push(id.clone());
-                        world
-                            .exec
-                            .spawn(state.proc, super::target::drive(world.clone(), state.clone(), id, open));
-                    }
-                }
-                (wanted, None) => {
-                    let replica = Replica::open(&world, &state, record.shard, wanted == Order::Serve);
-                    state.replicas.borrow_mut().insert(record.shard, replica);
-                }
-            }
-        }
-        sweep(&world, &state, &mut unwanted).await;
-        state.changed.changed(state.proc, seen, Duration::from_secs(1)).await;
-    }
-}
-
-async fn sweep(world: &World, state: &State, unwanted: &mut BTreeMap<ShardId, Duration>) {
-    let grace = world.settings.retire;
-    let on_disk: Vec<ShardId> =
-        world.disks.borrow().keys().filter(|(at, _)| *at == state.at).map(|(_, shard)| *shard).collect();
-    for shard in on_disk {
-        let Some(known) = state.view.borrow().shard(shard).cloned() else { continue };
-        let open = state.replicas.borrow().contains_key(&shard);
-        if order(&known, &state.name()) != Order::Close || open {
-            unwanted.remove(&shard);
-            continue;
-        }
-        let since = *unwanted.entry(shard).or_insert(state.now());
-        if state.now().saturating_sub(since) < grace {
-            continue;
-        }
-        let Some(found) = world.get(state.proc, Key::Shard(shard)).await else { continue };
-        let stored = match found {
-            Some((_, Value::Shard(record))) => Some(record),
-            _ => None,
-        };
-        let unwanted_for = state.now().saturating_sub(since);
-        if may_delete(&state.name(), &known, stored.as_ref(), unwanted_for, grace)
-            && !state.replicas.borrow().contains_key(&shard)
-        {
-            world.exec.note(|| format!("n{} deletes its store of shard {shard}", state.at));
-            world.disks.borrow_mut().remove(&(state.at, shard));
-            super::check::on_delete(world, state.at, shard);
-            unwanted.remove(&shard);
-        }
-    }
-}
-
-/// Truncates the logs of the shards whose primary is here.
-async fn truncate(world: World, state: State) {
-    let mut done: BTreeMap<ShardId, u64> = BTreeMap::new();
-    loop {
-        world.exec.sleep(state.proc, Duration::from_secs(3)).await;
-        let open: Vec<Rc<Replica>> = state.replicas.borrow().values().cloned().collect();
-        for replica in open {
-            let (shard, report) = (replica.shard, replica.report());
-            let Some(record) = state.view.borrow().shard(shard).cloned() else { continue };
-            let known = done.get(&shard).copied().unwrap_or(0);
-            if record.primary != state.name() || !truncation::is_worth_a_look(&report, record.log_id, known) {
-                continue;
-            }
-            let mut others = Vec::new();
-            for holder in record.holders().filter(|n| **n != state.name()) {
-                let said = reports(&world, state.proc, holder, Duration::from_secs(2)).await;
-                others.push(said.unwrap_or_default().into_iter().find(|r| r.shard == shard));
-            }
-            let others = others.iter().map(Option::as_ref);
-            let Some(low) = truncation::lowest(report.durable, record.log_id, others) else { continue };
-            let Some(Some(log)) = world.log_info(state.proc, shard).await else { continue };
-            let ordered = state.view.borrow().shard(shard).map(|record| record.log_id);
-            // An entry counts as one byte of a log that holds forty.
-            let bytes = log.last_seq + 1 - log.first_seq;
-            if let Some(first) = truncation::cut(low, log, bytes, 40, ordered) {
-                world.log_truncate(state.proc, shard, log.id, first).await;
-            }
-            done.insert(shard, low);
-        }
-    }
 }
 
 /// Kills the process: what is on disk stays.

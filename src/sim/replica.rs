@@ -110,8 +110,10 @@ impl Replica {
         self.reload.set(true);
     }
 
+    /// The connection has changed: what is here may not be what the log has any more.
     pub(crate) fn close_gate(&self) {
         self.gate.set(false);
+        self.checked.set(broken!(TruncateBeforeLooking));
     }
 
     pub(crate) fn serves(&self) -> bool {

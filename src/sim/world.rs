@@ -76,6 +76,8 @@ pub(crate) struct Inner {
     pub(crate) weather: Cell<Weather>,
     /// How often NATS has been away.
     pub(crate) epoch: Cell<u64>,
+    /// NATS is away at the moment.
+    pub(crate) away: Cell<bool>,
     pub(crate) checks: RefCell<Checks>,
 }
 

@@ -581,6 +581,7 @@ impl Replica {
                 changed = connected.changed() => {
                     // JetStream may have lost its tail while we were away: take no writes until checked.
                     self.close_gate(Error::Unavailable("the connection to NATS was lost".into()));
+                    self.status.send_modify(|status| status.checked = false);
                     if changed.is_err() || *connected.borrow_and_update() { return Ok(()); }
                 }
             }
