@@ -53,7 +53,8 @@ pub(crate) struct Checks {
     /// its place.
     branch: BTreeMap<(Uuid, u64), Vec<Rc<Expected>>>,
     all: BTreeMap<(Uuid, u64), Vec<Rc<Expected>>>,
-    lineage: BTreeMap<ShardId, Uuid>,
+    /// Every stream that a shard has had.
+    lineage: BTreeMap<ShardId, Vec<Uuid>>,
     /// Logs that have lost their end and are not rebuilt yet, and whether a holder could not be asked meanwhile:
     /// then two faults have met, and what is acknowledged until the log is rebuilt is not promised.
     lost: BTreeMap<ShardId, bool>,
@@ -71,11 +72,13 @@ impl Checks {
 
     pub(crate) fn on_log(&mut self, shard: ShardId, id: Uuid, first: u64) {
         self.dirty = true;
-        let before = self.lineage.insert(shard, id).unwrap_or_default();
-        let base = match self.all.get(&(before, first - 1)) {
-            Some(states) => states.clone(),
-            None => vec![Rc::default()],
-        };
+        let known = self.lineage.entry(shard).or_default();
+        let states = known.iter().filter_map(|log| self.all.get(&(*log, first - 1))).flatten();
+        let mut base: Vec<Rc<Expected>> = states.cloned().collect();
+        if base.is_empty() || first == 1 {
+            base = vec![Rc::default()];
+        }
+        known.push(id);
         self.branch.insert((id, first - 1), base.clone());
         self.all.entry((id, first - 1)).or_default().extend(base);
     }
