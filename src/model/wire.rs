@@ -255,6 +255,9 @@ pub struct SnapshotReply {
     pub seq: u64,
     /// Which log the sequence belongs to.
     pub log_id: Uuid,
+    /// Checksum of the entry at that sequence: so that the copy can be compared with the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checksum: Option<String>,
     /// Vectors now.
     pub vectors: u64,
     /// Bytes now.

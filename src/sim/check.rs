@@ -249,8 +249,13 @@ fn on_shard(
         record.replicas.iter().filter(|n| node_of(n).is_some_and(|n| is_serving(n, shard))).count()
     };
     // What happens to the target between the leader's last look and the write is nobody's mistake.
-    let bad_luck =
-        arrived.iter().filter_map(|n| node_of(n)).any(|n| n.hurt + Duration::from_secs(1) > decided);
+    let late = |n: &node::Node| {
+        // It served a moment ago, and is looking at its log anew.
+        let served = |r: &Rc<Replica>| !r.serves() && r.served.get() + Duration::from_secs(1) > decided;
+        let looks = n.state.replicas.borrow().get(&shard).is_some_and(served);
+        looks || n.hurt + Duration::from_secs(1) > decided
+    };
+    let bad_luck = arrived.iter().filter_map(|n| node_of(n)).any(late);
     let (was, is) = (serving(before), serving(now));
     if is < was && !bad_luck && !world.checks.borrow().tail_lost {
         let why = format!("shard {shard} goes from {was} serving replicas to {is}: {:?}", now.replicas);

@@ -29,6 +29,8 @@ pub(crate) struct Replica {
     pub(crate) applied: Cell<u64>,
     pub(crate) lag: Cell<u64>,
     checksum: RefCell<Option<String>>,
+    /// When it was last seen to serve.
+    pub(crate) served: Cell<Duration>,
     /// Takes writes.
     gate: Cell<bool>,
     loading: Cell<bool>,
@@ -56,6 +58,7 @@ impl Replica {
             condition: Cell::new(condition),
             lag: Cell::new(0),
             checksum: RefCell::default(),
+            served: Cell::default(),
             gate: Cell::new(false),
             loading: Cell::new(false),
             checked: Cell::new(false),
@@ -95,6 +98,9 @@ impl Replica {
 
     fn change(&self, change: impl FnOnce(&mut Condition)) {
         let mut condition = self.condition.get();
+        if condition.state() == ReplicaState::Serving {
+            self.served.set(self.state.exec.now());
+        }
         change(&mut condition);
         self.condition.set(condition);
         self.changed.raise();
@@ -265,7 +271,7 @@ impl Replica {
             }
             if self.reload.replace(false) {
                 self.change(|c| c.caught_up = false);
-                applier.begin_seed(log_id, 0).map_err(|_| "seed")?;
+                applier.begin_seed(log_id, 0, None).map_err(|_| "seed")?;
                 return Ok(());
             }
             let (seen, viewed) = (world.log_signal.version(), self.state.changed.version());
@@ -326,15 +332,16 @@ impl Replica {
                 replicas.get(&shard).filter(|r| r.condition.get().caught_up && r.applied.get() >= min_seq);
             if let Some(there) = there {
                 let window = if fresh { window_of(there) } else { vec![] };
-                reply.set((there.store.applied(), there.condition.get().log_id, window));
+                let checksum = there.checksum.borrow().clone();
+                reply.set((there.store.applied(), there.condition.get().log_id, checksum, window));
             }
         });
-        let (seq, log_id, window) = begun.await.map_err(|_| "no answer")?;
+        let (seq, log_id, checksum, window) = begun.await.map_err(|_| "no answer")?;
         if log_id != record.log_id {
             return Err("another log");
         }
         if fresh {
-            applier.begin_seed(log_id, seq).map_err(|_| "begin")?;
+            applier.begin_seed(log_id, seq, checksum).map_err(|_| "begin")?;
             super::check::on_clear(world, self.state.at, self);
             let notes = window.into_iter().map(|(key, note)| (key, Some(note))).collect();
             applier.seed_chunk(vec![], notes, |_| {}).map_err(|_| "chunk")?;

@@ -39,6 +39,9 @@ pub(crate) struct Seed {
     pub(crate) log_id: Uuid,
     /// The first page was read here: replay from the next one on.
     pub(crate) seq: u64,
+    /// Checksum of the entry there, at the first source.
+    #[serde(default)]
+    checksum: Option<String>,
     /// The last page was read here: below, content is of mixed age and must not be served.
     pub(crate) complete_at: u64,
     /// Entries up to this id are stored.
@@ -257,8 +260,8 @@ impl Applier {
     }
 
     /// Starts loading a snapshot: everything that was here goes. Blocks.
-    pub(crate) fn begin_seed(&mut self, log_id: Uuid, seq: u64) -> Result<()> {
-        let seed = Seed { log_id, seq, complete_at: seq, cursor: None, bytes: 0, chunks: 0 };
+    pub(crate) fn begin_seed(&mut self, log_id: Uuid, seq: u64, checksum: Option<String>) -> Result<()> {
+        let seed = Seed { log_id, seq, checksum, complete_at: seq, cursor: None, bytes: 0, chunks: 0 };
         let note = encode(&seed)?;
         let notes = vec![(SEED_NOTE, Some(note))];
         self.store.apply(Batch { clear: true, notes, ..Batch::default() })?;
@@ -289,7 +292,7 @@ impl Applier {
         let Some(seed) = self.seed.take() else {
             return Err(Error::Internal("a snapshot ended that had not begun".into()));
         };
-        self.held = Held { log_id: seed.log_id, applied: seed.seq, checksum: None };
+        self.held = Held { log_id: seed.log_id, applied: seed.seq, checksum: seed.checksum };
         self.complete_at = seed.complete_at;
         let notes = vec![(SEED_NOTE, None), self.held_note()?];
         self.store.apply(Batch { notes, applied: seed.seq, ..Batch::default() })?;

@@ -115,8 +115,8 @@ pub(crate) struct Replica {
     tasks: TaskTracker,
 }
 
-/// Applied sequence, and the window of operation ids there as notes.
-pub(crate) type Window = (u64, Vec<(u64, Vec<u8>)>);
+/// Applied sequence, checksum of the entry there, and the window of operation ids there as notes.
+pub(crate) type Window = (u64, Option<String>, Vec<(u64, Vec<u8>)>);
 /// What may change while a replica looks at its log.
 struct Watched {
     views: watch::Receiver<Arc<View>>,
@@ -564,11 +564,11 @@ impl Replica {
                 () = &mut ask_again, if !*writes => return Ok(()),
                 () = self.reload.notified() => {
                     self.void_answers();
-                    blocking(move || applier.begin_seed(log_id, 0)).await?;
+                    blocking(move || applier.begin_seed(log_id, 0, None)).await?;
                     return Ok(());
                 }
                 Some(ask) = asks.recv() => {
-                    let _ = ask.send((applier.held.applied, applier.window_notes()));
+                    let _ = ask.send((applier.held.applied, applier.held.checksum.clone(), applier.window_notes()));
                 }
                 changed = views.changed() => {
                     if changed.is_err() { return Ok(()); }

@@ -108,7 +108,8 @@ impl Replica {
             return Err(Error::Unavailable(format!("{source} follows another log")));
         }
         if resumed.is_none() {
-            applier = blocking(move || applier.begin_seed(log_id, reply.seq).map(|()| applier)).await?;
+            let (seq, checksum) = (reply.seq, reply.checksum.clone());
+            applier = blocking(move || applier.begin_seed(log_id, seq, checksum).map(|()| applier)).await?;
         }
         let result = self.receive(applier, &mut chunks, &request, &reply).await;
         let _ = chunks.unsubscribe().await;

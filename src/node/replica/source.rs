@@ -42,15 +42,16 @@ pub(crate) async fn stream_snapshot(
     if request.min_seq > 0 {
         replica.wait_applied(request.min_seq, Duration::from_secs(3)).await?;
     }
-    let (seq, window) = match &request.cursor {
+    let (seq, checksum, window) = match &request.cursor {
         None => replica.window().await?,
-        Some(_) => (replica.status().applied, Vec::new()),
+        Some(_) => (replica.status().applied, None, Vec::new()),
     };
     let acks = ctx.bulk.nats.client.subscribe(ctx.subjects.ack(&request.transfer)).await;
     let acks = acks.map_err(|e| unavailable("subscribing to acknowledgements", e))?;
     ctx.bulk.nats.sync().await?;
     let stats = replica.store().stats();
-    let reply = SnapshotReply { seq, log_id: status.log_id, vectors: stats.vectors, bytes: stats.bytes };
+    let (log_id, vectors, bytes) = (status.log_id, stats.vectors, stats.bytes);
+    let reply = SnapshotReply { seq, log_id, checksum, vectors, bytes };
     let sending = async move {
         let _permits = (permit, repair);
         let (shard, transfer) = (replica.shard, request.transfer.clone());
