@@ -1,8 +1,11 @@
 //! Settings of a node: plain data with defaults, and a check that reports every problem at once.
 
 use crate::error::{Error, Result};
+use crate::logic::hotspots::HotSettings;
 use crate::model::ids::validate_name;
-use crate::model::records::{KeyHash, MAX_REPLICATION_FACTOR, MAX_SHARDS, MAX_WEIGHT, Placement};
+use crate::model::records::{
+    KeyHash, MAX_REPLICATION_FACTOR, MAX_SHARDS, MAX_WEIGHT, MIN_MIGRATION_RATE, Placement,
+};
 use crate::model::vector::MAX_DIMENSIONS;
 use crate::model::{DistanceMetric, NodeId};
 use crate::nats::NatsOptions;
@@ -80,11 +83,11 @@ pub struct ClusterConfig {
     /// share, 0 to 100. 0 (the default): evened out to within one replica, once something is more than a
     /// tenth away.
     pub max_skew_percent: u32,
-    /// Loads are averaged over windows of this length to find hot shards, 500 ms to 1 h. Default: 30 s.
+    /// Loads are averaged over windows of this length to find hot shards, 1 s to 1 h. Default: 30 s.
     pub hot_window: Duration,
     /// A shard that was moved because it is hot, or by hand, is left alone for so long. Default: 10 min.
     pub hot_cool_down: Duration,
-    /// Operations per second below which no shard is hot. Default: 50.
+    /// Operations per second below which no shard is hot, 1 to 1,000,000,000. Default: 50.
     pub hot_min_ops_per_s: f64,
     /// How long to leave placement alone after a node joined, and before the first placement of a new
     /// cluster. Default: 2 heartbeats.
@@ -177,8 +180,6 @@ impl ClusterConfig {
         range("failure_timeout in ms", self.failure_timeout.as_millis(), beats, 3_600_000);
         range("lease_ttl in ms", self.lease_ttl.as_millis(), 1_000, 300_000);
         range("max_skew_percent", self.max_skew_percent.into(), 0, 100);
-        range("hot_window in ms", self.hot_window.as_millis(), 500, 3_600_000);
-        range("hot_cool_down in s", self.hot_cool_down.as_secs().into(), 0, 86_400);
         range("migration_chunk in bytes", self.migration_chunk as u128, 4_096, 64 << 20);
         range("migration_window", self.migration_window.into(), 1, 256);
         range("migrations_per_node", self.migrations_per_node as u128, 1, 1_000);
@@ -187,11 +188,9 @@ impl ClusterConfig {
             range("log_replicas", replicas as u128, 1, 5);
         }
         if let Some(rate) = self.migration_rate {
-            range("migration_rate in bytes/s", rate.into(), 1_024, u64::MAX.into());
+            range("migration_rate in bytes/s", rate.into(), MIN_MIGRATION_RATE.into(), u64::MAX.into());
         }
-        if !self.hot_min_ops_per_s.is_finite() || self.hot_min_ops_per_s < 0.0 {
-            problems.push(format!("hot_min_ops_per_s is {}, use 0 or more", self.hot_min_ops_per_s));
-        }
+        problems.extend(self.hot_settings().problems().into_iter().map(|problem| format!("hot {problem}")));
         if self.seeds.is_empty() && self.nats.servers.is_empty() {
             problems.push("seeds is empty: name at least one NATS server".to_owned());
         }
@@ -205,6 +204,15 @@ impl ClusterConfig {
             options.servers = self.seeds.iter().map(|addr| format!("nats://{addr}")).collect();
         }
         options
+    }
+
+    pub(crate) fn hot_settings(&self) -> HotSettings {
+        HotSettings {
+            window: self.hot_window,
+            cool_down: self.hot_cool_down,
+            min_ops_per_s: self.hot_min_ops_per_s,
+            ..HotSettings::default()
+        }
     }
 
     pub(crate) fn settle(&self) -> Duration {

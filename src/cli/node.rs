@@ -77,6 +77,20 @@ pub(crate) struct NodeArgs {
     /// Bytes per second that this node sends while shards move: 64MiB, 500k, unlimited [default: 64MiB].
     #[arg(long)]
     migration_rate: Option<String>,
+    /// How far a node's replicas may be from its share, in percent of it [default: 0, within one replica].
+    #[arg(long, value_name = "PERCENT")]
+    max_skew: Option<u32>,
+    /// Loads are averaged over windows of this length to find hot shards [default: 30s].
+    #[arg(long, value_parser = humantime::parse_duration)]
+    #[serde(deserialize_with = "duration")]
+    hot_window: Option<Duration>,
+    /// How long a shard that was moved for its heat, or by hand, is left alone [default: 10m].
+    #[arg(long, value_parser = humantime::parse_duration)]
+    #[serde(deserialize_with = "duration")]
+    hot_cool_down: Option<Duration>,
+    /// Operations per second below which no shard is hot [default: 50].
+    #[arg(long, value_name = "OPS_PER_S")]
+    hot_min_ops: Option<f64>,
     /// JetStream replicas of a new cluster's logs [default: 3 if NATS has 3 servers, else 1].
     #[arg(long)]
     log_replicas: Option<usize>,
@@ -122,6 +136,10 @@ impl NodeArgs {
             rereplicate_after: self.rereplicate_after.or(file.rereplicate_after),
             retire_after: self.retire_after.or(file.retire_after),
             migration_rate: self.migration_rate.or(file.migration_rate),
+            max_skew: self.max_skew.or(file.max_skew),
+            hot_window: self.hot_window.or(file.hot_window),
+            hot_cool_down: self.hot_cool_down.or(file.hot_cool_down),
+            hot_min_ops: self.hot_min_ops.or(file.hot_min_ops),
             log_replicas: self.log_replicas.or(file.log_replicas),
             log_max_bytes: self.log_max_bytes.or(file.log_max_bytes),
             cache: self.cache.or(file.cache),
@@ -166,6 +184,10 @@ impl NodeArgs {
                 Some(text) => Some(parse_bytes(text)?),
                 None => base.migration_rate,
             },
+            max_skew_percent: self.max_skew.unwrap_or(base.max_skew_percent),
+            hot_window: self.hot_window.unwrap_or(base.hot_window),
+            hot_cool_down: self.hot_cool_down.unwrap_or(base.hot_cool_down),
+            hot_min_ops_per_s: self.hot_min_ops.unwrap_or(base.hot_min_ops_per_s),
             log_replicas: self.log_replicas,
             log_max_bytes: bytes(&self.log_max_bytes, base.log_max_bytes)?,
             cache_bytes: bytes(&self.cache, base.cache_bytes as u64)? as usize,

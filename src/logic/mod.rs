@@ -6,8 +6,6 @@
 pub(crate) mod damping;
 pub(crate) mod dedup;
 pub(crate) mod hash;
-// The leader does not feed it yet.
-#[allow(dead_code)]
 pub(crate) mod hotspots;
 pub(crate) mod lease;
 pub(crate) mod membership;

@@ -77,7 +77,9 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut since: BTreeMap<ShardId, (u64, u64, u64)> = BTreeMap::new();
     let mut last = ctx.clock.now();
     let mut states = (None, BTreeMap::new());
-    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.min(LOAD / 5));
+    // Several samples in each window in which hot shards are looked for.
+    let every = LOAD.min(ctx.config.hot_window / 4);
+    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.min(every / 2));
     loop {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
@@ -89,7 +91,7 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let now_states: (_, BTreeMap<_, _>) =
             (leader, all.iter().map(|r| (r.shard, r.status().state)).collect());
         let elapsed = ctx.clock.now() - last;
-        if now_states == states && elapsed < LOAD {
+        if now_states == states && elapsed < every {
             continue;
         }
         states = now_states;
@@ -98,6 +100,19 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let report = LoadReport { node: ctx.node.clone(), instance: ctx.instance, sent_at: wall(), shards };
         if let Err(error) = ctx.control.publish_json(ctx.subjects.load(&ctx.node), &report).await {
             debug!("no load report: {error}");
+        }
+    }
+}
+
+/// Sends snapshots as fast as the operator's last word allows, or as this node was started with.
+pub(crate) async fn throttle(ctx: Arc<Context>) {
+    let mut views = ctx.views.subscribe();
+    loop {
+        let ordered = views.borrow_and_update().throttle;
+        ctx.rate.set(ordered.map_or(ctx.config.migration_rate, |record| record.bytes_per_s));
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            changed = views.changed() => if changed.is_err() { return },
         }
     }
 }

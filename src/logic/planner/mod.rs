@@ -153,3 +153,23 @@ pub(crate) fn balance_of(input: &PlanInput) -> Balance {
     let leaders: Vec<Option<u32>> = world.shards.iter().map(|s| primaries::first_holder(&world, s)).collect();
     report::balance(&world, &leaders, true)
 }
+
+/// The rules about places, for moves that are not the planner's.
+pub(crate) struct Places<'a>(World<'a>);
+
+impl<'a> Places<'a> {
+    pub(crate) fn new(input: &'a PlanInput) -> Self {
+        Places(World::new(input))
+    }
+
+    /// Whether a shard's replica on `from` may be on `to` instead.
+    pub(crate) fn may_hold(&self, shard: ShardId, from: &str, to: &str) -> bool {
+        let world = &self.0;
+        let node = |name: &str| world.names.binary_search_by(|n| n.as_str().cmp(name)).ok();
+        let shard = world.shards.binary_search_by_key(&shard, |state| state.id);
+        match (shard, node(from), node(to)) {
+            (Ok(shard), Some(from), Some(to)) => world.may_hold(shard as u32, to as u32, Some(from as u32)),
+            _ => false,
+        }
+    }
+}

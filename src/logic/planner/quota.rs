@@ -17,10 +17,12 @@ impl Share {
         Share { num: n.into(), den: 1 }
     }
 
+    #[cfg(test)]
     pub(crate) fn floor(self) -> u64 {
         (self.num / self.den) as u64
     }
 
+    #[cfg(test)]
     pub(crate) fn ceil(self) -> u64 {
         self.num.div_ceil(self.den) as u64
     }

@@ -7,11 +7,13 @@
 //! from what the records say.
 
 mod admin;
+mod hot;
 mod migrations;
 mod operator;
 mod placement;
 mod records;
 
+use hot::Heat;
 use placement::Placement;
 use records::Verdict;
 
@@ -97,6 +99,7 @@ struct Leader {
     /// Nodes that are up, or suspected for a moment.
     present: BTreeSet<NodeId>,
     placement: Placement,
+    heat: Heat,
     /// Migrations as last seen, and since when without progress.
     watched: BTreeMap<String, (String, Duration)>,
     /// Shards whose stream has been checked in this term.
@@ -113,6 +116,7 @@ impl Leader {
     fn new(ctx: Arc<Context>, term: Term, pinged: mpsc::Sender<(NodeId, PingOutcome)>) -> Self {
         let membership = Membership::new(ctx.config.heartbeat_interval, ctx.config.failure_timeout);
         let now = ctx.clock.now();
+        let heat = Heat::new(&ctx.config);
         Leader {
             ctx,
             term,
@@ -125,6 +129,7 @@ impl Leader {
             settled_at: now,
             present: BTreeSet::new(),
             placement: Placement::default(),
+            heat,
             watched: BTreeMap::new(),
             logs_checked: BTreeSet::new(),
             log_suspects: BTreeMap::new(),
@@ -174,6 +179,7 @@ impl Leader {
             Ok(report)
                 if self.ctx.view().node(&report.node).is_some_and(|n| n.instance == report.instance) =>
             {
+                self.on_heat(&report);
                 self.loads.insert(report.node.clone(), report);
             }
             Ok(report) => debug!(node = report.node, "a load report of an unknown process is ignored"),
@@ -197,7 +203,14 @@ impl Leader {
         self.membership.retain(|node| view.nodes.contains_key(node));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
         // What a process said that has been replaced says nothing about its successor.
-        self.loads.retain(|node, report| view.node(node).is_some_and(|n| n.instance == report.instance));
+        let heat = &mut self.heat;
+        self.loads.retain(|node, report| {
+            let same = view.node(node).is_some_and(|n| n.instance == report.instance);
+            if !same {
+                heat.forget(node);
+            }
+            same
+        });
         let present = present(&view);
         if present != self.present {
             self.settled_at = now + self.ctx.config.settle();
@@ -301,6 +314,7 @@ impl Leader {
         self.rebuild_logs().await?;
         if self.ctx.clock.now() >= self.settled_at {
             self.place().await?;
+            self.cool().await?;
         } else {
             self.promote_only().await?;
         }
