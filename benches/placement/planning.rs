@@ -1,8 +1,8 @@
 //! Plans: how many moves against the fewest, how even the end, and how long it takes to say so.
 //!
 //! One line a plan. What it starts from is made by earlier plans, so that a map has the history that a real one
-//! has. Time is that of `plan` alone; the raw limit is one clone of the description: whoever says anything about
-//! every replica has to touch each once.
+//! has. Time is that of `plan` alone; the raw limit is one clone of the map with everything placed: whoever says
+//! something about every replica touches each once.
 
 use crate::time;
 use ruvector_cluster::model::ShardId;
@@ -11,7 +11,7 @@ use ruvector_cluster::planner::{ClusterDescription, DescribedNode, DescribedShar
 use std::fmt;
 use std::hint::black_box;
 
-/// Plans of each line; their median and 95th percentile count.
+/// Plans of each line. Their median counts; the best says what it would be on a quiet machine.
 const RUNS: usize = 21;
 
 const RF: u32 = 3;
@@ -67,7 +67,7 @@ const SETTINGS: &[Setting] = &[
 
 pub(crate) fn run() {
     println!(
-        "{:>6} {:>5} {:>2} {:>6} {:>4} {:>4}  {:<9} | {:>6} {:>6} {:>6} | {:>7} {:>9} | {:>5} | {:>8} {:>8} {:>6} {:>8} {:>6}",
+        "{:>6} {:>5} {:>2} {:>6} {:>4} {:>4}  {:<9} | {:>6} {:>6} {:>6} | {:>7} {:>9} | {:>5} | {:>7} {:>7} {:>7} {:>6} {:>7} {:>6}",
         "S",
         "N",
         "RF",
@@ -83,6 +83,7 @@ pub(crate) fn run() {
         "racks",
         "ms",
         "p95",
+        "best",
         "budget",
         "raw ms",
         "ratio"
@@ -93,7 +94,7 @@ pub(crate) fn run() {
         let placed = applied(&empty, &planned(&empty));
         for (event, budget_ms) in setting.events {
             let description = event.happens(if matches!(event, First) { &empty } else { &placed });
-            let line = Line::measure(setting, *event, *budget_ms, &description);
+            let line = Line::measure(setting, *event, *budget_ms, &description, &placed);
             println!("{line}");
             let worst = if setting.racks.is_empty() { &mut alone } else { &mut in_racks };
             *worst = worst.max(line.plan.ratio);
@@ -196,6 +197,7 @@ struct Line<'a> {
     budget_ms: Option<f64>,
     median_ms: f64,
     p95_ms: f64,
+    best_ms: f64,
     raw_ms: f64,
 }
 
@@ -205,6 +207,7 @@ impl<'a> Line<'a> {
         event: Event,
         budget_ms: Option<f64>,
         description: &ClusterDescription,
+        placed: &ClusterDescription,
     ) -> Self {
         let mut plan = planned(description);
         let (mut ours, mut raw) = (Vec::with_capacity(RUNS), Vec::with_capacity(RUNS));
@@ -214,13 +217,13 @@ impl<'a> Line<'a> {
             ours.push(time(&mut || made = Some(planned(black_box(description)))).as_secs_f64() * 1e3);
             plan = made.expect("it has run");
             let mut copy = None;
-            raw.push(time(&mut || copy = Some(black_box(description).clone())).as_secs_f64() * 1e3);
+            raw.push(time(&mut || copy = Some(black_box(placed).clone())).as_secs_f64() * 1e3);
             black_box(copy);
         }
         ours.sort_by(f64::total_cmp);
         raw.sort_by(f64::total_cmp);
-        let (median_ms, p95_ms, raw_ms) = (ours[RUNS / 2], ours[(RUNS - 1) * 95 / 100], raw[RUNS / 2]);
-        Line { setting, event, plan, budget_ms, median_ms, p95_ms, raw_ms }
+        let (median_ms, p95_ms, best_ms) = (ours[RUNS / 2], ours[(RUNS - 1) * 95 / 100], ours[0]);
+        Line { setting, event, plan, budget_ms, median_ms, p95_ms, best_ms, raw_ms: raw[RUNS / 2] }
     }
 }
 
@@ -239,8 +242,9 @@ impl fmt::Display for Line<'_> {
         let (moves, least, ratio) = (self.plan.moves.len(), self.plan.lower_bound, self.plan.ratio);
         write!(f, "{moves:>6} {least:>6} {ratio:>6.3} | {:>7.2} {primaries:>9.2} | ", after.max_off)?;
         let budget = self.budget_ms.map_or("-".to_owned(), |budget| format!("{budget:.0}"));
-        write!(f, "{:>5} | {:>8.2} {:>8.2} ", after.rack_violations, self.median_ms, self.p95_ms)?;
-        write!(f, "{budget:>6} {:>8.3} {:>6.1}", self.raw_ms, self.median_ms / self.raw_ms)?;
+        let Line { median_ms, p95_ms, best_ms, raw_ms, .. } = self;
+        write!(f, "{:>5} | {median_ms:>7.2} {p95_ms:>7.2} {best_ms:>7.2} ", after.rack_violations)?;
+        write!(f, "{budget:>6} {raw_ms:>7.3} {:>6.1}", median_ms / raw_ms)?;
         let over = self.budget_ms.is_some_and(|budget| self.median_ms > budget);
         f.write_str(if over { "  OVER BUDGET" } else { "" })
     }
