@@ -66,7 +66,7 @@ impl<'a> Leaders<'a> {
     /// Primaries that stay.
     fn keep(&mut self) {
         for (at, shard) in self.world.shards.iter().enumerate() {
-            let primary = first_holder(self.world, shard);
+            let primary = shard.primary;
             let waits = |n: &u32| {
                 let node = &self.world.input.nodes[self.world.names[*n as usize]];
                 node.leads && node.role == Role::Waiting { live: true } && shard.now.contains(n)
@@ -177,10 +177,7 @@ impl<'a> Leaders<'a> {
         let mut queue = VecDeque::from([end]);
         while let Some(node) = queue.pop_front() {
             // Undoing a hand-over of this plan costs nothing: those first.
-            let was = |shard: &u32| {
-                let state = &self.world.shards[*shard as usize];
-                first_holder(self.world, state) == self.lead[*shard as usize]
-            };
+            let was = |shard: &u32| self.world.shards[*shard as usize].primary == self.lead[*shard as usize];
             let (kept, changed): (Vec<u32>, Vec<u32>) = holds[node as usize].iter().copied().partition(was);
             for shard in changed.into_iter().chain(kept) {
                 let Some(leader) = self.lead[shard as usize] else { continue };
@@ -204,10 +201,4 @@ impl<'a> Leaders<'a> {
         }
         false
     }
-}
-
-/// The primary that a shard has now.
-pub(super) fn first_holder(world: &World<'_>, shard: &super::world::ShardState<'_>) -> Option<u32> {
-    let name = shard.input.replicas.first()?;
-    world.names.binary_search(&name).ok().map(|at| at as u32)
 }
