@@ -31,6 +31,7 @@ struct Leaders<'a> {
     may_lead: Vec<bool>,
     count: Vec<u64>,
     target: Vec<u64>,
+    bands: Vec<Band>,
     /// Primaries of those that go on because nobody else may, or because they only wait.
     fixed: Vec<u64>,
 }
@@ -52,6 +53,7 @@ impl<'a> Leaders<'a> {
             may_lead,
             count: vec![0; nodes],
             target: vec![0; nodes],
+            bands: vec![Band { low: 0, high: 0 }; nodes],
             fixed: vec![0; nodes],
         }
     }
@@ -121,8 +123,9 @@ impl<'a> Leaders<'a> {
             })
             .collect();
         self.target = round(&slots, shared);
-        for (target, fixed) in self.target.iter_mut().zip(&self.fixed) {
-            *target += fixed;
+        for (i, fixed) in self.fixed.iter().enumerate() {
+            self.target[i] += fixed;
+            self.bands[i] = Band { low: slots[i].band.low + fixed, high: slots[i].band.high + fixed };
         }
     }
 
@@ -160,19 +163,37 @@ impl<'a> Leaders<'a> {
             self.share_out();
             let mut changed = false;
             for node in 0..self.count.len() as u32 {
-                while self.deficit(node) > 0 && self.pull(node, &holds) {
+                while self.deficit(node) > 0 && self.pull(node, &holds, |w, leader| w.deficit(leader) < 0) {
                     changed = true;
                 }
             }
             if !changed {
-                return;
+                break;
+            }
+        }
+        self.into_bands(&holds);
+    }
+
+    /// Whoever still is outside of its band, because its target had no way to it: anything inside will do.
+    fn into_bands(&mut self, holds: &[Vec<u32>]) {
+        let nodes = 0..self.count.len() as u32;
+        let over = |w: &Self, n: u32| w.count[n as usize] > w.bands[n as usize].high;
+        while nodes.clone().any(|n| over(self, n)) {
+            let room = |w: &Self, n: u32| w.count[n as usize] < w.bands[n as usize].high;
+            if !nodes.clone().any(|n| room(self, n) && self.pull(n, holds, over)) {
+                break;
+            }
+        }
+        for node in nodes {
+            let spare = |w: &Self, n: u32| w.count[n as usize] > w.bands[n as usize].low;
+            while self.count[node as usize] < self.bands[node as usize].low && self.pull(node, holds, spare) {
             }
         }
     }
 
-    /// Breadth-first from a node that lacks a primary to one that has too many, over shards that the one
-    /// holds and the other leads.
-    fn pull(&mut self, end: u32, holds: &[Vec<u32>]) -> bool {
+    /// Breadth-first from a node that lacks a primary to one that may give one, over shards that the one holds
+    /// and the other leads.
+    fn pull(&mut self, end: u32, holds: &[Vec<u32>], may_give: impl Fn(&Self, u32) -> bool) -> bool {
         let mut next: Vec<Option<(u32, u32)>> = vec![None; self.count.len()];
         let mut queue = VecDeque::from([end]);
         while let Some(node) = queue.pop_front() {
@@ -185,7 +206,7 @@ impl<'a> Leaders<'a> {
                     continue;
                 }
                 next[leader as usize] = Some((shard, node));
-                if self.deficit(leader) < 0 {
+                if may_give(self, leader) {
                     let mut at = leader;
                     while let Some((shard, to)) = next[at as usize] {
                         self.set(shard as usize, to);
