@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HealthStatus {
-    /// Every shard has its full replicas.
+    /// Every shard has its full replicas, and the rules about racks hold.
     Green,
-    /// Every shard serves, but a replica is missing.
+    /// Every shard serves, but a replica is missing, or too many of one are in one rack.
     Yellow,
     /// A shard has no live replica.
     Red,

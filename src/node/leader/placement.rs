@@ -161,7 +161,9 @@ impl Leader {
         }
         let plan = blocking(move || Ok(plan(&input))).await?;
         let mut waiting = self.first_placements(&plan).await?;
-        self.promotions(&plan, even).await?;
+        // Primaries are evened out at the end: until then each move would change who should have them.
+        let settled = even && plan.moves.is_empty() && !self.any_migration();
+        self.promotions(&plan, settled).await?;
         for step in &plan.removals {
             self.remove_replica(step.shard, &step.node, &step.reason).await?;
         }
@@ -169,7 +171,7 @@ impl Leader {
         for step in plan.moves.iter().chain(&approved) {
             waiting |= self.begin(step).await?;
         }
-        if even && !waiting && !self.any_migration() {
+        if settled && !waiting {
             self.balanced().await?;
         }
         Ok(())
