@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::model::records::{
     ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord, ShardRecord,
+    ThrottleRecord,
 };
 use crate::model::{MigrationId, NodeId, ShardId};
 use crate::nats::bucket::{Bucket, Change, rewatch_pause};
@@ -27,6 +28,8 @@ pub(crate) const CONFIG_KEY: &str = "config";
 pub(crate) const LEADER_KEY: &str = "leader";
 /// Key of a rebalancing that goes on.
 pub(crate) const REBALANCE_KEY: &str = "rebalance";
+/// Key of the rate at which shards move.
+pub(crate) const THROTTLE_KEY: &str = "throttle";
 /// A watch can die silently: compare revisions this often.
 const RELIST: Duration = Duration::from_secs(30);
 
@@ -61,6 +64,8 @@ pub(crate) struct View {
     pub(crate) leader: Option<Rev<LeaderRecord>>,
     /// Replicas are being evened out.
     pub(crate) rebalance: Option<RebalanceRecord>,
+    /// How fast shards may move, if an operator has said so.
+    pub(crate) throttle: Option<ThrottleRecord>,
     pub(crate) nodes: BTreeMap<NodeId, Rev<NodeRecord>>,
     pub(crate) shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
@@ -91,6 +96,7 @@ impl View {
         let Some(bytes) = value else {
             match part {
                 Part::Cluster if key == REBALANCE_KEY => self.rebalance = None,
+                Part::Cluster if key == THROTTLE_KEY => self.throttle = None,
                 // The settings and the lease are never deleted by us; keep what we know.
                 Part::Cluster => {}
                 Part::Nodes => drop(self.nodes.remove(key)),
@@ -111,6 +117,11 @@ impl View {
                 self.leader = Some((rev, parse(bytes)?));
             }
             Part::Cluster if key == REBALANCE_KEY => self.rebalance = Some(parse(bytes)?),
+            Part::Cluster if key == THROTTLE_KEY => {
+                let record: ThrottleRecord = parse(bytes)?;
+                record.check()?;
+                self.throttle = Some(record);
+            }
             Part::Cluster => return Err(Error::Invalid(format!("unknown key {key:?}"))),
             Part::Nodes => {
                 let record: NodeRecord = parse(bytes)?;

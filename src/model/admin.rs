@@ -257,6 +257,26 @@ pub struct NodeReply {
     pub record: NodeRecord,
 }
 
+/// `throttle`: changes how fast shards move, at once and until it is changed again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleRequest {
+    /// Bytes per second that each node sends; `null`: unlimited.
+    #[serde(default)]
+    pub bytes_per_s: Option<u64>,
+    /// Back to what each node is started with.
+    #[serde(default)]
+    pub reset: bool,
+}
+
+/// Answer to `throttle`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleReply {
+    /// Bytes per second that each node sends; `null`: unlimited, or what each node is started with.
+    pub bytes_per_s: Option<u64>,
+    /// Whether each node goes by what it is started with.
+    pub reset: bool,
+}
+
 /// `explain`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExplainRequest {

@@ -73,6 +73,7 @@ impl Node {
         ctx.tasks.spawn(replicas.clone().run());
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(pulse::throttle(ctx.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
         if let Some(dir) = &data_dir {
             ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));

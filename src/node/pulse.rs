@@ -104,6 +104,19 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     }
 }
 
+/// Sends snapshots as fast as the operator's last word allows, or as this node was started with.
+pub(crate) async fn throttle(ctx: Arc<Context>) {
+    let mut views = ctx.views.subscribe();
+    loop {
+        let ordered = views.borrow_and_update().throttle;
+        ctx.rate.set(ordered.map_or(ctx.config.migration_rate, |record| record.bytes_per_s));
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            changed = views.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
 /// Truncates the logs of shards whose primary is here, up to what every holder has on disk.
 ///
 /// Safe at any moment: `durable` never goes down while a store lives, a holder that does not answer

@@ -70,11 +70,12 @@ impl Leader {
             "undrain" => json(self.drain(&required::<NodeRequest>(message)?.node, false).await?),
             "maintenance" => json(self.maintenance(required(message)?).await?),
             "set" => json(self.set_node(required(message)?).await?),
+            "throttle" => json(self.throttle(required(message)?).await?),
             "explain" => json(self.explain(required::<ExplainRequest>(message)?.shard).await?),
             "hot" => json(self.hot()),
             "leave" => json(self.leave(required(message)?).await?),
             other => {
-                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, explain, hot, \
+                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, throttle, explain, hot, \
                              maintenance, set, step_down";
                 Err(Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}")))
             }
