@@ -4,9 +4,9 @@
 mod harness;
 
 use harness::load::{Load, Outcome};
-use harness::map::{check_filled, fill};
+use harness::map::{Map, check_filled, fill};
 use harness::{Setup, TestCluster, eventually};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::time::Duration;
 
 /// The bound of one request.
@@ -37,12 +37,69 @@ async fn several_nodes_join_at_once_under_load_and_the_fewest_replicas_move() {
     cluster.add_node();
     cluster.add_node();
     let nodes = ["n1", "n2", "n3", "n4", "n5"];
-    cluster.wait_even(&nodes).await;
+    let map = cluster.wait_even(&nodes).await;
+    led_evenly(&map, &nodes).unwrap();
     unharmed(&client, load).await;
     let moved = cluster.moved().await;
     let plan = cluster.plan(&before, cluster.described(&nodes));
     assert!(plan.lower_bound >= 18, "{plan:?}");
     assert_eq!(moved.len() as u64, plan.lower_bound, "{moved:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_joins_in_the_middle_of_a_rebalance_and_no_replica_moves_twice() {
+    let mut cluster = TestCluster::start(Setup { pauses: true, ..setup(3, 24, 2) }).await;
+    let client = cluster.client_with(REQUEST).await;
+    fill(&client, VECTORS).await;
+    let before = cluster.map().await;
+    let load = Load::start(&client, 3);
+    cluster.add_node();
+    wait_moves(&cluster, 2).await;
+    cluster.pause_at("migration-catch-up");
+    cluster.add_node();
+    cluster.wait_up(5).await;
+    let half = cluster.moved().await.len();
+    assert!(half < 9, "{half} moves are done already");
+    cluster.resume("migration-catch-up");
+    let nodes = ["n1", "n2", "n3", "n4", "n5"];
+    let map = cluster.wait_even(&nodes).await;
+    led_evenly(&map, &nodes).unwrap();
+    unharmed(&client, load).await;
+    let moved = cluster.moved().await;
+    let plan = cluster.plan(&before, cluster.described(&nodes));
+    assert_eq!(moved.len() as u64, plan.lower_bound, "{moved:#?}");
+}
+
+async fn wait_moves(cluster: &TestCluster, wanted: usize) {
+    eventually("some of the moves are done", || async {
+        let moved = cluster.moved().await.len();
+        if moved >= wanted { Ok(()) } else { Err(format!("{moved} moves")) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn primaries_are_shared_out_again_when_every_node_was_restarted() {
+    let mut cluster = TestCluster::start(setup(3, 12, 3)).await;
+    let client = cluster.client_with(REQUEST).await;
+    fill(&client, VECTORS).await;
+    let load = Load::start(&client, 3);
+    for id in ["n1", "n2", "n3"] {
+        assert!(cluster.node(id).stop(Duration::from_secs(30)).await.unwrap(), "{id} ended with an error");
+        cluster.node(id).restart().unwrap();
+        cluster.wait_green().await;
+    }
+    cluster.wait_settled(3, |map| led_evenly(map, &["n1", "n2", "n3"])).await;
+    unharmed(&client, load).await;
+    assert!(cluster.migrations().await.is_empty(), "no replica moves for that");
+}
+
+/// Each of these nodes is the primary of its share of the shards, give or take one.
+fn led_evenly(map: &Map, ids: &[&str]) -> Result<(), String> {
+    let led: Vec<usize> = ids.iter().map(|id| map.led_by(id).len()).collect();
+    let share = map.0.len() as f64 / ids.len() as f64;
+    let even = led.iter().all(|n| (*n as f64 - share).abs() <= 1.0);
+    if even { Ok(()) } else { Err(format!("primaries: {led:?}")) }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -168,11 +225,7 @@ async fn leader_killed_half_way_through_a_rebalance_and_the_next_one_makes_the_r
     let (leader, term) = (cluster.leader().await, cluster.status().await.unwrap()["term"].clone());
     cluster.add_node();
     cluster.add_node();
-    eventually("some of the moves are done", || async {
-        let moved = cluster.moved().await.len();
-        if moved >= 5 { Ok(()) } else { Err(format!("{moved} moves")) }
-    })
-    .await;
+    wait_moves(&cluster, 5).await;
     // Here it goes no further, so that it is in the middle for sure.
     cluster.pause_at("migration-catch-up");
     cluster.wait_reached("migration-catch-up").await;
@@ -182,14 +235,15 @@ async fn leader_killed_half_way_through_a_rebalance_and_the_next_one_makes_the_r
     cluster.node(&leader).restart().unwrap();
     eventually("another one leads", || async {
         let status = cluster.status().await?;
-        let next = status["term"].as_u64() > term.as_u64() && status["leader"] != Value::from(leader.as_str());
+        let next = status["term"].as_u64() > term.as_u64() && status["leader"] != leader.as_str();
         if next { Ok(()) } else { Err(status.to_string()) }
     })
     .await;
     cluster.wait_up(5).await;
     cluster.resume("migration-catch-up");
     let nodes = ["n1", "n2", "n3", "n4", "n5"];
-    cluster.wait_even(&nodes).await;
+    let map = cluster.wait_even(&nodes).await;
+    led_evenly(&map, &nodes).unwrap();
     unharmed(&client, load).await;
     let moved = cluster.moved().await;
     let plan = cluster.plan(&before, cluster.described(&nodes));

@@ -7,7 +7,9 @@ use ruvector_cluster::model::events::{Event, Heartbeat, LoadReport, ReplicaLoad,
 use ruvector_cluster::model::records::*;
 use ruvector_cluster::model::{admin, api, wire};
 use ruvector_cluster::store::Digest;
-use ruvector_cluster::{Consistency, NodeStatus, SearchQuery, SearchResult, ShardId, ShardStatus, VectorEntry};
+use ruvector_cluster::{
+    Consistency, NodeStatus, SearchQuery, SearchResult, ShardId, ShardStatus, VectorEntry,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -78,7 +80,11 @@ fn id(n: u128) -> Uuid {
 
 fn entry() -> VectorEntry {
     let payload = json!({"colour": "red", "n": 7, "deep": {"a": [1, null, 2.5]}});
-    VectorEntry { id: "vector-1".into(), vector: vec![1.0, -2.5, 0.0, 1e-9], payload: payload.as_object().cloned() }
+    VectorEntry {
+        id: "vector-1".into(),
+        vector: vec![1.0, -2.5, 0.0, 1e-9],
+        payload: payload.as_object().cloned(),
+    }
 }
 
 #[test]
@@ -122,7 +128,8 @@ fn what_nodes_say_of_themselves() {
             }],
         },
     );
-    let event = Event::new("shard.moved", "shard 3 is on n2 now").node("n2").shard(ShardId(3)).migration("m-1");
+    let event =
+        Event::new("shard.moved", "shard 3 is on n2 now").node("n2").shard(ShardId(3)).migration("m-1");
     json_form("event", &Event { at: at(2), term: Some(7), ..event.with("from", "n1").with("to", "n2") });
 }
 
@@ -217,16 +224,20 @@ fn the_records() {
             error: None,
         },
     );
-    json_form("rebalance", &RebalanceRecord { cause: "an operator asked for it".into(), since: at(10), term: 7 });
+    json_form(
+        "rebalance",
+        &RebalanceRecord { cause: "an operator asked for it".into(), since: at(10), term: 7 },
+    );
     json_form("throttle", &ThrottleRecord { bytes_per_s: Some(1 << 20), since: at(11) });
 }
 
 #[test]
 fn records_of_the_first_nodes_still_read() {
     // As written before there were orders of operators, secrets and log ids of their own.
-    let node: NodeRecord = serde_json::from_value(json!({"node": "n1", "instance": id(1), "addr": "10.0.0.1:7000",
+    let node: NodeRecord =
+        serde_json::from_value(json!({"node": "n1", "instance": id(1), "addr": "10.0.0.1:7000",
         "status": "draining", "since": at(0)}))
-    .unwrap();
+        .unwrap();
     assert_eq!((node.weight, node.rack.as_str(), node.draining), (1, "", false));
     let shard: ShardRecord = serde_json::from_value(json!({"shard": 3, "primary": "n1", "replicas": ["n1"],
         "status": "full", "term": 1, "log_id": id(2), "updated_at": at(0)}))
@@ -238,7 +249,10 @@ fn records_of_the_first_nodes_still_read() {
     assert_eq!((config.hash, config.log_replicas), (KeyHash::Xxh3, 1));
     config.check().unwrap();
     let future = ClusterRecord { format_version: FORMAT_VERSION + 1, ..config };
-    assert!(future.check().unwrap_err().to_string().contains("upgrade"), "a newer cluster is refused, and says why");
+    assert!(
+        future.check().unwrap_err().to_string().contains("upgrade"),
+        "a newer cluster is refused, and says why"
+    );
 }
 
 #[test]
@@ -325,7 +339,10 @@ fn the_api_of_every_language() {
     let seqs: BTreeMap<String, u64> = [("3".to_owned(), 99)].into();
     let after = seqs.clone();
     json_form("api_upsert_reply", &api::UpsertReply { upserted: 1, seqs: seqs.clone() });
-    json_form("api_delete_request", &api::DeleteRequest { ids: vec!["a".into()], op_id: Some("order 7".into()) });
+    json_form(
+        "api_delete_request",
+        &api::DeleteRequest { ids: vec!["a".into()], op_id: Some("order 7".into()) },
+    );
     json_form("api_delete_reply", &api::DeleteReply { deleted: 1, seqs });
     let consistency = Consistency::Eventual;
     json_form("api_get_request", &api::GetRequest { id: "a".into(), consistency, after: after.clone() });
