@@ -63,6 +63,9 @@ mod clock;
 mod cluster;
 mod config;
 pub mod error;
+#[cfg(all(feature = "cli", any(test, fuzzing)))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "http")]
 mod http;
 mod logic;

@@ -362,6 +362,29 @@ impl Follow {
     }
 }
 
+/// Takes bytes as a record of each bucket, under the keys that it may have.
+#[cfg(all(feature = "cli", any(test, fuzzing)))]
+pub(crate) fn fuzz_records(bytes: &[u8]) {
+    let keys = [
+        (Part::Cluster, CONFIG_KEY),
+        (Part::Cluster, LEADER_KEY),
+        (Part::Cluster, REBALANCE_KEY),
+        (Part::Cluster, THROTTLE_KEY),
+        (Part::Nodes, "n1"),
+        (Part::Shards, "00003"),
+        (Part::Migrations, "m-00003-1"),
+    ];
+    let mut view = View::default();
+    for (revision, (part, key)) in (1..).zip(keys) {
+        let change = Change { key: key.to_owned(), revision, value: Some(bytes.to_vec().into()) };
+        // Taken or refused: whatever is taken passes its own check.
+        if view.apply(part, &change).is_ok() {
+            let again = Change { revision: revision + 100, ..change };
+            assert!(view.apply(part, &again).is_ok(), "the same record once more");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
