@@ -4,7 +4,7 @@
 mod harness;
 
 use harness::load::{Load, Outcome};
-use harness::map::{Map, check_filled, fill};
+use harness::map::{Map, check_filled, fill, truncate};
 use harness::{Setup, TestCluster, eventually};
 use serde_json::json;
 use std::time::Duration;
@@ -28,9 +28,10 @@ async fn unharmed(client: &ruvector_cluster::Client, load: Load) -> Outcome {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_nodes_join_at_once_under_load_and_the_fewest_replicas_move() {
-    let mut cluster = TestCluster::start(setup(3, 24, 2)).await;
+    let mut cluster = TestCluster::start(setup(3, 24, 2).arg("--migration-rate", "256KiB")).await;
     let client = cluster.client_with(REQUEST).await;
     fill(&client, VECTORS).await;
+    truncate(&cluster).await;
     let before = cluster.map().await;
     let load = Load::start(&client, 3);
     load.more(30).await;
@@ -44,6 +45,7 @@ async fn several_nodes_join_at_once_under_load_and_the_fewest_replicas_move() {
     let plan = cluster.plan(&before, cluster.described(&nodes));
     assert!(plan.lower_bound >= 18, "{plan:?}");
     assert_eq!(moved.len() as u64, plan.lower_bound, "{moved:#?}");
+    assert!(moved.iter().all(|record| record.bytes_done > 20_000), "by snapshot: {moved:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -172,6 +174,7 @@ async fn a_rack_is_lost_under_load_and_every_shard_is_in_three_racks_again_when_
     let mut cluster = TestCluster::start(setup).await;
     let client = cluster.client_with(REQUEST).await;
     fill(&client, VECTORS).await;
+    truncate(&cluster).await;
     for holders in cluster.map().await.0.values() {
         assert_eq!(racks(&cluster, holders), 3, "{holders:?}");
     }
@@ -241,6 +244,33 @@ async fn leader_killed_half_way_through_a_rebalance_and_the_next_one_makes_the_r
     .await;
     cluster.wait_up(5).await;
     cluster.resume("migration-catch-up");
+    let nodes = ["n1", "n2", "n3", "n4", "n5"];
+    let map = cluster.wait_even(&nodes).await;
+    led_evenly(&map, &nodes).unwrap();
+    unharmed(&client, load).await;
+    let moved = cluster.moved().await;
+    let plan = cluster.plan(&before, cluster.described(&nodes));
+    assert_eq!(moved.len() as u64, plan.lower_bound, "{moved:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_away_for_a_moment_in_a_rebalance_costs_no_further_move() {
+    let mut cluster = TestCluster::start(setup(3, 24, 2).arg("--rereplicate-after", "5m")).await;
+    let client = cluster.client_with(REQUEST).await;
+    fill(&client, VECTORS).await;
+    let before = cluster.map().await;
+    let load = Load::start(&client, 3);
+    load.more(30).await;
+    let leader = cluster.leader().await;
+    cluster.add_node();
+    cluster.add_node();
+    wait_moves(&cluster, 5).await;
+    let half = cluster.moved().await.len();
+    assert!(half < 18, "{half} moves are done already");
+    cluster.node(&leader).kill().await.unwrap();
+    // The absence itself: long enough that the others could even out without it.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    cluster.node(&leader).restart().unwrap();
     let nodes = ["n1", "n2", "n3", "n4", "n5"];
     let map = cluster.wait_even(&nodes).await;
     led_evenly(&map, &nodes).unwrap();

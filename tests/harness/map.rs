@@ -4,6 +4,7 @@ use super::{TestCluster, eventually};
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use futures::StreamExt;
 use ruvector_cluster::model::records::MigrationRecord;
+use ruvector_cluster::model::wire::{PingReply, PingRequest, Reply};
 use ruvector_cluster::planner::{self, ClusterDescription, DescribedNode, DescribedShard, RebalancePlan};
 use ruvector_cluster::{Client, NodeStatus, ShardId, VectorEntry};
 use serde_json::{Value, json};
@@ -39,6 +40,33 @@ pub(crate) async fn fill(client: &Client, vectors: usize) {
     for ids in ids.chunks(250) {
         let entry = |i: &usize| VectorEntry::new(format!("fill-{i}"), vec![1.5; dimensions]);
         client.upsert(ids.iter().map(entry).collect()).await.expect("filling");
+    }
+}
+
+/// Cuts every log down to its last entry once all holders have everything on disk, so that a new replica
+/// needs a snapshot. Primaries do so too, when they get to it.
+pub(crate) async fn truncate(cluster: &TestCluster) {
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    for (shard, holders) in cluster.map().await.0 {
+        let mut stream = context.get_stream(format!("ruvector_log_{shard:05}")).await.expect("the log");
+        let last = stream.info().await.expect("its state").state.last_sequence;
+        eventually("every holder has it on disk", || async {
+            for holder in &holders {
+                let request = PingRequest { shards: vec![ShardId(shard)] };
+                let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
+                let reply = cluster.raw.request(format!("ruvector.node.{holder}.ping"), request.into());
+                let reply = reply.await.map_err(|e| e.to_string())?;
+                let reply = rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply");
+                let Reply::Ok(reply) = reply else { return Err("an error".into()) };
+                let durable = reply.replicas.first().map_or(0, |replica| replica.durable);
+                if durable < last {
+                    return Err(format!("{holder} has {durable} of {last} of shard {shard}"));
+                }
+            }
+            Ok(())
+        })
+        .await;
+        stream.purge().sequence(last).await.expect("truncating");
     }
 }
 

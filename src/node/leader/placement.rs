@@ -8,7 +8,7 @@
 use super::Leader;
 use crate::clock::wall;
 use crate::error::{Error, Result};
-use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it};
+use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it, may_even_out};
 use crate::logic::planner::{
     Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, even_primaries, plan,
 };
@@ -157,8 +157,11 @@ impl Leader {
         }
         self.placement.next_look = now + LOOK;
         self.placement.leaving.retain(|_, (_, until)| now < *until);
-        self.consider_balance(now).await?;
-        let even = self.placement.balance.is_some() && self.placement.approved.is_empty();
+        let calm = self.is_calm();
+        if calm {
+            self.consider_balance(now).await?;
+        }
+        let even = calm && self.placement.balance.is_some() && self.placement.approved.is_empty();
         let mut input = self.plan_input(even);
         if self.placement.balance.as_deref() == Some(BY_OPERATOR) {
             input.shards.values_mut().for_each(|shard| shard.moved = Moved::LongAgo);
@@ -178,10 +181,18 @@ impl Leader {
         if settled && !waiting {
             self.balanced().await?;
         }
-        if self.placement.balance.is_none() && !waiting && !self.any_migration() {
+        if calm && self.placement.balance.is_none() && !waiting && !self.any_migration() {
             self.share_primaries().await?;
         }
         Ok(())
+    }
+
+    /// Nobody is away for a moment only, so that shares are what they will be.
+    fn is_calm(&self) -> bool {
+        let (view, now) = (self.ctx.view(), wall());
+        may_even_out(view.nodes.values().map(|(_, record)| {
+            (self.role(record), record.maintenance.as_ref().is_some_and(|m| now < m.until))
+        }))
     }
 
     /// Hands primaries over where a node has far from its share of them, as after a restart. No data moves,
