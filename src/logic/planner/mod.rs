@@ -150,7 +150,7 @@ pub(crate) fn plan(input: &PlanInput) -> RebalancePlan {
 /// How even the map is as it stands, without a plan.
 pub(crate) fn balance_of(input: &PlanInput) -> Balance {
     let world = World::new(input);
-    let leaders: Vec<Option<u32>> = world.shards.iter().map(|s| primaries::first_holder(&world, s)).collect();
+    let leaders: Vec<Option<u32>> = world.shards.iter().map(|shard| shard.primary).collect();
     report::balance(&world, &leaders, true)
 }
 

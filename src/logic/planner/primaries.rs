@@ -28,7 +28,7 @@ pub(super) fn lead(world: &World<'_>) -> Vec<Option<u32>> {
 pub(super) fn share_again(world: &World<'_>, except: &BTreeSet<ShardId>) -> Vec<Option<u32>> {
     let mut leaders = Leaders::new(world);
     for (able, shard) in leaders.able.iter_mut().zip(&world.shards) {
-        let first = first_holder(world, shard);
+        let first = shard.primary;
         if except.contains(&shard.id) && first.is_some_and(|first| able.contains(&first)) {
             able.retain(|node| Some(*node) == first);
         }
@@ -83,7 +83,7 @@ impl<'a> Leaders<'a> {
     /// Primaries that stay.
     fn keep(&mut self) {
         for (at, shard) in self.world.shards.iter().enumerate() {
-            let primary = first_holder(self.world, shard);
+            let primary = shard.primary;
             let waits = |n: &u32| {
                 let node = &self.world.input.nodes[self.world.names[*n as usize]];
                 node.leads && node.role == Role::Waiting { live: true } && shard.now.contains(n)
@@ -194,10 +194,7 @@ impl<'a> Leaders<'a> {
         let mut queue = VecDeque::from([end]);
         while let Some(node) = queue.pop_front() {
             // Undoing a hand-over of this plan costs nothing: those first.
-            let was = |shard: &u32| {
-                let state = &self.world.shards[*shard as usize];
-                first_holder(self.world, state) == self.lead[*shard as usize]
-            };
+            let was = |shard: &u32| self.world.shards[*shard as usize].primary == self.lead[*shard as usize];
             let (kept, changed): (Vec<u32>, Vec<u32>) = holds[node as usize].iter().copied().partition(was);
             for shard in changed.into_iter().chain(kept) {
                 let Some(leader) = self.lead[shard as usize] else { continue };
@@ -221,10 +218,4 @@ impl<'a> Leaders<'a> {
         }
         false
     }
-}
-
-/// The primary that a shard has now.
-pub(super) fn first_holder(world: &World<'_>, shard: &super::world::ShardState<'_>) -> Option<u32> {
-    let name = shard.input.replicas.first()?;
-    world.names.binary_search(&name).ok().map(|at| at as u32)
 }

@@ -14,11 +14,12 @@ use crate::logic::planner::{
 };
 use crate::model::events::{Event, ReplicaState};
 use crate::model::plan::{Move, RebalancePlan};
-use crate::model::records::{NodeRecord, NodeStatus, RebalanceRecord};
+use crate::model::records::{MigrationPhase, NodeRecord, NodeStatus, RebalanceRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::replica::blocking;
 use crate::view::REBALANCE_KEY;
+use chrono::{DateTime, TimeDelta, Utc};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tracing::debug;
@@ -33,6 +34,14 @@ pub(super) const BY_OPERATOR: &str = "an operator asked for it";
 pub(super) const BY_HEAT: &str = "it is hot";
 
 const TOO_MANY: &str = "its primary has more than its share";
+
+/// Failures of a move that count.
+const MEMORY: TimeDelta = TimeDelta::hours(1);
+
+/// How long a move rests after so many failures: 2 s, 4 s, and so on up to 5 min.
+fn pause_after(failures: usize) -> TimeDelta {
+    TimeDelta::seconds((1i64 << failures.min(9)).min(300))
+}
 
 /// What the leader remembers of placement.
 #[derive(Debug, Default)]
@@ -265,13 +274,28 @@ impl Leader {
             return Ok(true);
         }
         let from = step.from.clone().filter(|from| record.has_replica(from));
-        if record.has_replica(&step.to) || !self.may_start(from.as_deref(), &step.to) {
+        let rests = self.rests_until(step).is_some_and(|until| wall() < until);
+        if record.has_replica(&step.to) || rests || !self.may_start(from.as_deref(), &step.to) {
             return Ok(true);
         }
         if let Err(error) = self.start_migration(step.shard, from, &step.to, &step.reason).await {
             self.soft(error)?;
         }
         Ok(true)
+    }
+
+    /// A move that has failed is tried again later, and later each time. By the clocks of whoever led then
+    /// and now: if they differ, it is tried sooner or later than meant, and nothing else.
+    fn rests_until(&self, step: &Move) -> Option<DateTime<Utc>> {
+        let view = self.ctx.view();
+        let failed = view.migrations.values().map(|(_, m)| m).filter(|m| {
+            m.phase == MigrationPhase::Failed
+                && m.shard == step.shard
+                && m.to == step.to
+                && wall() - m.updated_at < MEMORY
+        });
+        let last = failed.clone().map(|m| m.updated_at).max()?;
+        Some(last + pause_after(failed.count()))
     }
 
     /// What is left of an approved plan. Once a move does not fit the map any more, the world has changed:
@@ -396,5 +420,17 @@ impl Leader {
         self.begin_balance(BY_OPERATOR, &plan).await?;
         self.placement.approved = plan.moves.iter().cloned().collect();
         Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_move_that_goes_on_failing_is_tried_less_and_less_often() {
+        let pauses: Vec<i64> = (1..=12).map(|n| pause_after(n).num_seconds()).collect();
+        assert_eq!(pauses[..4], [2, 4, 8, 16]);
+        assert!(pauses.is_sorted() && pauses.last() == Some(&300));
     }
 }
