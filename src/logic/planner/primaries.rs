@@ -6,7 +6,8 @@
 use super::Role;
 use super::quota::{Band, Part, Share, Slot, round, water_fill};
 use super::world::World;
-use std::collections::VecDeque;
+use crate::model::ShardId;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Most times that targets are set anew.
 const ROUNDS: usize = 16;
@@ -20,6 +21,22 @@ pub(super) fn lead(world: &World<'_>) -> Vec<Option<u32>> {
     if world.input.rules.balance {
         leaders.balance();
     }
+    leaders.lead
+}
+
+/// The same on the map as it stands; the primaries of `except` stay where they are.
+pub(super) fn share_again(world: &World<'_>, except: &BTreeSet<ShardId>) -> Vec<Option<u32>> {
+    let mut leaders = Leaders::new(world);
+    for (able, shard) in leaders.able.iter_mut().zip(&world.shards) {
+        let first = shard.primary;
+        if except.contains(&shard.id) && first.is_some_and(|first| able.contains(&first)) {
+            able.retain(|node| Some(*node) == first);
+        }
+    }
+    leaders.keep();
+    leaders.share_out();
+    leaders.fill();
+    leaders.balance();
     leaders.lead
 }
 

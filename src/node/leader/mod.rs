@@ -201,6 +201,10 @@ impl Leader {
             }
         }
         self.membership.retain(|node| view.nodes.contains_key(node));
+        // The process that said goodbye has a successor, which stays.
+        self.placement
+            .leaving
+            .retain(|node, (instance, _)| view.node(node).is_some_and(|n| n.instance == *instance));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
         // What a process said that has been replaced says nothing about its successor.
         let heat = &mut self.heat;

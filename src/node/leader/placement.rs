@@ -8,9 +8,11 @@
 use super::Leader;
 use crate::clock::wall;
 use crate::error::{Error, Result};
-use crate::logic::damping::{is_uneven, is_worth_it};
-use crate::logic::planner::{Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, plan};
-use crate::model::events::Event;
+use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it, may_even_out};
+use crate::logic::planner::{
+    Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, even_primaries, plan,
+};
+use crate::model::events::{Event, ReplicaState};
 use crate::model::plan::{Move, RebalancePlan};
 use crate::model::records::{MigrationPhase, NodeRecord, NodeStatus, RebalanceRecord};
 use crate::model::{NodeId, ShardId};
@@ -30,6 +32,8 @@ const PLANS: usize = 8;
 pub(super) const BY_OPERATOR: &str = "an operator asked for it";
 /// Why a hot shard was moved, in its record.
 pub(super) const BY_HEAT: &str = "it is hot";
+
+const TOO_MANY: &str = "its primary has more than its share";
 
 /// Failures of a move that count.
 const MEMORY: TimeDelta = TimeDelta::hours(1);
@@ -162,8 +166,11 @@ impl Leader {
         }
         self.placement.next_look = now + LOOK;
         self.placement.leaving.retain(|_, (_, until)| now < *until);
-        self.consider_balance(now).await?;
-        let even = self.placement.balance.is_some() && self.placement.approved.is_empty();
+        let calm = self.is_calm();
+        if calm {
+            self.consider_balance(now).await?;
+        }
+        let even = calm && self.placement.balance.is_some() && self.placement.approved.is_empty();
         let mut input = self.plan_input(even);
         if self.placement.balance.as_deref() == Some(BY_OPERATOR) {
             input.shards.values_mut().for_each(|shard| shard.moved = Moved::LongAgo);
@@ -182,6 +189,35 @@ impl Leader {
         }
         if settled && !waiting {
             self.balanced().await?;
+        }
+        if calm && self.placement.balance.is_none() && !waiting && !self.any_migration() {
+            self.share_primaries().await?;
+        }
+        Ok(())
+    }
+
+    /// Nobody is away for a moment only, so that shares are what they will be.
+    fn is_calm(&self) -> bool {
+        let (view, now) = (self.ctx.view(), wall());
+        may_even_out(view.nodes.values().map(|(_, record)| {
+            (self.role(record), record.maintenance.as_ref().is_some_and(|m| now < m.until))
+        }))
+    }
+
+    /// Hands primaries over where a node has far from its share of them, as after a restart. No data moves,
+    /// so it takes no intent: whoever leads next looks anew.
+    async fn share_primaries(&mut self) -> Result<()> {
+        let (input, except) = (self.plan_input(true), self.heat.handed_over(self.ctx.clock.now()));
+        let handed = blocking(move || {
+            let uneven = is_led_unevenly(&balance_of(&input));
+            Ok(if uneven { even_primaries(&input, &except) } else { Vec::new() })
+        });
+        for step in handed.await? {
+            // Whoever is still catching up takes over at a later look.
+            let state = self.reported(&step.to, step.shard).map(|load| load.state);
+            if state == Some(ReplicaState::Serving) {
+                self.promote(step.shard, &step.to, TOO_MANY).await?;
+            }
         }
         Ok(())
     }
@@ -222,7 +258,7 @@ impl Leader {
             let reason = match (lost, leaves) {
                 (true, _) => "the primary is not live",
                 (_, true) => "the primary is about to stop",
-                _ => "its primary has more than its share",
+                _ => TOO_MANY,
             };
             if let Some(to) = to {
                 self.promote(step.shard, &to, reason).await?;
