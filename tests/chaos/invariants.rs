@@ -68,7 +68,7 @@ async fn digests(lab: &Lab, shard: u32) -> Result<Vec<(String, Digest)>, String>
     headers.insert("Content-Type", "application/msgpack");
     headers.insert("Ruvector-Checksum", checksum(&body).as_str());
     let jetstream = async_nats::jetstream::new(lab.raw.clone());
-    let sent = jetstream.publish_with_headers(format!("ruvector.log.{shard}"), headers, body.into()).await;
+    let sent = jetstream.publish_with_headers(format!("ruvector.log.{shard:05}"), headers, body.into()).await;
     sent.map_err(|e| e.to_string())?.await.map_err(|e| e.to_string())?;
     let request = DigestRequest { shard: ShardId(shard), checkpoint, timeout_ms: 3_000 };
     let request = encode(&request).map_err(|e| e.to_string())?;
