@@ -16,6 +16,7 @@ mod judge;
 mod lab;
 mod nemesis;
 mod proxy;
+mod regressions;
 mod shim;
 mod workload;
 
