@@ -116,7 +116,7 @@ impl Lab {
         ];
         args.extend(self.setup.args.clone());
         let options = NodeOptions {
-            program: PathBuf::from(PROGRAM),
+            program: std::env::var_os("CHAOS_PROGRAM").map_or_else(|| PathBuf::from(PROGRAM), PathBuf::from),
             id: id.clone(),
             dir: self.dir().join("nodes"),
             nats: urls.join(","),

@@ -74,9 +74,9 @@ fn vector(version: Version) -> Vec<f32> {
 
 /// The version that an answer holds, if the answer is whole.
 fn version(payload: Option<&Payload>) -> Result<Version, String> {
-    payload
-        .and_then(|p| p.get("v")?.as_u64())
-        .ok_or_else(|| format!("an answer without version: {payload:?}"))
+    let pad = payload.and_then(|p| p.get("pad")?.as_str()).unwrap_or("?");
+    let version = payload.and_then(|p| p.get("v")?.as_u64()).filter(|_| pad.bytes().all(|byte| byte == b'x'));
+    version.ok_or_else(|| format!("a damaged payload: {payload:?}"))
 }
 
 impl Workload {
