@@ -69,7 +69,7 @@ async fn run(name: &str, setup: Setup, seed: u64, time: Duration) {
     nemesis::heal(&mut lab).await;
     let whole = lab.wait_green(WHOLE).await;
     let patient = lab.client(Duration::from_secs(20)).await;
-    workload.finish(&patient).await;
+    workload.finish(whole.is_ok().then_some(&patient)).await;
     if let Err(why) = whole {
         recorder.wrong(why);
     } else {

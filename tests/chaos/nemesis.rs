@@ -17,6 +17,8 @@ pub(crate) enum Fault {
     KillNode(String),
     KillLeader,
     KillAllNodes,
+    /// Killed, and its disk is gone; only while everything else is whole.
+    WipeNode(String),
     /// SIGSTOP, later SIGCONT.
     HangNode(String),
     HangLeader,
@@ -88,8 +90,9 @@ impl Nemesis {
         let fault = match dice.below(100) {
             0..9 => Fault::KillNode(node),
             9..15 => Fault::KillLeader,
-            15..20 => Fault::KillAllNodes,
-            20..28 => Fault::HangNode(node),
+            15..18 => Fault::KillAllNodes,
+            18..22 if lab.setup.replication_factor > 1 => Fault::WipeNode(node),
+            22..28 => Fault::HangNode(node),
             28..32 => Fault::HangLeader,
             32..36 => Fault::LeaveAndReturn(node),
             36..38 => Fault::RollingRestart,
@@ -166,6 +169,14 @@ impl Nemesis {
                     lab.kill(&id).await;
                 }
             }
+            Fault::WipeNode(node) => {
+                let whole =
+                    lab.admin("status", json!({})).await.is_ok_and(|status| status["status"] == "green");
+                lab.kill(node).await;
+                if whole {
+                    let _ = std::fs::remove_dir_all(lab.node(node).data_dir());
+                }
+            }
             Fault::HangNode(node) | Fault::FullLog(node) => signal(lab.node(node).pid(), "STOP"),
             Fault::LeaveAndReturn(node) => {
                 // It may be stopped by another fault, or wait for a leader: then it is killed.
@@ -209,7 +220,7 @@ impl Nemesis {
 
     async fn end(&mut self, lab: &mut Lab, fault: &Fault) {
         match fault {
-            Fault::KillNode(node) | Fault::LeaveAndReturn(node) => lab.revive(node),
+            Fault::KillNode(node) | Fault::WipeNode(node) | Fault::LeaveAndReturn(node) => lab.revive(node),
             Fault::KillLeader | Fault::HangLeader => {
                 let Some(leader) = self.hit.take() else { return };
                 signal(lab.node(&leader).pid(), "CONT");

@@ -105,20 +105,18 @@ impl Workload {
         Workload { shared, tasks }
     }
 
-    /// Stops, and reads every key there ever was.
-    pub(crate) async fn finish(self, client: &Client) {
+    /// Stops, and reads every key there ever was, if anybody can be expected to answer.
+    pub(crate) async fn finish(self, client: Option<&Client>) {
         self.shared.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             task.await.expect("a client panicked");
         }
-        let (recorder, client) = (&self.shared.recorder, client.new_session());
+        let Some(client) = client.map(Client::new_session) else { return };
+        let recorder = &self.shared.recorder;
         let keys: Vec<String> = recorder.history().keys.into_keys().collect();
         for part in keys.chunks(32) {
-            let reads =
-                part.iter().map(|key| read(recorder, &client, LAST_SESSION, key, Level::Linearizable));
-            for done in futures::future::join_all(reads).await {
-                done.unwrap_or_else(|e| recorder.wrong(format!("a key cannot be read in the end: {e}")));
-            }
+            let reads = part.iter().map(|key| read_at_last(recorder, &client, key));
+            futures::future::join_all(reads).await;
         }
         let invoked = recorder.now();
         if let Ok(count) = client.count_with(Consistency::Linearizable).await {
@@ -156,6 +154,17 @@ async fn read(
         Err(what) => recorder.wrong(format!("get {key}: {what}")),
     }
     Ok(())
+}
+
+async fn read_at_last(recorder: &Recorder, client: &Client, key: &str) {
+    let give_up = Instant::now() + Duration::from_secs(20);
+    // A log that is still full from before is truncated within seconds.
+    while let Err(error) = read(recorder, client, LAST_SESSION, key, Level::Linearizable).await {
+        if Instant::now() > give_up {
+            return recorder.wrong(format!("{key} cannot be read in the end: {error}"));
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 impl Worker {
@@ -247,6 +256,10 @@ impl Worker {
             }
         };
         self.shared.recorder.op(key, Op { session, kind, invoked, completed, refused });
+        if self.dice.chance(30) {
+            // What was just written, most likely from another replica.
+            self.get(key, Level::Session).await;
+        }
     }
 
     /// Sends a write; often again, with the same id, when its outcome is unknown. The error says whether
