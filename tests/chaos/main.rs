@@ -67,7 +67,9 @@ async fn run(name: &str, setup: Setup, seed: u64, time: Duration) {
     let mut nemesis = Nemesis::new(dice.branch(), setup.nodes + 2);
     nemesis.rage(&mut lab, time).await;
     nemesis::heal(&mut lab).await;
+    println!("all faults are over, waiting until everything is whole");
     let whole = lab.wait_green(WHOLE).await;
+    println!("whole: {}, reading everything back", whole.is_ok());
     let patient = lab.client(Duration::from_secs(20)).await;
     workload.finish(whole.is_ok().then_some(&patient)).await;
     if let Err(why) = whole {
@@ -78,6 +80,7 @@ async fn run(name: &str, setup: Setup, seed: u64, time: Duration) {
     lab.note_deaths();
     lab.deaths.drain(..).for_each(|death| recorder.wrong(death));
     terms.abort();
+    println!("judging");
     let history = recorder.history();
     let (ops, unknown, refused) = history.figures();
     let violations = judge::judge(&history);

@@ -61,11 +61,16 @@ pub(crate) struct Nemesis {
     most_nodes: usize,
     /// The leader that was hit, to be brought back.
     hit: Option<String>,
+    /// A copy takes a while, and the next disk must not go before it is there.
+    wiped: Option<Instant>,
 }
+
+/// Least pause between two lost disks.
+const BETWEEN_WIPES: Duration = Duration::from_secs(15);
 
 impl Nemesis {
     pub(crate) fn new(dice: Dice, most_nodes: usize) -> Nemesis {
-        Nemesis { dice, started: Instant::now(), counts: BTreeMap::new(), most_nodes, hit: None }
+        Nemesis { dice, started: Instant::now(), counts: BTreeMap::new(), most_nodes, hit: None, wiped: None }
     }
 
     fn say(&self, what: &str) {
@@ -87,7 +92,7 @@ impl Nemesis {
         let shims = lab.shim.missing.is_none();
         let three = lab.servers.len() == 3;
         let server = dice.below(lab.servers.len());
-        let fault = match dice.below(100) {
+        match dice.below(100) {
             0..9 => Fault::KillNode(node),
             9..15 => Fault::KillLeader,
             15..18 => Fault::KillAllNodes,
@@ -115,8 +120,7 @@ impl Nemesis {
             }
             97..100 => Fault::FullLog(node),
             _ => Fault::KillNode(node),
-        };
-        fault
+        }
     }
 
     /// Faults, one or two at a time, until the time is over; then everything has been healed.
@@ -172,8 +176,10 @@ impl Nemesis {
             Fault::WipeNode(node) => {
                 let whole =
                     lab.admin("status", json!({})).await.is_ok_and(|status| status["status"] == "green");
+                let copied = self.wiped.is_none_or(|wiped| wiped.elapsed() > BETWEEN_WIPES);
                 lab.kill(node).await;
-                if whole {
+                if whole && copied {
+                    self.wiped = Some(Instant::now());
                     let _ = std::fs::remove_dir_all(lab.node(node).data_dir());
                 }
             }
