@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-scenarios=("one_nats_server 1" "three_nats_servers 2" "single_replicas_that_move 2")
+scenarios=("one_nats_server 1" "three_nats_servers 2" "single_replicas_that_move 1" "single_replicas_that_move 2")
 mutants=(ack-early no-dedup session-early no-fencing chunk-unchecked,corrupt-chunks cutover-early truncate-far)
 [ $# -eq 0 ] || mutants=("$@")
 
@@ -17,7 +17,7 @@ cargo test --locked --test chaos --no-run
 # run MUTANT TEST SEED
 run() {
   RUVECTOR_TEST_MUTANT="$1" CHAOS_PROGRAM="$logs/broken" CHAOS_SEED="$3" \
-    cargo test --locked --test chaos "$2" -- --exact --nocapture >"$logs/$1-$2.log" 2>&1
+    cargo test --locked --test chaos "$2" -- --exact --nocapture >"$logs/$1-$2-$3.log" 2>&1
 }
 
 missed=0
@@ -26,7 +26,7 @@ for mutant in "${mutants[@]}"; do
   for scenario in "${scenarios[@]}"; do
     read -r name seed <<<"$scenario"
     if ! run "$mutant" "$name" "$seed"; then
-      caught="$name, seed $seed: $(grep -m1 -A1 '^VIOLATION' "$logs/$mutant-$name.log" | cut -c1-160 | tr '\n' ' ')"
+      caught="$name, seed $seed: $(grep -m1 -A1 '^VIOLATION' "$logs/$mutant-$name-$seed.log" | cut -c1-160 | tr '\n' ' ')"
       break
     fi
   done

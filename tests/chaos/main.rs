@@ -63,40 +63,72 @@ async fn run(name: &str, setup: Setup, seed: u64, time: Duration) {
     let recorder = Recorder::start();
     let clients = [lab.client(Duration::from_secs(2)).await, lab.client(Duration::from_secs(4)).await];
     let terms = invariants::watch_terms(&lab, &recorder);
-    let workload = Workload::start(&recorder, &clients, &mut dice, 1_500);
+    let mut workload = Workload::start(&recorder, &clients, &mut dice, 1_500);
     let mut nemesis = Nemesis::new(dice.branch(), setup.nodes + 2);
     nemesis.rage(&mut lab, time).await;
     nemesis::heal(&mut lab).await;
     println!("all faults are over, waiting until everything is whole");
     let whole = lab.wait_green(WHOLE).await;
     println!("whole: {}, reading everything back", whole.is_ok());
-    let patient = lab.client(Duration::from_secs(20)).await;
-    workload.finish(whole.is_ok().then_some(&patient)).await;
-    if let Err(why) = whole {
-        recorder.wrong(why);
-    } else {
-        invariants::compare_replicas(&lab, &recorder).await;
+    let patient = lab.client(Duration::from_secs(10)).await;
+    workload.stop().await;
+    match whole {
+        Ok(()) => {
+            workload.read_back(&patient).await;
+            invariants::compare_replicas(&lab, &recorder).await;
+        }
+        Err(why) => recorder.wrong(why),
     }
     lab.note_deaths();
     lab.deaths.drain(..).for_each(|death| recorder.wrong(death));
     terms.abort();
     println!("judging");
+    let faults: usize = nemesis.counts.values().sum();
+    println!("=== {name}: {faults} faults in {} s: {:?}", time.as_secs(), nemesis.counts);
+    let ops = pass_judgement(name, seed, &recorder);
+    assert!(ops > 20 * time.as_secs() as usize, "only {ops} operations: the run proves little");
+}
+
+/// Panics at a violation; returns the number of operations.
+fn pass_judgement(name: &str, seed: u64, recorder: &Recorder) -> usize {
     let history = recorder.history();
     let (ops, unknown, refused) = history.figures();
     let violations = judge::judge(&history);
-    let faults: usize = nemesis.counts.values().sum();
     println!(
-        "=== {name}, seed {seed}: {ops} operations ({unknown} of unknown outcome, {refused} refused), {} keys, {} counts, \
-         {faults} faults in {} s, violations {}\n    {:?}",
+        "=== {name}, seed {seed}: {ops} operations ({unknown} of unknown outcome, {refused} refused), {} keys, {} counts, violations {}",
         history.keys.len(),
         history.counts.len(),
-        time.as_secs(),
-        violations.len(),
-        nemesis.counts
+        violations.len()
     );
     violations.iter().take(10).for_each(|violation| println!("VIOLATION {violation}"));
     assert!(violations.is_empty(), "{} violations, seed {seed}", violations.len());
-    assert!(ops > 20 * time.as_secs() as usize, "only {ops} operations: the run proves little");
+    ops
+}
+
+/// JetStream's store is gone. What no replica had applied may be lost then, so all has been applied
+/// everywhere before; of that, nothing may be missing, and nothing deleted may come back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_store_of_nats_is_wiped() {
+    let _turn = TURN.lock().await;
+    let seed = from_env("CHAOS_SEED").unwrap_or(4);
+    println!("=== the store is wiped, seed {seed}");
+    let mut lab = Lab::start(one_server()).await;
+    lab.wait_green(WHOLE).await.expect("the cluster starts");
+    let recorder = Recorder::start();
+    let clients = [lab.client(Duration::from_secs(10)).await];
+    let mut workload = Workload::start(&recorder, &clients, &mut Dice::new(seed), 200);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    workload.stop().await;
+    invariants::compare_replicas(&lab, &recorder).await;
+    lab.servers[0].kill().await.expect("it is killed");
+    std::fs::remove_dir_all(lab.servers[0].dir().join("nats-data")).expect("its store");
+    lab.servers[0].restart().await.expect("it comes back");
+    lab.wait_green(WHOLE).await.expect("the logs are rebuilt");
+    workload.read_back(&clients[0]).await;
+    invariants::compare_replicas(&lab, &recorder).await;
+    lab.note_deaths();
+    lab.deaths.drain(..).for_each(|death| recorder.wrong(death));
+    pass_judgement("the store is wiped", seed, &recorder);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -24,6 +24,8 @@ const UNKNOWN_COST: u64 = 25;
 const BULK: usize = 40;
 /// How long a write of unknown outcome is sent again: well within the window of operation ids.
 const RESEND: Duration = Duration::from_secs(15);
+/// Bound on the final reads of all keys together.
+const READ_BACK: Duration = Duration::from_secs(60);
 /// Session of the final reads.
 const LAST_SESSION: u32 = 99;
 
@@ -105,17 +107,24 @@ impl Workload {
         Workload { shared, tasks }
     }
 
-    /// Stops, and reads every key there ever was, if anybody can be expected to answer.
-    pub(crate) async fn finish(self, client: Option<&Client>) {
+    /// Ends the load.
+    pub(crate) async fn stop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        for task in self.tasks {
+        for task in self.tasks.drain(..) {
             task.await.expect("a client panicked");
         }
-        let Some(client) = client.map(Client::new_session) else { return };
-        let recorder = &self.shared.recorder;
+    }
+
+    /// Reads every key there ever was, and counts them.
+    pub(crate) async fn read_back(&self, client: &Client) {
+        let (recorder, client) = (&self.shared.recorder, client.new_session());
+        let give_up = Instant::now() + READ_BACK;
         let keys: Vec<String> = recorder.history().keys.into_keys().collect();
-        for part in keys.chunks(32) {
-            let reads = part.iter().map(|key| read_at_last(recorder, &client, key));
+        for (n, part) in keys.chunks(32).enumerate() {
+            if Instant::now() > give_up {
+                return recorder.wrong(format!("only {} of {} keys were read in time", n * 32, keys.len()));
+            }
+            let reads = part.iter().map(|key| read_at_last(recorder, &client, key, give_up));
             futures::future::join_all(reads).await;
         }
         let invoked = recorder.now();
@@ -156,8 +165,7 @@ async fn read(
     Ok(())
 }
 
-async fn read_at_last(recorder: &Recorder, client: &Client, key: &str) {
-    let give_up = Instant::now() + Duration::from_secs(20);
+async fn read_at_last(recorder: &Recorder, client: &Client, key: &str, give_up: Instant) {
     // A log that is still full from before is truncated within seconds.
     while let Err(error) = read(recorder, client, LAST_SESSION, key, Level::Linearizable).await {
         if Instant::now() > give_up {
