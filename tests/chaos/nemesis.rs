@@ -92,6 +92,10 @@ impl Nemesis {
         let shims = lab.shim.missing.is_none();
         let three = lab.servers.len() == 3;
         let server = dice.below(lab.servers.len());
+        // With single replicas, moves are what matters.
+        if lab.setup.replication_factor == 1 && dice.chance(35) {
+            return Fault::Move(dice.below(lab.setup.shards as usize) as u32, node);
+        }
         match dice.below(100) {
             0..9 => Fault::KillNode(node),
             9..15 => Fault::KillLeader,
