@@ -1,6 +1,5 @@
 //! What must hold of the cluster itself: terms never go back, and in the end all replicas are equal.
 
-use super::harness::within;
 use super::history::Recorder;
 use super::lab::Lab;
 use async_nats::HeaderMap;
@@ -47,11 +46,22 @@ pub(crate) fn watch_terms(lab: &Lab, recorder: &Recorder) -> JoinHandle<()> {
     })
 }
 
+/// How long a replica may take to say its digest.
+const DIGESTS: Duration = Duration::from_secs(30);
+
 /// Puts a checkpoint into each log and compares what every replica had there.
 pub(crate) async fn compare_replicas(lab: &Lab, recorder: &Recorder) {
     for shard in 0..lab.setup.shards {
-        let digests =
-            within(Duration::from_secs(30), "every replica says its digest", || digests(lab, shard)).await;
+        let deadline = tokio::time::Instant::now() + DIGESTS;
+        let digests = loop {
+            match digests(lab, shard).await {
+                Ok(digests) => break digests,
+                Err(why) if tokio::time::Instant::now() > deadline => {
+                    return recorder.wrong(format!("shard {shard}: no digests within {DIGESTS:?}: {why}"));
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        };
         let first = digests[0].1;
         if digests.iter().any(|(_, digest)| *digest != first) {
             recorder.wrong(format!("the replicas of shard {shard} differ: {digests:?}"));
@@ -62,7 +72,7 @@ pub(crate) async fn compare_replicas(lab: &Lab, recorder: &Recorder) {
 async fn digests(lab: &Lab, shard: u32) -> Result<Vec<(String, Digest)>, String> {
     let reply = lab.admin("shards", json!({"only": shard})).await?;
     let nodes = reply["shards"][0]["replicas"].as_array().cloned().ok_or_else(|| reply.to_string())?;
-    let checkpoint = OpId::from_u128(u128::from(recorder_free_id()));
+    let checkpoint = OpId::from_u128(u128::from(next_checkpoint()));
     let body = encode(&LogEntry { ops: vec![LogOp::Checkpoint(checkpoint)] }).map_err(|e| e.to_string())?;
     let mut headers = HeaderMap::new();
     headers.insert("Content-Type", "application/msgpack");
@@ -84,7 +94,7 @@ async fn digests(lab: &Lab, shard: u32) -> Result<Vec<(String, Digest)>, String>
 }
 
 /// Ids of checkpoints: any that was not used before.
-fn recorder_free_id() -> u64 {
+fn next_checkpoint() -> u64 {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
