@@ -71,6 +71,7 @@ mod http;
 mod logic;
 mod metrics;
 pub mod model;
+mod mutant;
 mod nats;
 mod node;
 #[cfg(feature = "cli")]

@@ -6,6 +6,7 @@ use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest};
+use crate::mutant::mutant;
 use crate::node::context::Context;
 use crate::node::replicas::Replicas;
 use std::collections::{BTreeMap, BTreeSet};
@@ -154,7 +155,9 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                 holders.entry(holder.clone()).or_default().insert(shard);
             }
         }
-        ask_durable(&ctx, &view, holders, &mut low).await;
+        if !mutant("truncate-far") {
+            ask_durable(&ctx, &view, holders, &mut low).await;
+        }
         for (shard, durable) in low {
             match truncate(&ctx, shard, durable).await {
                 // Also when it is not worth it yet: look again when more is on disk.
@@ -170,7 +173,10 @@ async fn truncate(ctx: &Context, shard: ShardId, durable: u64) -> Result<()> {
     let Some(info) = ctx.logs.info(shard).await? else { return Ok(()) };
     let most = ctx.cluster.log_max_bytes.max(1) as u64;
     let margin = if info.bytes > most / 2 { 0 } else { MARGIN };
-    let first = durable.saturating_sub(margin) + 1;
+    let first = match mutant("truncate-far") {
+        true => info.last_seq + 1,
+        false => durable.saturating_sub(margin) + 1,
+    };
     if info.bytes < WORTH_BYTES.min(most / 4) || info.first_seq >= first {
         return Ok(());
     }

@@ -18,6 +18,7 @@ use crate::logic::replica::{Course, LogFacts, Ordered, course};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
 use crate::model::{OpId, ShardId};
+use crate::mutant::mutant;
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
 use crate::node::context::Context;
@@ -205,7 +206,8 @@ impl Replica {
         let may_serve = *self.may_serve.borrow();
         self.status.send_modify(|status| {
             change(status);
-            status.serving = status.caught_up && may_serve && !status.failed;
+            let caught_up = status.caught_up || mutant("cutover-early");
+            status.serving = caught_up && may_serve && !status.failed;
             status.state = if status.failed {
                 ReplicaState::Failed
             } else if status.lost == Some(status.log_id) {
