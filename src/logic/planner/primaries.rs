@@ -188,11 +188,11 @@ impl<'a> Leaders<'a> {
                 break;
             }
         }
-        self.into_bands(&holds);
+        self.meet_bands(&holds);
     }
 
     /// Whoever still is outside of its band, because its target had no way to it: anything inside will do.
-    fn into_bands(&mut self, holds: &[Vec<u32>]) {
+    fn meet_bands(&mut self, holds: &[Vec<u32>]) {
         let nodes = 0..self.count.len() as u32;
         let over = |w: &Self, n: u32| w.count[n as usize] > w.bands[n as usize].high;
         while nodes.clone().any(|n| over(self, n)) {
