@@ -3,7 +3,9 @@
 use crate::error::{Error, Result};
 use crate::logic::hotspots::HotSettings;
 use crate::model::ids::validate_name;
-use crate::model::records::{KeyHash, MAX_REPLICATION_FACTOR, MAX_SHARDS, MAX_WEIGHT, Placement};
+use crate::model::records::{
+    KeyHash, MAX_REPLICATION_FACTOR, MAX_SHARDS, MAX_WEIGHT, MIN_MIGRATION_RATE, Placement,
+};
 use crate::model::vector::MAX_DIMENSIONS;
 use crate::model::{DistanceMetric, NodeId};
 use crate::nats::NatsOptions;
@@ -186,7 +188,7 @@ impl ClusterConfig {
             range("log_replicas", replicas as u128, 1, 5);
         }
         if let Some(rate) = self.migration_rate {
-            range("migration_rate in bytes/s", rate.into(), 1_024, u64::MAX.into());
+            range("migration_rate in bytes/s", rate.into(), MIN_MIGRATION_RATE.into(), u64::MAX.into());
         }
         problems.extend(self.hot_settings().problems().into_iter().map(|problem| format!("hot {problem}")));
         if self.seeds.is_empty() && self.nats.servers.is_empty() {

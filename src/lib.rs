@@ -63,11 +63,15 @@ mod clock;
 mod cluster;
 mod config;
 pub mod error;
+#[cfg(all(feature = "cli", any(test, fuzzing)))]
+#[doc(hidden)]
+pub mod fuzzing;
 #[cfg(feature = "http")]
 mod http;
 mod logic;
 mod metrics;
 pub mod model;
+mod mutant;
 mod nats;
 mod node;
 #[cfg(feature = "cli")]

@@ -9,6 +9,7 @@ use crate::logic::fencing::takes_over;
 use crate::metrics::Metrics;
 use crate::model::records::{
     ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord, ShardRecord,
+    ThrottleRecord,
 };
 use crate::model::{MigrationId, NodeId, ShardId};
 use crate::nats::bucket::{Bucket, Change, rewatch_pause};
@@ -28,6 +29,8 @@ pub(crate) const CONFIG_KEY: &str = "config";
 pub(crate) const LEADER_KEY: &str = "leader";
 /// Key of a rebalancing that goes on.
 pub(crate) const REBALANCE_KEY: &str = "rebalance";
+/// Key of the rate at which shards move.
+pub(crate) const THROTTLE_KEY: &str = "throttle";
 /// A watch can die silently: compare revisions this often.
 const RELIST: Duration = Duration::from_secs(30);
 
@@ -62,6 +65,8 @@ pub(crate) struct View {
     pub(crate) leader: Option<Rev<LeaderRecord>>,
     /// Replicas are being evened out.
     pub(crate) rebalance: Option<RebalanceRecord>,
+    /// How fast shards may move, if an operator has said so.
+    pub(crate) throttle: Option<ThrottleRecord>,
     pub(crate) nodes: BTreeMap<NodeId, Rev<NodeRecord>>,
     pub(crate) shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
@@ -92,6 +97,7 @@ impl View {
         let Some(bytes) = value else {
             match part {
                 Part::Cluster if key == REBALANCE_KEY => self.rebalance = None,
+                Part::Cluster if key == THROTTLE_KEY => self.throttle = None,
                 // The settings and the lease are never deleted by us; keep what we know.
                 Part::Cluster => {}
                 Part::Nodes => drop(self.nodes.remove(key)),
@@ -112,6 +118,11 @@ impl View {
                 self.leader = Some((rev, parse(bytes)?));
             }
             Part::Cluster if key == REBALANCE_KEY => self.rebalance = Some(parse(bytes)?),
+            Part::Cluster if key == THROTTLE_KEY => {
+                let record: ThrottleRecord = parse(bytes)?;
+                record.check()?;
+                self.throttle = Some(record);
+            }
             Part::Cluster => return Err(Error::Invalid(format!("unknown key {key:?}"))),
             Part::Nodes => {
                 let record: NodeRecord = parse(bytes)?;
@@ -348,6 +359,29 @@ impl Follow {
         if let Err(error) = outcome {
             self.metrics.bad_messages.with_label_values(&["record"]).inc();
             warn!(part = ?self.part, key = change.key, "a record is ignored: {error}");
+        }
+    }
+}
+
+/// Takes bytes as a record of each bucket, under the keys that it may have.
+#[cfg(all(feature = "cli", any(test, fuzzing)))]
+pub(crate) fn fuzz_records(bytes: &[u8]) {
+    let keys = [
+        (Part::Cluster, CONFIG_KEY),
+        (Part::Cluster, LEADER_KEY),
+        (Part::Cluster, REBALANCE_KEY),
+        (Part::Cluster, THROTTLE_KEY),
+        (Part::Nodes, "n1"),
+        (Part::Shards, "00003"),
+        (Part::Migrations, "m-00003-1"),
+    ];
+    let mut view = View::default();
+    for (revision, (part, key)) in (1..).zip(keys) {
+        let change = Change { key: key.to_owned(), revision, value: Some(bytes.to_vec().into()) };
+        // Taken or refused: whatever is taken passes its own check.
+        if view.apply(part, &change).is_ok() {
+            let again = Change { revision: revision + 100, ..change };
+            assert!(view.apply(part, &again).is_ok(), "the same record once more");
         }
     }
 }

@@ -8,6 +8,7 @@ use ruvector_cluster::model::wire::{PingReply, PingRequest, Reply};
 use ruvector_cluster::{Client, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::time::Duration;
+use tokio::time::Instant;
 
 const SHARD: u32 = 3;
 const REQUEST: Duration = Duration::from_secs(1);
@@ -105,6 +106,38 @@ async fn a_shard_moves_under_load_and_no_request_fails() {
         if record["phase"] == "completed" { Ok(()) } else { Err(record.to_string()) }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_slows_moves_down_and_lets_them_go_again() {
+    let cluster = TestCluster::start(setup()).await;
+    let client = cluster.client_with(REQUEST).await;
+    fill(&cluster, &client).await;
+    let slow = cluster.admin("throttle", json!({"bytes_per_s": 20_000})).await.expect("an answer");
+    assert_eq!(slow, json!({"bytes_per_s": 20_000, "reset": false}));
+    let refused = cluster.admin("throttle", json!({"bytes_per_s": 1})).await.expect("an answer");
+    assert_eq!(refused["error"]["code"], "invalid", "{refused}");
+    let started = Instant::now();
+    let (to, from) = outsider(&cluster).await;
+    let id = start_move(&cluster, &from, &to).await;
+    // 4,000 vectors of 32 dimensions are more than half a megabyte: half a minute at that rate.
+    let bucket = cluster.bucket("migrations").await;
+    let record = eventually("some of it is there", || async {
+        let value = bucket.get(&id).await.map_err(|e| e.to_string())?.ok_or("no record")?;
+        let record: Value = serde_json::from_slice(&value).map_err(|e| e.to_string())?;
+        let done = record["bytes_done"].as_u64().unwrap_or(0);
+        if done > 40_000 { Ok(record) } else { Err(record.to_string()) }
+    })
+    .await;
+    let done = record["bytes_done"].as_u64().expect("bytes") as f64;
+    let most = 20_000.0 * (started.elapsed().as_secs_f64() + 1.0);
+    assert!(done <= most, "{done} bytes in {:?}", started.elapsed());
+    assert_eq!(record["phase"], "snapshot", "{record}");
+    cluster.admin("throttle", json!({"reset": true})).await.expect("an answer");
+    let let_go = Instant::now();
+    let record = cluster.migrated(&id).await;
+    assert!(record["error"].is_null(), "{record}");
+    assert!(let_go.elapsed() < Duration::from_secs(15), "{:?}", let_go.elapsed());
 }
 
 #[derive(Clone, Copy, PartialEq)]

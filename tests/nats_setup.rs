@@ -117,3 +117,23 @@ async fn three_nats_servers_keep_three_copies_and_one_may_die() {
     let outcome = load.finish().await;
     assert_eq!(outcome.failed_writes, 0, "{outcome:?}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_starts_while_nats_hangs_joins_when_it_answers_again() {
+    let mut cluster = TestCluster::start(Setup { pauses: true, ..Setup::default() }).await;
+    cluster.pause_at("join-name");
+    let id = cluster.add_node();
+    cluster.wait_reached("join-name").await;
+    let pid = cluster.nats[0].pid().expect("it runs").to_string();
+    let signal = |name: &str| {
+        let sent = std::process::Command::new("kill").args([name, &pid]).status();
+        assert!(sent.expect("kill runs").success());
+    };
+    signal("-STOP");
+    cluster.resume("join-name");
+    // An outage that is longer than any single request may take.
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    signal("-CONT");
+    cluster.wait_green().await;
+    assert!(cluster.node(&id).is_running());
+}

@@ -11,6 +11,7 @@ const SHARDS: NonZeroU32 = NonZeroU32::new(1_024).unwrap();
 const NODES: usize = 1_000;
 
 pub(crate) fn run() {
+    println!("{:<44} {:>9} {:>9} {:>9} {:>7}  raw limit", "", "ns/op", "budget", "raw", "ratio");
     let keys: Vec<[u8; 16]> = (0..KEYS).map(key).collect();
     let [ours, raw] = medians(
         KEYS,

@@ -1,9 +1,11 @@
 //! What deciding where a key belongs costs, beside the raw limit of the same run.
 //!
-//! `cargo bench --bench placement`: pure computation in one thread, no server. Each row also names its budget; as
-//! other work on the machine makes figures larger, the ratio is what says how good the code is.
+//! `cargo bench --bench placement`: pure computation in one thread, no server; `-- hashing` and `-- planning` are
+//! its groups. Rows name their budgets; as other work on the machine makes figures larger, the ratio is what says
+//! how good the code is.
 
 mod hashing;
+mod planning;
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -13,14 +15,23 @@ const SAMPLES: usize = 41;
 /// Length of a sample, roughly: short enough that most are not interrupted.
 const SAMPLE: Duration = Duration::from_millis(3);
 
+const GROUPS: [(&str, fn()); 2] = [("hashing", hashing::run), ("planning", planning::run)];
+
 fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
     // `cargo test --benches` starts this too, and means something quick.
-    if !std::env::args().any(|arg| arg == "--bench") {
+    if !args.iter().any(|arg| arg == "--bench") {
         eprintln!("nothing measured: use cargo bench --bench placement");
         return;
     }
-    println!("{:<44} {:>9} {:>9} {:>9} {:>7}  raw limit", "", "ns/op", "budget", "raw", "ratio");
-    hashing::run();
+    let names: Vec<&str> = args.iter().map(String::as_str).filter(|arg| !arg.starts_with("--")).collect();
+    if let Some(unknown) = names.iter().find(|name| GROUPS.iter().all(|(group, _)| group != *name)) {
+        eprintln!("there is no group {unknown:?}: use hashing or planning");
+        std::process::exit(2);
+    }
+    for (_, run) in GROUPS.iter().filter(|(group, _)| names.is_empty() || names.contains(group)) {
+        run();
+    }
 }
 
 /// One line of the table.
@@ -61,7 +72,7 @@ pub(crate) fn medians(calls: usize, loops: [&mut dyn FnMut(); 2]) -> [f64; 2] {
 }
 
 #[allow(clippy::disallowed_methods, reason = "a benchmark is an edge")]
-fn time(run: &mut dyn FnMut()) -> Duration {
+pub(crate) fn time(run: &mut dyn FnMut()) -> Duration {
     let start = Instant::now();
     run();
     start.elapsed()

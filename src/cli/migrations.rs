@@ -4,6 +4,7 @@ use super::exit::Exit;
 use super::follow::{Change, Follow, MigrationBars, outcome, percent, read, read_all, title, took};
 use super::global::{Global, Output};
 use super::interrupt::Interrupts;
+use super::node::parse_bytes;
 use super::patience::{admin, patiently};
 use super::render::{
     self, Cell, Reader, Tone, ago, bytes, facts, json_line, local, note, number, plain, put, table,
@@ -12,6 +13,7 @@ use crate::client::Client;
 use crate::clock::wall;
 use crate::error::Result;
 use crate::model::MigrationId;
+use crate::model::admin::{ThrottleReply, ThrottleRequest};
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use chrono::{DateTime, Utc};
 use clap::Subcommand;
@@ -36,6 +38,12 @@ pub(crate) enum MigrationsCommand {
         /// As in `migrations ls`; none: all.
         #[arg(value_name = "MIGRATION")]
         id: Option<MigrationId>,
+    },
+    /// How fast shards move, from each node: at once, on every node, until it is changed again.
+    Throttle {
+        /// `64MiB`, `500k`, `unlimited`, or `default` for what each node is started with.
+        #[arg(value_name = "RATE", value_parser = rate)]
+        rate: ThrottleRequest,
     },
     /// Calls a migration off; the shard stays where it was.
     Cancel {
@@ -62,8 +70,30 @@ pub(crate) async fn run(global: &Global, command: MigrationsCommand) -> Result<E
             Ok(Exit::Done)
         }
         MigrationsCommand::Watch { id } => watch(global, &client, id.as_deref()).await,
+        MigrationsCommand::Throttle { rate } => {
+            let reply = patiently(admin(&client).throttle(&rate)).await?;
+            render::show(global.output, &reply, |reply| match reply {
+                ThrottleReply { reset: true, .. } => {
+                    "shards move as fast as each node is started with".to_owned()
+                }
+                ThrottleReply { bytes_per_s: Some(rate), .. } => {
+                    format!("shards move at up to {}/s from each node", bytes(*rate))
+                }
+                ThrottleReply { bytes_per_s: None, .. } => "shards move as fast as they can".to_owned(),
+            })?;
+            Ok(Exit::Done)
+        }
         MigrationsCommand::Cancel { id } => cancel(global, &client, id).await,
     }
+}
+
+fn rate(text: &str) -> Result<ThrottleRequest> {
+    let bytes_per_s = match text {
+        "default" => return Ok(ThrottleRequest { bytes_per_s: None, reset: true }),
+        "unlimited" => None,
+        text => Some(parse_bytes(text)?),
+    };
+    Ok(ThrottleRequest { bytes_per_s, reset: false })
 }
 
 /// The tone of a phase.

@@ -171,6 +171,36 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use fuzz::{fuzz_config, fuzz_datasets};
+
+/// Files that a user names.
+#[cfg(any(test, fuzzing))]
+mod fuzz {
+    use super::dataset::{Dataset, Format, ReadOptions};
+
+    pub(crate) fn fuzz_config(bytes: &[u8]) {
+        if let Ok(text) = std::str::from_utf8(bytes) {
+            let _ = toml::from_str::<super::node::NodeArgs>(text);
+            let _ = super::node::parse_bytes(text);
+        }
+    }
+
+    pub(crate) fn fuzz_datasets(bytes: &[u8]) {
+        let formats = [Format::Npy, Format::Fvecs, Format::Bvecs, Format::Csv, Format::Jsonl, Format::Idx];
+        for format in formats {
+            let file = std::io::Cursor::new(bytes.to_vec());
+            let options = ReadOptions { limit: Some(1_000), ..ReadOptions::default() };
+            if let Ok(data) = Dataset::from_reader(format, "fuzz", file, &options) {
+                let dimensions = data.dimensions();
+                for entry in data.map_while(Result::ok) {
+                    assert_eq!(Some(entry.vector.len()), dimensions);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,6 +249,9 @@ mod tests {
             "migrations watch",
             "migrations watch m-1",
             "migrations cancel m-1",
+            "migrations throttle 80MiB",
+            "migrations throttle unlimited",
+            "migrations throttle default",
             "leader show",
             "leader step-down",
             "events",
@@ -259,6 +292,7 @@ mod tests {
             ("hash ketama", ErrorKind::MissingRequiredArgument),
             ("node --id a --hash md5", ErrorKind::ValueValidation),
             ("node --id a --placement rendezvous", ErrorKind::ValueValidation),
+            ("migrations throttle fast", ErrorKind::ValueValidation),
             ("nodes show", ErrorKind::MissingRequiredArgument),
             ("nodes drain n1 --wait --no-wait", ErrorKind::ArgumentConflict),
             ("nodes drain n1 --timeout soon", ErrorKind::ValueValidation),

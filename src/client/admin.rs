@@ -10,7 +10,7 @@ use crate::model::admin::{
     CancelReply, CancelRequest, DrainReply, ExplainReply, ExplainRequest, HotReply, LeaveReply, LeaveRequest,
     MaintenanceRequest, MigrateReply, MigrateRequest, NodeReply, NodeRequest, NodeView, NodesReply,
     RebalanceReply, RebalanceRequest, SetNodeRequest, ShardView, ShardsReply, ShardsRequest, StatusReply,
-    StepDownReply,
+    StepDownReply, ThrottleReply, ThrottleRequest,
 };
 use crate::nats::bus::{Asked, Bus};
 use crate::nats::subjects::Subjects;
@@ -150,6 +150,14 @@ impl Admin {
     /// `NotFound` for an unknown node, `Invalid` for a weight or rack that cannot be.
     pub async fn set_node(&self, request: &SetNodeRequest) -> Result<NodeReply> {
         self.ask("set", request, true).await
+    }
+
+    /// Changes how fast shards move, on every node and at once.
+    ///
+    /// # Errors
+    /// `Invalid` for a rate below 1 KiB/s.
+    pub async fn throttle(&self, request: &ThrottleRequest) -> Result<ThrottleReply> {
+        self.ask("throttle", request, true).await
     }
 
     /// Why a shard is where it is: every node, every rule.

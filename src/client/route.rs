@@ -67,7 +67,12 @@ impl Client {
                         Asked::Answer(Err(error @ (Error::Corrupt(_) | Error::Internal(_)))) => last = error,
                         Asked::Answer(Err(error)) if !error.is_retryable() => return Err(error),
                         // The log is the same for all replicas; a disk is not, so the others are asked once.
-                        Asked::Answer(Err(error @ Error::Full(_))) if tries >= MAX_COPIES && !unknown => return Err(error),
+                        // While a copy is under way it may still take effect: "refused" would be untrue.
+                        Asked::Answer(Err(error @ Error::Full(_)))
+                            if tries >= MAX_COPIES && !unknown && under_way.is_empty() =>
+                        {
+                            return Err(error);
+                        }
                         Asked::Answer(Err(error)) => {
                             unknown |= matches!(error, Error::Unavailable(_));
                             last = error;

@@ -5,10 +5,11 @@
 
 use crate::model::Term;
 use crate::model::records::ShardRecord;
+use crate::mutant::mutant;
 
 /// Whether somebody who acts in term `ours` has been replaced by whoever wrote `found`.
 pub(crate) fn is_over(ours: Term, found: Term) -> bool {
-    found > ours && !broken!(AcceptStaleTerm)
+    found > ours && !broken!(AcceptStaleTerm) && !mutant("no-fencing")
 }
 
 /// Whether a copy of the map takes over a record: never one of a lower term.

@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HealthStatus {
-    /// Every shard has its full replicas.
+    /// Every shard has its full replicas, and the rules about racks hold.
     Green,
-    /// Every shard serves, but a replica is missing.
+    /// Every shard serves, but a replica is missing, or too many of one are in one rack.
     Yellow,
     /// A shard has no live replica.
     Red,
@@ -255,6 +255,26 @@ pub struct SetNodeRequest {
 pub struct NodeReply {
     /// Its record, as it is now.
     pub record: NodeRecord,
+}
+
+/// `throttle`: changes how fast shards move, at once and until it is changed again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleRequest {
+    /// Bytes per second that each node sends; `null`: unlimited.
+    #[serde(default)]
+    pub bytes_per_s: Option<u64>,
+    /// Back to what each node is started with.
+    #[serde(default)]
+    pub reset: bool,
+}
+
+/// Answer to `throttle`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleReply {
+    /// Bytes per second that each node sends; `null`: unlimited, or what each node is started with.
+    pub bytes_per_s: Option<u64>,
+    /// Whether each node goes by what it is started with.
+    pub reset: bool,
 }
 
 /// `explain`.

@@ -229,6 +229,33 @@ pub struct RebalanceRecord {
     pub term: Term,
 }
 
+/// Key `throttle` of `ruvector_cluster`: how fast shards may move; wins over what nodes are started with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleRecord {
+    /// Bytes per second that each node sends; `null`: unlimited.
+    pub bytes_per_s: Option<u64>,
+    /// Since when.
+    pub since: DateTime<Utc>,
+}
+
+/// Lowest rate at which shards move, in bytes per second.
+pub const MIN_MIGRATION_RATE: u64 = 1_024;
+
+impl ThrottleRecord {
+    /// Checks the rate.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for one that would never get anywhere.
+    pub fn check(&self) -> Result<()> {
+        match self.bytes_per_s {
+            Some(rate) if rate < MIN_MIGRATION_RATE => Err(Error::Invalid(format!(
+                "a rate of {rate} bytes/s is none: use {MIN_MIGRATION_RATE} or more"
+            ))),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
 /// What the cluster thinks of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

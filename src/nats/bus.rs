@@ -4,6 +4,7 @@ use super::connect::Nats;
 use super::unavailable;
 use crate::error::{Error, Result, WireError};
 use crate::model::wire::{self, Reply};
+use crate::mutant::mutant;
 use async_nats::HeaderMap;
 pub(crate) use async_nats::{Message, Subscriber};
 use bytes::Bytes;
@@ -60,9 +61,12 @@ impl Bus {
 
     /// Publishes MessagePack with a checksum.
     pub(crate) async fn publish_checked<T: Serialize>(&self, subject: String, value: &T) -> Result<usize> {
-        let body = wire::encode(value)?;
+        let mut body = wire::encode(value)?;
         let mut headers = self.headers(MSGPACK);
         headers.insert(CHECKSUM, wire::checksum(&body).as_str());
+        if mutant("corrupt-chunks") {
+            corrupt(&mut body);
+        }
         let bytes = body.len();
         self.send(subject, None, headers, body.into()).await?;
         Ok(bytes)
@@ -226,6 +230,18 @@ impl Bus {
         }
         // Whoever asked sees a time-out if this fails, and asks again.
         let _ = self.send(reply, None, headers, body.into()).await;
+    }
+}
+
+/// Damages some chunks within a long text, so that they still parse.
+fn corrupt(body: &mut [u8]) {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static CHUNKS: AtomicU64 = AtomicU64::new(0);
+    let text = body.windows(64).position(|bytes| bytes.iter().all(|byte| *byte == b'x'));
+    if let Some(at) = text
+        && CHUNKS.fetch_add(1, Ordering::Relaxed).is_multiple_of(4)
+    {
+        body[at + 32] = b'?';
     }
 }
 

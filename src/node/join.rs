@@ -23,6 +23,7 @@ use crate::nats::bus::{Bus, Subscriber};
 use crate::nats::connect::{Nats, Patience, ServerFacts, permission_error};
 use crate::nats::log::Logs;
 use crate::nats::subjects::Subjects;
+use crate::node::failpoint::pause;
 use crate::node::replica::ping_outcome;
 use crate::store::{RedbOptions, RedbStores, StoreFactory};
 use crate::view::{Buckets, CONFIG_KEY, Scope, Views, parse};
@@ -84,7 +85,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     if let Some(dir) = &data_dir {
         views.remember(&dir.shard_map());
     }
-    if let Err(error) = views.synced(SYNC).await {
+    if let Err(error) = patiently(|| views.synced(SYNC)).await {
         stop.cancel();
         return Err(control.violation().map_or(error, |violation| permission_error(&violation)));
     }
@@ -129,7 +130,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         tasks,
         config,
     });
-    match take_name(&ctx).await {
+    match patiently(|| take_name(&ctx)).await {
         Ok(pings) => Ok(Joined { ctx, stores, data_dir, pings, client }),
         Err(error) => {
             ctx.stop.cancel();
@@ -139,7 +140,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
 }
 
 /// JetStream may be starting, or changing its leader: tries for a minute. Each step can be repeated.
-async fn patiently<T, F: Future<Output = Result<T>>>(mut step: impl FnMut() -> F) -> Result<T> {
+pub(super) async fn patiently<T, F: Future<Output = Result<T>>>(mut step: impl FnMut() -> F) -> Result<T> {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
         match step().await {
@@ -302,6 +303,7 @@ fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
 /// Two processes that start at once under one name both find nobody, but only one compare-and-set at the
 /// revision that they read can win; the loser asks again, and the winner answers.
 async fn take_name(ctx: &Arc<Context>) -> Result<Subscriber> {
+    pause("join-name").await;
     let subject = ctx.subjects.node(&ctx.node, "ping");
     let patience = ctx.clock.now() + ctx.config.failure_timeout + Duration::from_secs(5);
     loop {

@@ -7,6 +7,7 @@ use crate::model::Term;
 use crate::model::events::Event as Story;
 use crate::model::records::{LeaderRecord, MAX_TERM};
 use crate::model::wire::PingRequest;
+use crate::mutant::mutant;
 use crate::nats::bucket::{Cas, Versioned};
 use crate::node::context::{Context, Leading};
 use crate::node::join::restore_buckets;
@@ -200,7 +201,9 @@ impl Driver {
 
     fn step_down(&mut self, why: &'static str) {
         let Some(stop) = self.leader.take() else { return };
-        stop.cancel();
+        if !mutant("no-fencing") {
+            stop.cancel();
+        }
         warn!("not leader any more: {why}");
         let ctx = self.ctx.clone();
         self.ctx.tasks.spawn(async move {

@@ -49,6 +49,9 @@ pub(crate) struct Node {
 const GOODBYE: Duration = Duration::from_secs(10);
 /// For giving primaries away; whoever leads does it anyway when we are gone.
 const HAND_OVER: Duration = Duration::from_secs(3);
+/// One question of it: a leader that leaves too may have taken the last one along, and the next must know
+/// soon, or it moves replicas to us.
+const HAND_OVER_ASK: Duration = Duration::from_millis(500);
 
 impl Node {
     /// Connects, joins and starts everything.
@@ -70,6 +73,7 @@ impl Node {
         ctx.tasks.spawn(replicas.clone().run());
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(pulse::throttle(ctx.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
         if let Some(dir) = &data_dir {
             ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));
@@ -166,7 +170,14 @@ impl Node {
         }
         let request = LeaveRequest { node: ctx.node.clone(), instance: ctx.instance };
         let admin = self.client.admin().patience(HAND_OVER);
-        match tokio::time::timeout(HAND_OVER, admin.leave(&request)).await {
+        let asked = async {
+            loop {
+                if let Ok(answer) = tokio::time::timeout(HAND_OVER_ASK, admin.leave(&request)).await {
+                    return answer;
+                }
+            }
+        };
+        match tokio::time::timeout(HAND_OVER, asked).await {
             Ok(Ok(reply)) => {
                 info!(handed_over = reply.handed_over, kept = reply.kept, "primaries handed over")
             }

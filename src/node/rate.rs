@@ -18,6 +18,9 @@ struct State {
     paid_until: Duration,
 }
 
+/// What is saved up at the most; also how long a waiting sender may miss that the rate was changed.
+const BURST: Duration = Duration::from_millis(250);
+
 impl RateLimit {
     pub(crate) fn new(clock: Clock, bytes_per_s: Option<u64>) -> Self {
         RateLimit { clock, state: Mutex::new(State { bytes_per_s, paid_until: Duration::ZERO }) }
@@ -27,6 +30,15 @@ impl RateLimit {
         self.lock().bytes_per_s
     }
 
+    /// Another rate from now on; who waits under the old one is let go.
+    pub(crate) fn set(&self, bytes_per_s: Option<u64>) {
+        let now = self.clock.now();
+        let mut state = self.lock();
+        if state.bytes_per_s != bytes_per_s {
+            *state = State { bytes_per_s, paid_until: now };
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // The state is two plain numbers: still right if another thread panicked while holding it.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -34,20 +46,26 @@ impl RateLimit {
 
     /// Waits until `bytes` may be sent.
     pub(crate) async fn take(&self, bytes: usize) {
-        let wait = self.lock().charge(self.clock.now(), bytes);
-        if !wait.is_zero() {
-            tokio::time::sleep(wait).await;
+        loop {
+            let wait = self.lock().take(self.clock.now(), bytes);
+            if wait.is_zero() {
+                return;
+            }
+            tokio::time::sleep(wait.min(BURST)).await;
         }
     }
 }
 
 impl State {
-    fn charge(&mut self, now: Duration, bytes: usize) -> Duration {
+    /// Takes what may be taken now, and is paid for later; or says how long to wait.
+    fn take(&mut self, now: Duration, bytes: usize) -> Duration {
         let Some(rate) = self.bytes_per_s.filter(|rate| *rate > 0) else { return Duration::ZERO };
-        let burst = Duration::from_millis(250);
-        self.paid_until = self.paid_until.max(now.saturating_sub(burst));
+        if self.paid_until > now {
+            return self.paid_until - now;
+        }
+        self.paid_until = self.paid_until.max(now.saturating_sub(BURST));
         self.paid_until += Duration::from_secs_f64(bytes as f64 / rate as f64);
-        self.paid_until.saturating_sub(now)
+        Duration::ZERO
     }
 }
 
@@ -55,25 +73,45 @@ impl State {
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_rate_holds_over_time_and_after_a_pause() {
-        let mut state = State { bytes_per_s: Some(1_000), paid_until: Duration::ZERO };
-        let mut now = Duration::from_secs(10);
-        for _ in 0..100 {
-            now += state.charge(now, 100);
+    /// Bytes sent in this time, in pieces of 100.
+    fn sent(state: &mut State, from: Duration, until: Duration) -> usize {
+        let (mut now, mut sent) = (from, 0);
+        while now < until {
+            match state.take(now, 100) {
+                Duration::ZERO => sent += 100,
+                wait => now += wait,
+            }
         }
-        let took = now - Duration::from_secs(10);
-        assert!((9.7..=10.0).contains(&took.as_secs_f64()), "{took:?}");
-        let later = now + Duration::from_secs(60);
-        assert!(
-            state.charge(later, 1_250) == Duration::from_secs(1),
-            "a pause saves up a quarter of a second"
-        );
+        sent
+    }
+
+    #[test]
+    fn the_rate_holds_over_time_and_a_pause_saves_up_a_quarter_of_a_second() {
+        let mut state = State { bytes_per_s: Some(1_000), paid_until: Duration::ZERO };
+        let at = Duration::from_secs;
+        let first = sent(&mut state, at(10), at(20));
+        assert!((10_000..=10_400).contains(&first), "{first}");
+        let later = sent(&mut state, at(100), at(110));
+        assert!((10_000..=10_400).contains(&later), "{later}");
     }
 
     #[test]
     fn unlimited_never_waits() {
         let mut state = State { bytes_per_s: None, paid_until: Duration::ZERO };
-        assert_eq!(state.charge(Duration::from_secs(1), usize::MAX), Duration::ZERO);
+        assert_eq!(state.take(Duration::from_secs(1), usize::MAX), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_under_a_low_rate_goes_on_when_it_is_raised() {
+        let limit = std::sync::Arc::new(RateLimit::new(Clock::start(), Some(1)));
+        limit.take(1_000_000).await;
+        let waiting = tokio::spawn({
+            let limit = limit.clone();
+            async move { limit.take(1).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        limit.set(None);
+        tokio::time::timeout(BURST * 2, waiting).await.expect("let go").expect("no panic");
     }
 }

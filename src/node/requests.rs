@@ -8,6 +8,7 @@ use crate::model::wire::{
 use crate::nats::bus::{Bus, Message, Subscriber, sender};
 use crate::nats::unavailable;
 use crate::node::context::Context;
+use crate::node::join::patiently;
 use crate::node::replica::stream_snapshot;
 use crate::node::replicas::Replicas;
 use futures::StreamExt;
@@ -60,7 +61,7 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) -> Result<()
     let subject = ctx.subjects.node(&ctx.node, "*");
     let mut requests =
         ctx.data.nats.client.subscribe(subject).await.map_err(|e| unavailable("subscribing", e))?;
-    ctx.data.nats.sync().await?;
+    patiently(|| ctx.data.nats.sync()).await?;
     let in_hand = Arc::new(Semaphore::new(IN_HAND));
     let tasks = ctx.tasks.clone();
     tasks.clone().spawn(async move {

@@ -49,7 +49,7 @@ pub(crate) enum Mutant {
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 16] = [
+    pub(crate) const ALL: [Mutant; 15] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
@@ -62,15 +62,18 @@ impl Mutant {
         Mutant::IgnoreLostTail,
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
-        Mutant::DigestOfMixedAge,
         Mutant::WriteBeforeAsking,
         Mutant::LeadWhileResigning,
         Mutant::KeepLeftovers,
     ];
 
     /// Two faults must meet at the right moment: noticed within some ten thousand seeds, too many for every day.
-    pub(crate) const RARE: [Mutant; 3] =
-        [Mutant::SameBodySameEntry, Mutant::TruncateBeforeLooking, Mutant::SwapOffDamagedLog];
+    pub(crate) const RARE: [Mutant; 4] = [
+        Mutant::DigestOfMixedAge,
+        Mutant::SameBodySameEntry,
+        Mutant::TruncateBeforeLooking,
+        Mutant::SwapOffDamagedLog,
+    ];
 
     /// Breaks the product on this thread, until what is returned is dropped.
     pub(crate) fn here(mutant: Option<Mutant>) -> Broken {

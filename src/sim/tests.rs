@@ -67,7 +67,7 @@ fn sim_notices_every_mutant() {
             continue;
         }
         let found = std::sync::Mutex::new(None);
-        run_seeds(number("RUVECTOR_SIM_SEEDS").unwrap_or(2_000), Some(mutant), |seed, outcome| {
+        run_seeds(number("RUVECTOR_SIM_SEEDS").unwrap_or(5_000), Some(mutant), |seed, outcome| {
             let Some(why) = outcome.failure else { return false };
             found.lock().unwrap().get_or_insert(format!("seed {seed}: {why}"));
             true

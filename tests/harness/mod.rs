@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "each test binary uses a part of the harness")]
 
 pub(crate) mod load;
+pub(crate) mod map;
+pub(crate) mod program;
 
 use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess};
 use ruvector_cluster::{Client, ClientOptions, NatsOptions};
@@ -53,6 +55,8 @@ pub(crate) struct Setup {
     pub nats_cluster: bool,
     /// Folder for failpoints.
     pub pauses: bool,
+    /// Nodes take turns in so many racks; 0: each is in one of its own.
+    pub racks: usize,
 }
 
 impl Default for Setup {
@@ -66,6 +70,7 @@ impl Default for Setup {
             args: Vec::new(),
             nats_cluster: false,
             pauses: false,
+            racks: 0,
         }
     }
 }
@@ -167,7 +172,7 @@ impl TestCluster {
             id: id.to_owned(),
             dir: self.dir().join("nodes"),
             nats: self.url(),
-            rack: format!("rack-{id}"),
+            rack: self.rack(id),
             args,
             env: if self.setup.pauses {
                 vec![("RUVECTOR_TEST_PAUSE".to_owned(), self.dir().join("pauses").display().to_string())]
@@ -175,6 +180,14 @@ impl TestCluster {
                 vec![]
             },
             ..NodeOptions::default()
+        }
+    }
+
+    /// The rack of a node, by its number.
+    pub(crate) fn rack(&self, id: &str) -> String {
+        match (self.setup.racks, id.trim_start_matches('n').parse::<usize>()) {
+            (0, _) | (_, Err(_)) => format!("rack-{id}"),
+            (racks, Ok(number)) => format!("rack-{}", (number - 1) % racks + 1),
         }
     }
 

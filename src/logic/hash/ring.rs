@@ -5,6 +5,7 @@
 //! weight also shifts the mean, and with it the number of points of the rest, a little.
 
 use super::key_hash;
+use std::fmt::Write;
 
 /// Points of a node of average weight.
 const POINTS: u128 = 160;
@@ -51,10 +52,18 @@ impl Ring {
     pub fn new(nodes: &[(&str, u32)]) -> Ring {
         let total: u128 = nodes.iter().map(|(_, weight)| u128::from(*weight).max(1)).sum();
         let mut points: Vec<(u64, u32)> = Vec::with_capacity(nodes.len() * (POINTS as usize + 1));
+        let mut point = String::new();
         for (index, (name, weight)) in nodes.iter().enumerate() {
             let wanted = POINTS * nodes.len() as u128 * u128::from(*weight).max(1);
-            let count = ((2 * wanted + total) / (2 * total)).max(1);
-            points.extend((0..count).map(|k| (key_hash(format!("{name}-{k}").as_bytes()), index as u32)));
+            let count = ((2 * wanted + total) / (2 * total)).max(1) as u64;
+            point.clear();
+            write!(point, "{name}-").expect("a string takes everything");
+            let prefix = point.len();
+            points.extend((0..count).map(|k| {
+                point.truncate(prefix);
+                write!(point, "{k}").expect("a string takes everything");
+                (key_hash(point.as_bytes()), index as u32)
+            }));
         }
         points.sort_unstable();
         // One to two places in the table for each point.

@@ -29,10 +29,10 @@ mod world;
 pub use described::plan_described;
 pub(crate) use explain::explain;
 
-use crate::model::plan::{Balance, RebalancePlan};
+use crate::model::plan::{Balance, Promotion, RebalancePlan};
 use crate::model::records::Placement;
 use crate::model::{NodeId, ShardId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use world::World;
 
 /// What the planner may do with a node.
@@ -150,8 +150,20 @@ pub(crate) fn plan(input: &PlanInput) -> RebalancePlan {
 /// How even the map is as it stands, without a plan.
 pub(crate) fn balance_of(input: &PlanInput) -> Balance {
     let world = World::new(input);
-    let leaders: Vec<Option<u32>> = world.shards.iter().map(|s| primaries::first_holder(&world, s)).collect();
+    let leaders: Vec<Option<u32>> = world.shards.iter().map(|shard| shard.primary).collect();
     report::balance(&world, &leaders, true)
+}
+
+/// Hand-overs that even out primaries while every replica stays where it is; those of `except` stay too.
+pub(crate) fn even_primaries(input: &PlanInput, except: &BTreeSet<ShardId>) -> Vec<Promotion> {
+    let world = World::new(input);
+    let leaders = primaries::share_again(&world, except);
+    let handed = world.shards.iter().zip(leaders).filter_map(|(shard, leader)| {
+        let (from, to) = (shard.input.replicas.first()?, world.names[leader? as usize]);
+        let change = from != to && !shard.stuck;
+        change.then(|| Promotion { shard: shard.id, from: from.clone(), to: to.clone() })
+    });
+    handed.collect()
 }
 
 /// The rules about places, for moves that are not the planner's.

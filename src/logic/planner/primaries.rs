@@ -6,7 +6,8 @@
 use super::Role;
 use super::quota::{Band, Part, Share, Slot, round, water_fill};
 use super::world::World;
-use std::collections::VecDeque;
+use crate::model::ShardId;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Most times that targets are set anew.
 const ROUNDS: usize = 16;
@@ -23,6 +24,22 @@ pub(super) fn lead(world: &World<'_>) -> Vec<Option<u32>> {
     leaders.lead
 }
 
+/// The same on the map as it stands; the primaries of `except` stay where they are.
+pub(super) fn share_again(world: &World<'_>, except: &BTreeSet<ShardId>) -> Vec<Option<u32>> {
+    let mut leaders = Leaders::new(world);
+    for (able, shard) in leaders.able.iter_mut().zip(&world.shards) {
+        let first = shard.primary;
+        if except.contains(&shard.id) && first.is_some_and(|first| able.contains(&first)) {
+            able.retain(|node| Some(*node) == first);
+        }
+    }
+    leaders.keep();
+    leaders.share_out();
+    leaders.fill();
+    leaders.balance();
+    leaders.lead
+}
+
 struct Leaders<'a> {
     world: &'a World<'a>,
     lead: Vec<Option<u32>>,
@@ -31,6 +48,7 @@ struct Leaders<'a> {
     may_lead: Vec<bool>,
     count: Vec<u64>,
     target: Vec<u64>,
+    bands: Vec<Band>,
     /// Primaries of those that go on because nobody else may, or because they only wait.
     fixed: Vec<u64>,
 }
@@ -52,6 +70,7 @@ impl<'a> Leaders<'a> {
             may_lead,
             count: vec![0; nodes],
             target: vec![0; nodes],
+            bands: vec![Band { low: 0, high: 0 }; nodes],
             fixed: vec![0; nodes],
         }
     }
@@ -66,7 +85,7 @@ impl<'a> Leaders<'a> {
     /// Primaries that stay.
     fn keep(&mut self) {
         for (at, shard) in self.world.shards.iter().enumerate() {
-            let primary = first_holder(self.world, shard);
+            let primary = shard.primary;
             let waits = |n: &u32| {
                 let node = &self.world.input.nodes[self.world.names[*n as usize]];
                 node.leads && node.role == Role::Waiting { live: true } && shard.now.contains(n)
@@ -121,8 +140,9 @@ impl<'a> Leaders<'a> {
             })
             .collect();
         self.target = round(&slots, shared);
-        for (target, fixed) in self.target.iter_mut().zip(&self.fixed) {
-            *target += fixed;
+        for (i, fixed) in self.fixed.iter().enumerate() {
+            self.target[i] += fixed;
+            self.bands[i] = Band { low: slots[i].band.low + fixed, high: slots[i].band.high + fixed };
         }
     }
 
@@ -160,27 +180,42 @@ impl<'a> Leaders<'a> {
             self.share_out();
             let mut changed = false;
             for node in 0..self.count.len() as u32 {
-                while self.deficit(node) > 0 && self.pull(node, &holds) {
+                while self.deficit(node) > 0 && self.pull(node, &holds, |w, leader| w.deficit(leader) < 0) {
                     changed = true;
                 }
             }
             if !changed {
-                return;
+                break;
+            }
+        }
+        self.meet_bands(&holds);
+    }
+
+    /// Whoever still is outside of its band, because its target had no way to it: anything inside will do.
+    fn meet_bands(&mut self, holds: &[Vec<u32>]) {
+        let nodes = 0..self.count.len() as u32;
+        let over = |w: &Self, n: u32| w.count[n as usize] > w.bands[n as usize].high;
+        while nodes.clone().any(|n| over(self, n)) {
+            let room = |w: &Self, n: u32| w.count[n as usize] < w.bands[n as usize].high;
+            if !nodes.clone().any(|n| room(self, n) && self.pull(n, holds, over)) {
+                break;
+            }
+        }
+        for node in nodes {
+            let spare = |w: &Self, n: u32| w.count[n as usize] > w.bands[n as usize].low;
+            while self.count[node as usize] < self.bands[node as usize].low && self.pull(node, holds, spare) {
             }
         }
     }
 
-    /// Breadth-first from a node that lacks a primary to one that has too many, over shards that the one
-    /// holds and the other leads.
-    fn pull(&mut self, end: u32, holds: &[Vec<u32>]) -> bool {
+    /// Breadth-first from a node that lacks a primary to one that may give one, over shards that the one holds
+    /// and the other leads.
+    fn pull(&mut self, end: u32, holds: &[Vec<u32>], may_give: impl Fn(&Self, u32) -> bool) -> bool {
         let mut next: Vec<Option<(u32, u32)>> = vec![None; self.count.len()];
         let mut queue = VecDeque::from([end]);
         while let Some(node) = queue.pop_front() {
             // Undoing a hand-over of this plan costs nothing: those first.
-            let was = |shard: &u32| {
-                let state = &self.world.shards[*shard as usize];
-                first_holder(self.world, state) == self.lead[*shard as usize]
-            };
+            let was = |shard: &u32| self.world.shards[*shard as usize].primary == self.lead[*shard as usize];
             let (kept, changed): (Vec<u32>, Vec<u32>) = holds[node as usize].iter().copied().partition(was);
             for shard in changed.into_iter().chain(kept) {
                 let Some(leader) = self.lead[shard as usize] else { continue };
@@ -188,7 +223,7 @@ impl<'a> Leaders<'a> {
                     continue;
                 }
                 next[leader as usize] = Some((shard, node));
-                if self.deficit(leader) < 0 {
+                if may_give(self, leader) {
                     let mut at = leader;
                     while let Some((shard, to)) = next[at as usize] {
                         self.set(shard as usize, to);
@@ -204,10 +239,4 @@ impl<'a> Leaders<'a> {
         }
         false
     }
-}
-
-/// The primary that a shard has now.
-pub(super) fn first_holder(world: &World<'_>, shard: &super::world::ShardState<'_>) -> Option<u32> {
-    let name = shard.input.replicas.first()?;
-    world.names.binary_search(&name).ok().map(|at| at as u32)
 }

@@ -5,6 +5,9 @@
 //! what their rack got. A node can hold a shard once, a rack as often as the rule allows, so heavy ones fill
 //! up and the rest goes to the others (water-filling).
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 /// A non-negative fraction; the denominator is never 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Share {
@@ -114,27 +117,20 @@ pub(crate) struct Slot {
 /// as far as they go.
 pub(crate) fn round(slots: &[Slot], total: u64) -> Vec<u64> {
     let mut out: Vec<u64> = slots.iter().map(|slot| slot.band.clamp(slot.ideal)).collect();
-    let mut sum: u64 = out.iter().sum();
-    while sum != total {
-        let more = sum < total;
-        let room = |i: &usize| {
-            let band = slots[*i].band;
-            if more { out[*i] < band.high } else { out[*i] > band.low }
-        };
-        let urgency = |i: &usize| {
-            let (slot, n) = (slots[*i], out[*i]);
-            let above = slot.share.above(n);
-            let cheap = if more { n < slot.ideal } else { n > slot.ideal };
-            (cheap, if more { above } else { -above }, std::cmp::Reverse(*i))
-        };
-        let Some(i) = (0..slots.len()).filter(room).max_by_key(urgency) else { return out };
-        if more {
-            out[i] += 1;
-            sum += 1;
-        } else {
-            out[i] -= 1;
-            sum -= 1;
-        }
+    let sum: u64 = out.iter().sum();
+    let more = sum < total;
+    let urgency = |i: usize, n: u64| {
+        let Slot { share, band, ideal } = slots[i];
+        let (room, cheap) = if more { (n < band.high, n < ideal) } else { (n > band.low, n > ideal) };
+        let above = share.above(n);
+        room.then_some((cheap, if more { above } else { -above }, Reverse(i)))
+    };
+    // One step changes the urgency of one slot only.
+    let mut urgent: BinaryHeap<_> = (0..slots.len()).filter_map(|i| urgency(i, out[i])).collect();
+    for _ in 0..sum.abs_diff(total) {
+        let Some((_, _, Reverse(i))) = urgent.pop() else { break };
+        out[i] = if more { out[i] + 1 } else { out[i] - 1 };
+        urgent.extend(urgency(i, out[i]));
     }
     out
 }

@@ -1,7 +1,6 @@
 //! From the finished map to a plan: moves with reasons in waves, promotions, what cannot be, and balance.
 
 use super::Role;
-use super::primaries::first_holder;
 use super::world::{ShardState, World};
 use crate::model::plan::{Balance, BeforeAfter, Move, NodeShare, Promotion, RebalancePlan, Removal, Unmet};
 
@@ -46,7 +45,7 @@ pub(super) fn report(world: &World<'_>, leaders: &[Option<u32>], lower_bound: u6
         .collect();
     out.lower_bound = lower_bound;
     out.ratio = if lower_bound == 0 { 1.0 } else { out.moves.len() as f64 / lower_bound as f64 };
-    let before: Vec<Option<u32>> = world.shards.iter().map(|s| first_holder(world, s)).collect();
+    let before: Vec<Option<u32>> = world.shards.iter().map(|shard| shard.primary).collect();
     out.balance =
         BeforeAfter { before: balance(world, &before, true), after: balance(world, leaders, false) };
     out
@@ -125,7 +124,8 @@ fn steps_of(
     }
     // A name that no node has: it has left for good, or stands there twice.
     let mut seen: Vec<&String> = Vec::new();
-    for name in &shard.input.replicas {
+    let strangers = shard.input.replicas.len() > shard.kept.len() + shard.vacated.len();
+    for name in shard.input.replicas.iter().filter(|_| strangers) {
         let known = world.names.binary_search(&name).is_ok();
         if !known && !seen.contains(&name) {
             let reason = "no node has this name".into();

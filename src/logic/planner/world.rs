@@ -8,13 +8,15 @@ use super::prefer::Preference;
 use super::quota::{Band, Part, Share, Slot, round, water_fill};
 use super::{PlanInput, PlanShard, Role};
 use crate::model::{NodeId, ShardId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// A shard on its way through the plan.
 #[derive(Debug)]
 pub(super) struct ShardState<'a> {
     pub(super) id: ShardId,
     pub(super) input: &'a PlanShard,
+    /// The node of its primary, if there is one of that name.
+    pub(super) primary: Option<u32>,
     /// Replicas that count as placed when the plan begins.
     pub(super) kept: Vec<u32>,
     /// Replicas on draining and gone nodes.
@@ -80,7 +82,8 @@ fn rack_rule(replication_factor: usize) -> usize {
 impl<'a> World<'a> {
     pub(super) fn new(input: &'a PlanInput) -> Self {
         let names: Vec<&NodeId> = input.nodes.keys().collect();
-        let index: BTreeMap<&str, u32> = names.iter().zip(0..).map(|(name, i)| (name.as_str(), i)).collect();
+        // Only asked, never walked: its order reaches nothing.
+        let index: HashMap<&str, u32> = names.iter().zip(0..).map(|(name, i)| (name.as_str(), i)).collect();
         let roles: Vec<Role> = input.nodes.values().map(|node| node.role).collect();
         let mut rack_ids: BTreeMap<(bool, &str), u32> = BTreeMap::new();
         let mut rack = Vec::with_capacity(names.len());
@@ -111,7 +114,7 @@ impl<'a> World<'a> {
             target: vec![0; names.len()],
             before: vec![0; names.len()],
             count: vec![0; names.len()],
-            held: vec![BTreeSet::new(); names.len()],
+            held: Vec::new(),
             shards: Vec::with_capacity(input.shards.len()),
             levels: Levels::new(names.len()),
             preference: Preference::new(input),
@@ -126,12 +129,15 @@ impl<'a> World<'a> {
         for (id, shard) in &input.shards {
             world.shards.push(world.shard_state(*id, shard, &index, all_members));
         }
-        for (at, shard) in world.shards.iter().enumerate() {
+        // Sets of what is in order already are built at once, without a search for each.
+        let mut held: Vec<Vec<u32>> = vec![Vec::new(); world.names.len()];
+        for (shard, at) in world.shards.iter().zip(0..) {
             for node in shard.now.iter().filter(|n| world.roles[**n as usize] == Role::Member) {
                 world.count[*node as usize] += 1;
-                world.held[*node as usize].insert(at as u32);
+                held[*node as usize].push(at);
             }
         }
+        world.held = held.into_iter().map(BTreeSet::from_iter).collect();
         world.before.clone_from(&world.count);
         world.set_targets();
         world
@@ -141,7 +147,7 @@ impl<'a> World<'a> {
         &self,
         id: ShardId,
         shard: &'a PlanShard,
-        index: &BTreeMap<&str, u32>,
+        index: &HashMap<&str, u32>,
         members: usize,
     ) -> ShardState<'a> {
         let (mut kept, mut vacated, mut live, mut waiting, mut absent) = (vec![], vec![], 0, 0, 0);
@@ -166,6 +172,7 @@ impl<'a> World<'a> {
         let mut state = ShardState {
             id,
             input: shard,
+            primary: shard.replicas.first().and_then(|name| index.get(name.as_str())).copied(),
             now: kept.clone(),
             kept,
             vacated,

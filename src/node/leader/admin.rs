@@ -2,7 +2,9 @@
 
 use super::Leader;
 use super::placement::BY_OPERATOR;
+use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::logic::planner::balance_of;
 use crate::model::admin::{
     CancelReply, CancelRequest, ExplainRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts,
     NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply,
@@ -68,11 +70,12 @@ impl Leader {
             "undrain" => json(self.drain(&required::<NodeRequest>(message)?.node, false).await?),
             "maintenance" => json(self.maintenance(required(message)?).await?),
             "set" => json(self.set_node(required(message)?).await?),
+            "throttle" => json(self.throttle(required(message)?).await?),
             "explain" => json(self.explain(required::<ExplainRequest>(message)?.shard).await?),
             "hot" => json(self.hot()),
             "leave" => json(self.leave(required(message)?).await?),
             other => {
-                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, explain, hot, \
+                let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, throttle, explain, hot, \
                              maintenance, set, step_down";
                 Err(Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}")))
             }
@@ -87,9 +90,10 @@ impl Leader {
         let (full, degraded) = (count(ShardStatus::Full), count(ShardStatus::Degraded));
         let shards = ShardCounts { total, full, degraded, offline: total - full - degraded };
         let recovering = self.recovering();
+        let crowded = balance_of(&self.plan_input(false)).rack_violations;
         let status = match shards {
             s if s.offline > 0 => HealthStatus::Red,
-            s if s.degraded > 0 || recovering > 0 => HealthStatus::Yellow,
+            s if s.degraded > 0 || recovering > 0 || crowded > 0 => HealthStatus::Yellow,
             _ => HealthStatus::Green,
         };
         StatusReply {
@@ -103,7 +107,7 @@ impl Leader {
             shards,
             migrations: self.shards.values().filter(|(_, r)| r.migration.is_some()).count(),
             vectors: self.shards.values().map(|(_, r)| self.size(r).0).sum(),
-            warnings: self.warnings(recovering),
+            warnings: self.warnings(recovering, crowded),
         }
     }
 
@@ -118,7 +122,7 @@ impl Leader {
         self.shards.values().map(|(_, record)| not_serving(record)).sum()
     }
 
-    fn warnings(&self, recovering: usize) -> Vec<String> {
+    fn warnings(&self, recovering: usize, crowded: u64) -> Vec<String> {
         let view = self.ctx.view();
         let mut warnings = Vec::new();
         for (_, node) in view.nodes.values() {
@@ -130,6 +134,19 @@ impl Leader {
                     node.since.format("%H:%M:%S")
                 ));
             }
+        }
+        for node in view.nodes.values().filter_map(|(_, n)| n.maintenance.as_ref().map(|m| (n, m))) {
+            let (record, maintenance) = node;
+            if wall() < maintenance.until {
+                let until = maintenance.until.format("%H:%M:%S");
+                warnings.push(format!(
+                    "node {} is in maintenance until {until}: {}",
+                    record.node, maintenance.reason
+                ));
+            }
+        }
+        if crowded > 0 {
+            warnings.push(format!("{crowded} shards have too many replicas in one rack"));
         }
         if recovering > 0 {
             warnings.push(format!("{recovering} replicas do not serve yet"));

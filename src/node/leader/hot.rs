@@ -14,6 +14,7 @@ use crate::model::events::{Event, LoadReport};
 use crate::model::records::NodeStatus;
 use crate::model::{MigrationId, NodeId, ShardId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 use tracing::debug;
 
 /// What the leader remembers of heat.
@@ -23,16 +24,29 @@ pub(super) struct Heat {
     settings: HotSettings,
     /// Moves that heat has caused, until they end.
     moves: BTreeMap<ShardId, MigrationId>,
+    /// Hand-overs that heat has caused, and until when they are left alone.
+    handed_over: BTreeMap<ShardId, Duration>,
 }
 
 impl Heat {
     pub(super) fn new(config: &crate::config::ClusterConfig) -> Self {
         let settings = config.hot_settings();
-        Heat { spots: HotSpots::new(settings.clone()), settings, moves: BTreeMap::new() }
+        Heat {
+            spots: HotSpots::new(settings.clone()),
+            settings,
+            moves: BTreeMap::new(),
+            handed_over: BTreeMap::new(),
+        }
     }
 
     pub(super) fn forget(&mut self, node: &str) {
         self.spots.forget_node(node);
+    }
+
+    /// Shards whose primary is where it is because of their heat.
+    pub(super) fn handed_over(&mut self, now: Duration) -> BTreeSet<ShardId> {
+        self.handed_over.retain(|_, until| now < *until);
+        self.handed_over.keys().copied().collect()
     }
 }
 
@@ -110,7 +124,11 @@ impl Leader {
                 self.ctx.event(event.with("node_ops_per_s", node_load).with("mean_ops_per_s", mean)).await;
                 Ok(())
             }
-            Action::HandOver { shard, to, .. } => self.promote(shard, &to, BY_HEAT).await,
+            Action::HandOver { shard, to, .. } => {
+                let until = self.ctx.clock.now() + self.heat.settings.cool_down;
+                self.heat.handed_over.insert(shard, until);
+                self.promote(shard, &to, BY_HEAT).await
+            }
             Action::Move { shard, from, to } => {
                 let started = if self.may_start(Some(&from), &to) {
                     self.start_migration(shard, Some(from), &to, BY_HEAT).await

@@ -12,16 +12,16 @@ use crate::error::{Error, Result};
 use crate::logic::planner::{explain, plan};
 use crate::model::admin::{
     DrainReply, ExplainReply, LeaveReply, LeaveRequest, MAX_MAINTENANCE_MS, MaintenanceRequest, NodeReply,
-    PLAN_MOVES, RebalanceReply, RebalanceRequest, SetNodeRequest,
+    PLAN_MOVES, RebalanceReply, RebalanceRequest, SetNodeRequest, ThrottleReply, ThrottleRequest,
 };
 use crate::model::events::Event;
 use crate::model::ids::validate_name;
 use crate::model::plan::RebalancePlan;
-use crate::model::records::{MAX_WEIGHT, Maintenance, NodeRecord, NodeStatus};
+use crate::model::records::{MAX_WEIGHT, Maintenance, NodeRecord, NodeStatus, ThrottleRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::replica::blocking;
-use crate::view::parse;
+use crate::view::{THROTTLE_KEY, parse};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -190,6 +190,38 @@ impl Leader {
             }
         }
         Ok(NodeReply { record })
+    }
+
+    /// How fast shards move. One record that every node watches; the last order counts.
+    pub(super) async fn throttle(&self, request: ThrottleRequest) -> Result<ThrottleReply> {
+        let ThrottleRequest { bytes_per_s, reset } = request;
+        let bucket = &self.ctx.buckets.cluster;
+        let record = ThrottleRecord { bytes_per_s, since: wall() };
+        record.check()?;
+        self.check_lease()?;
+        if reset {
+            bucket.delete(THROTTLE_KEY).await?;
+        } else {
+            let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
+            let written = match bucket.get(THROTTLE_KEY).await? {
+                Some(found) => bucket.cas(THROTTLE_KEY, value, found.revision).await,
+                None => bucket.create(THROTTLE_KEY, value).await?,
+            };
+            match written {
+                Cas::Applied(_) => {}
+                Cas::Lost => {
+                    return Err(Error::Conflict("somebody else has changed the rate: ask again".into()));
+                }
+                Cas::Unknown(error) => return Err(error),
+            }
+        }
+        let message = match (reset, bytes_per_s) {
+            (true, _) => "shards move as fast as each node is started with".to_owned(),
+            (_, Some(rate)) => format!("shards move at up to {rate} bytes/s from each node"),
+            (_, None) => "shards move as fast as they can".to_owned(),
+        };
+        self.ctx.event(Event::new("migration.throttled", message).with("bytes_per_s", bytes_per_s)).await;
+        Ok(ThrottleReply { bytes_per_s: bytes_per_s.filter(|_| !reset), reset })
     }
 
     /// A node is about to stop: whoever else can takes its primaries, so that nobody waits for a time-out.

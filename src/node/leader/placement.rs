@@ -8,15 +8,18 @@
 use super::Leader;
 use crate::clock::wall;
 use crate::error::{Error, Result};
-use crate::logic::damping::{is_uneven, is_worth_it};
-use crate::logic::planner::{Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, plan};
-use crate::model::events::Event;
+use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it, may_even_out};
+use crate::logic::planner::{
+    Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, even_primaries, plan,
+};
+use crate::model::events::{Event, ReplicaState};
 use crate::model::plan::{Move, RebalancePlan};
-use crate::model::records::{NodeRecord, NodeStatus, RebalanceRecord};
+use crate::model::records::{MigrationPhase, NodeRecord, NodeStatus, RebalanceRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::replica::blocking;
 use crate::view::REBALANCE_KEY;
+use chrono::{DateTime, TimeDelta, Utc};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tracing::debug;
@@ -29,6 +32,16 @@ const PLANS: usize = 8;
 pub(super) const BY_OPERATOR: &str = "an operator asked for it";
 /// Why a hot shard was moved, in its record.
 pub(super) const BY_HEAT: &str = "it is hot";
+
+const TOO_MANY: &str = "its primary has more than its share";
+
+/// Failures of a move that count.
+const MEMORY: TimeDelta = TimeDelta::hours(1);
+
+/// How long a move rests after so many failures: 2 s, 4 s, and so on up to 5 min.
+fn pause_after(failures: usize) -> TimeDelta {
+    TimeDelta::seconds((1i64 << failures.min(9)).min(300))
+}
 
 /// What the leader remembers of placement.
 #[derive(Debug, Default)]
@@ -153,15 +166,20 @@ impl Leader {
         }
         self.placement.next_look = now + LOOK;
         self.placement.leaving.retain(|_, (_, until)| now < *until);
-        self.consider_balance(now).await?;
-        let even = self.placement.balance.is_some() && self.placement.approved.is_empty();
+        let calm = self.is_calm();
+        if calm {
+            self.consider_balance(now).await?;
+        }
+        let even = calm && self.placement.balance.is_some() && self.placement.approved.is_empty();
         let mut input = self.plan_input(even);
         if self.placement.balance.as_deref() == Some(BY_OPERATOR) {
             input.shards.values_mut().for_each(|shard| shard.moved = Moved::LongAgo);
         }
         let plan = blocking(move || Ok(plan(&input))).await?;
         let mut waiting = self.first_placements(&plan).await?;
-        self.promotions(&plan, even).await?;
+        // Primaries are evened out at the end: until then each move would change who should have them.
+        let settled = even && plan.moves.is_empty() && !self.any_migration();
+        self.promotions(&plan, settled).await?;
         for step in &plan.removals {
             self.remove_replica(step.shard, &step.node, &step.reason).await?;
         }
@@ -169,8 +187,37 @@ impl Leader {
         for step in plan.moves.iter().chain(&approved) {
             waiting |= self.begin(step).await?;
         }
-        if even && !waiting && !self.any_migration() {
+        if settled && !waiting {
             self.balanced().await?;
+        }
+        if calm && self.placement.balance.is_none() && !waiting && !self.any_migration() {
+            self.share_primaries().await?;
+        }
+        Ok(())
+    }
+
+    /// Nobody is away for a moment only, so that shares are what they will be.
+    fn is_calm(&self) -> bool {
+        let (view, now) = (self.ctx.view(), wall());
+        may_even_out(view.nodes.values().map(|(_, record)| {
+            (self.role(record), record.maintenance.as_ref().is_some_and(|m| now < m.until))
+        }))
+    }
+
+    /// Hands primaries over where a node has far from its share of them, as after a restart. No data moves,
+    /// so it takes no intent: whoever leads next looks anew.
+    async fn share_primaries(&mut self) -> Result<()> {
+        let (input, except) = (self.plan_input(true), self.heat.handed_over(self.ctx.clock.now()));
+        let handed = blocking(move || {
+            let uneven = is_led_unevenly(&balance_of(&input));
+            Ok(if uneven { even_primaries(&input, &except) } else { Vec::new() })
+        });
+        for step in handed.await? {
+            // Whoever is still catching up takes over at a later look.
+            let state = self.reported(&step.to, step.shard).map(|load| load.state);
+            if state == Some(ReplicaState::Serving) {
+                self.promote(step.shard, &step.to, TOO_MANY).await?;
+            }
         }
         Ok(())
     }
@@ -211,7 +258,7 @@ impl Leader {
             let reason = match (lost, leaves) {
                 (true, _) => "the primary is not live",
                 (_, true) => "the primary is about to stop",
-                _ => "its primary has more than its share",
+                _ => TOO_MANY,
             };
             if let Some(to) = to {
                 self.promote(step.shard, &to, reason).await?;
@@ -227,13 +274,28 @@ impl Leader {
             return Ok(true);
         }
         let from = step.from.clone().filter(|from| record.has_replica(from));
-        if record.has_replica(&step.to) || !self.may_start(from.as_deref(), &step.to) {
+        let rests = self.rests_until(step).is_some_and(|until| wall() < until);
+        if record.has_replica(&step.to) || rests || !self.may_start(from.as_deref(), &step.to) {
             return Ok(true);
         }
         if let Err(error) = self.start_migration(step.shard, from, &step.to, &step.reason).await {
             self.soft(error)?;
         }
         Ok(true)
+    }
+
+    /// A move that has failed is tried again later, and later each time. By the clocks of whoever led then
+    /// and now: if they differ, it is tried sooner or later than meant, and nothing else.
+    fn rests_until(&self, step: &Move) -> Option<DateTime<Utc>> {
+        let view = self.ctx.view();
+        let failed = view.migrations.values().map(|(_, m)| m).filter(|m| {
+            m.phase == MigrationPhase::Failed
+                && m.shard == step.shard
+                && m.to == step.to
+                && wall() - m.updated_at < MEMORY
+        });
+        let last = failed.clone().map(|m| m.updated_at).max()?;
+        Some(last + pause_after(failed.count()))
     }
 
     /// What is left of an approved plan. Once a move does not fit the map any more, the world has changed:
@@ -358,5 +420,17 @@ impl Leader {
         self.begin_balance(BY_OPERATOR, &plan).await?;
         self.placement.approved = plan.moves.iter().cloned().collect();
         Ok(plan)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_move_that_goes_on_failing_is_tried_less_and_less_often() {
+        let pauses: Vec<i64> = (1..=12).map(|n| pause_after(n).num_seconds()).collect();
+        assert_eq!(pauses[..4], [2, 4, 8, 16]);
+        assert!(pauses.is_sorted() && pauses.last() == Some(&300));
     }
 }

@@ -13,6 +13,7 @@ use crate::model::OpId;
 use crate::model::records::ClusterRecord;
 use crate::model::vector::validate_id;
 use crate::model::wire::{LogOp, WriteOp, decode, encode};
+use crate::mutant::mutant;
 use crate::nats::log::Read;
 use crate::store::{Batch, Digest, Mutation, ShardStore};
 use serde::{Deserialize, Serialize};
@@ -163,7 +164,9 @@ impl Applier {
                     for op in entry.ops {
                         match op {
                             LogOp::Write { op_id, op } => {
-                                if let Some(deleted) = self.window.earlier(&op_id, read.seq) {
+                                if let Some(deleted) =
+                                    self.window.earlier(&op_id, read.seq).filter(|_| !mutant("no-dedup"))
+                                {
                                     done.duplicates += 1;
                                     done.outcomes.push((op_id, Outcome { deleted }));
                                     continue;

@@ -14,6 +14,7 @@ use crate::clock::fresh_id;
 use crate::error::{Error, Result};
 use crate::model::wire::{LogEntry, LogOp, WriteOp, encode};
 use crate::model::{OpId, ShardId};
+use crate::mutant::mutant;
 use crate::nats::log::{Appended, Logs, MAX_JOINED_BYTES};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -162,7 +163,7 @@ fn join(batch: &[Job]) -> (LogEntry, OpId) {
     // otherwise a retry of one would swallow the others. Nor for a delete: its answer, how many ids it
     // found, comes from the replica that meets the repeated entry in the log and remembers the first.
     let message_id = match ops.as_slice() {
-        [LogOp::Write { op_id, op: WriteOp::Upsert(_) }] => *op_id,
+        [LogOp::Write { op_id, op: WriteOp::Upsert(_) }] if !mutant("no-dedup") => *op_id,
         _ => fresh_id(),
     };
     (LogEntry { ops }, message_id)

@@ -76,6 +76,24 @@ fn a_leaving_node_hands_over_its_primaries_and_nothing_moves() {
 }
 
 #[test]
+fn a_node_that_is_back_gets_primaries_without_any_move_and_some_stay_where_they_are() {
+    let mut before = placed(3, 0, 12, 3);
+    before.nodes.get_mut("n00").unwrap().leads = false;
+    let mut back = judge(&before, &plan(&before));
+    back.nodes.get_mut("n00").unwrap().leads = true;
+    let lead = |except: &BTreeSet<ShardId>| {
+        let promotions = even_primaries(&back, except);
+        assert!(promotions.iter().all(|p| p.to == "n00" && !except.contains(&p.shard)), "{promotions:?}");
+        let plan = RebalancePlan { promotions, ..RebalancePlan::default() };
+        let after = super::apply(&back, &plan);
+        (primaries(&after)["n00"], even_primaries(&after, except).len())
+    };
+    assert_eq!(lead(&BTreeSet::new()), (4, 0));
+    let most: BTreeSet<ShardId> = back.shards.keys().copied().take(10).collect();
+    assert_eq!(lead(&most), (2, 0), "two shards are left to hand over");
+}
+
+#[test]
 fn with_too_few_nodes_a_gone_replica_is_dropped_and_the_last_live_one_is_kept() {
     let mut before = placed(3, 0, 8, 3);
     before.nodes.get_mut("n00").unwrap().role = Role::Gone;

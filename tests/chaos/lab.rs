@@ -1,0 +1,267 @@
+//! A cluster of processes in which every link, disk and clock can be disturbed.
+//!
+//! Each node reaches each NATS server over a proxy of its own, and so does each NATS server its peers.
+//! Servers advertise no address, so nobody finds a way round. Clients connect directly.
+
+use super::harness::PROGRAM;
+use super::proxy::{Link, Proxy};
+use super::shim::Shim;
+use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess, ServerOptions};
+use ruvector_cluster::{Client, ClientOptions, NatsOptions};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How a lab is set up.
+#[derive(Debug, Clone)]
+pub(crate) struct Setup {
+    /// One or three.
+    pub servers: usize,
+    pub nodes: usize,
+    pub replication_factor: usize,
+    pub shards: u32,
+    /// Further arguments of `node`.
+    pub args: Vec<(&'static str, String)>,
+}
+
+pub(crate) struct Lab {
+    pub setup: Setup,
+    pub servers: Vec<NatsServer>,
+    pub nodes: Vec<NodeProcess>,
+    /// From a node to each server.
+    pub links: BTreeMap<String, Vec<Proxy>>,
+    /// Between two servers: both ways of dialling.
+    pub routes: BTreeMap<(usize, usize), Vec<Proxy>>,
+    pub shim: Shim,
+    pub raw: async_nats::Client,
+    /// Nodes that were killed or stopped on purpose.
+    pub down: BTreeSet<String>,
+    /// What ended by itself.
+    pub deaths: Vec<String>,
+    dir: Option<tempfile::TempDir>,
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(dir) = self.dir.take()
+        {
+            eprintln!("logs and data are kept in {}", dir.keep().display());
+        }
+    }
+}
+
+fn local(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+fn port_of(url: &str) -> u16 {
+    url.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")
+}
+
+impl Lab {
+    pub(crate) async fn start(setup: Setup) -> Lab {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let mut routes = BTreeMap::new();
+        let servers = match setup.servers {
+            1 => vec![NatsServer::start(&dir.path().join("nats")).await.expect("a nats-server")],
+            _ => start_three(dir.path(), &mut routes).await,
+        };
+        let urls: Vec<String> = servers.iter().map(NatsServer::url).collect();
+        let raw = async_nats::ConnectOptions::new()
+            .request_timeout(Some(Duration::from_secs(3)))
+            .ping_interval(Duration::from_secs(2))
+            .connect(urls)
+            .await
+            .expect("nats-server answers");
+        let (shim, nodes, links) = (Shim::build(dir.path()), Vec::new(), BTreeMap::new());
+        let (down, deaths) = (BTreeSet::new(), Vec::new());
+        let mut lab = Lab { setup, servers, nodes, links, routes, shim, raw, down, deaths, dir: Some(dir) };
+        for _ in 0..lab.setup.nodes {
+            lab.join().await;
+        }
+        lab
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        self.dir.as_ref().expect("not dropped").path()
+    }
+
+    fn url(&self) -> String {
+        self.servers.iter().map(NatsServer::url).collect::<Vec<_>>().join(",")
+    }
+
+    /// Starts one more node.
+    pub(crate) async fn join(&mut self) -> String {
+        let id = format!("n{}", self.nodes.len() + 1);
+        let mut links = Vec::new();
+        for server in &self.servers {
+            links.push(Proxy::start(local(port_of(&server.url()))).await);
+        }
+        let urls: Vec<String> = links.iter().map(|link| format!("nats://{}", link.address())).collect();
+        self.links.insert(id.clone(), links);
+        let mut args = vec![
+            ("--num-shards", self.setup.shards.to_string()),
+            ("--replication-factor", self.setup.replication_factor.to_string()),
+            ("--dimensions", "4".to_owned()),
+            ("--metric", "euclidean".to_owned()),
+            ("--heartbeat-interval", "250ms".to_owned()),
+            ("--failure-timeout", "2s".to_owned()),
+            ("--lease-ttl", "2s".to_owned()),
+            ("--retire-after", "1s".to_owned()),
+            ("--rereplicate-after", "6s".to_owned()),
+            ("--log-max-bytes", "1MiB".to_owned()),
+        ];
+        args.extend(self.setup.args.clone());
+        let options = NodeOptions {
+            program: std::env::var_os("CHAOS_PROGRAM").map_or_else(|| PathBuf::from(PROGRAM), PathBuf::from),
+            id: id.clone(),
+            dir: self.dir().join("nodes"),
+            nats: urls.join(","),
+            rack: format!("rack-{id}"),
+            args: args.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect(),
+            env: self.shim.env(&id),
+            ..NodeOptions::default()
+        };
+        self.nodes.push(NodeProcess::start(options).expect("the node starts"));
+        id
+    }
+
+    pub(crate) fn node(&mut self, id: &str) -> &mut NodeProcess {
+        self.nodes.iter_mut().find(|node| node.id() == id).expect("a node of this name")
+    }
+
+    /// `kill -9`.
+    pub(crate) async fn kill(&mut self, id: &str) {
+        self.note_deaths();
+        self.down.insert(id.to_owned());
+        let _ = self.node(id).kill().await;
+    }
+
+    /// Asks it to leave in order; kills it if it takes too long.
+    pub(crate) async fn stop(&mut self, id: &str) {
+        self.note_deaths();
+        self.down.insert(id.to_owned());
+        let _ = self.node(id).stop(Duration::from_secs(8)).await;
+    }
+
+    /// Starts it again if it does not run.
+    pub(crate) fn revive(&mut self, id: &str) {
+        self.note_deaths();
+        if !self.node(id).is_running() {
+            self.node(id).restart().expect("it starts");
+            self.down.remove(id);
+        }
+    }
+
+    /// Nobody but us ends a process.
+    pub(crate) fn note_deaths(&mut self) {
+        for node in &mut self.nodes {
+            if !self.down.contains(node.id()) && !node.is_running() {
+                self.deaths.push(format!(
+                    "{} has ended by itself: see {}",
+                    node.id(),
+                    node.log_file().display()
+                ));
+                self.down.insert(node.id().to_owned());
+            }
+        }
+    }
+
+    pub(crate) fn ids(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.id().to_owned()).collect()
+    }
+
+    pub(crate) fn link(&self, id: &str, link: Link) {
+        self.links[id].iter().for_each(|proxy| proxy.set(link));
+    }
+
+    /// All routes of one server.
+    pub(crate) fn isolate(&self, server: usize, link: Link) {
+        let of = self.routes.iter().filter(|((a, b), _)| *a == server || *b == server);
+        of.flat_map(|(_, proxies)| proxies).for_each(|proxy| proxy.set(link));
+    }
+
+    /// A client with its own connection.
+    pub(crate) async fn client(&self, timeout: Duration) -> Client {
+        let options =
+            ClientOptions { nats: NatsOptions::new(&self.url()), timeout, ..ClientOptions::default() };
+        super::harness::eventually("a client connects", || async {
+            Client::connect(options.clone()).await.map_err(|e| e.to_string())
+        })
+        .await
+    }
+
+    pub(crate) async fn admin(&self, verb: &str, request: Value) -> Result<Value, String> {
+        let body = serde_json::to_vec(&request).expect("JSON");
+        let reply = self.raw.request(format!("ruvector.admin.{verb}"), body.into());
+        let reply = tokio::time::timeout(Duration::from_secs(4), reply).await;
+        let reply = reply.map_err(|_| "no answer".to_owned())?.map_err(|e| e.to_string())?;
+        serde_json::from_slice(&reply.payload).map_err(|e| e.to_string())
+    }
+
+    /// Waits until everything is whole and quiet.
+    pub(crate) async fn wait_green(&self, limit: Duration) -> Result<(), String> {
+        let deadline = tokio::time::Instant::now() + limit;
+        let mut steady = 0;
+        loop {
+            let status = self.admin("status", json!({})).await.unwrap_or_else(Value::from);
+            let good = status["status"] == "green"
+                && status["migrations"] == 0
+                && status["nodes"]["up"] == self.nodes.len();
+            steady = if good { steady + 1 } else { 0 };
+            if steady == 8 {
+                return Ok(());
+            }
+            if tokio::time::Instant::now() > deadline {
+                let shards = self.admin("shards", json!({})).await.unwrap_or_else(Value::from);
+                return Err(format!("not green within {limit:?}: {status}\n{shards}"));
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    pub(crate) async fn leader(&self) -> Option<String> {
+        let status = self.admin("status", json!({})).await.ok()?;
+        status["leader"].as_str().map(str::to_owned)
+    }
+}
+
+/// Sends a signal with the system's own tool: tests have no unsafe code either.
+pub(crate) fn signal(pid: Option<u32>, signal: &str) {
+    let Some(pid) = pid else { return };
+    let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status();
+    assert!(sent.expect("kill runs").success());
+}
+
+async fn start_three(dir: &Path, routes: &mut BTreeMap<(usize, usize), Vec<Proxy>>) -> Vec<NatsServer> {
+    let single = ServerOptions::single().expect("a nats-server");
+    let sockets: Vec<_> =
+        (0..3).map(|_| std::net::TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
+    let ports: Vec<u16> = sockets.iter().map(|s| s.local_addr().expect("it is bound").port()).collect();
+    drop(sockets);
+    let mut starts = Vec::new();
+    for i in 0..3 {
+        let mut peers = Vec::new();
+        for j in (0..3).filter(|j| *j != i) {
+            let proxy = Proxy::start(local(ports[j])).await;
+            peers.push(format!("nats://{}", proxy.address()));
+            routes.entry((i.min(j), i.max(j))).or_default().push(proxy);
+        }
+        let mut args = vec!["--cluster".to_owned(), format!("nats://127.0.0.1:{}", ports[i])];
+        // What it advertises leads nowhere, so that only the proxies do.
+        args.extend([
+            "--cluster_advertise".to_owned(),
+            "127.0.0.1:1".to_owned(),
+            "--no_advertise".to_owned(),
+        ]);
+        args.extend(["--routes".to_owned(), peers.join(",")]);
+        let options = ServerOptions { config: format!("cluster-{}.conf", i + 1), args, ..single.clone() };
+        let dir = dir.join(format!("nats-{}", i + 1));
+        starts.push(async move { NatsServer::start_with(&dir, options).await });
+    }
+    let started = futures::future::join_all(starts).await;
+    started.into_iter().map(|server| server.expect("three nats-servers")).collect()
+}
