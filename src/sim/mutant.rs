@@ -1,7 +1,7 @@
 //! Ways to break the product on purpose, to see that the simulation notices.
 //!
 //! `logic::broken!(Name)` stands where the product would be wrong in that way; outside of tests it is the
-//! constant `false`. To add one: name it here, ask at the place, and say in `ALL` who must catch it.
+//! constant `false`. To add one: name it here, ask at the place, and put it into a list below.
 
 use std::cell::Cell;
 
@@ -49,7 +49,8 @@ pub(crate) enum Mutant {
 }
 
 impl Mutant {
-    pub(crate) const ALL: [Mutant; 15] = [
+    /// Noticed within some hundred seeds: tried by every test run.
+    pub(crate) const OFTEN: [Mutant; 11] = [
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,
@@ -60,15 +61,16 @@ impl Mutant {
         Mutant::LeaseFromAnswer,
         Mutant::ServeWhileRebuilding,
         Mutant::IgnoreLostTail,
+        Mutant::LeadWhileResigning,
+    ];
+
+    /// Faults must meet at the right moment: noticed within some thousand, the last four within some ten thousand
+    /// seeds, too many for every day.
+    pub(crate) const RARE: [Mutant; 8] = [
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
         Mutant::WriteBeforeAsking,
-        Mutant::LeadWhileResigning,
         Mutant::KeepLeftovers,
-    ];
-
-    /// Two faults must meet at the right moment: noticed within some ten thousand seeds, too many for every day.
-    pub(crate) const RARE: [Mutant; 4] = [
         Mutant::DigestOfMixedAge,
         Mutant::SameBodySameEntry,
         Mutant::TruncateBeforeLooking,
