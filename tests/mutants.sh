@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Breaks the node program on purpose, one defect after the other (feature `mutants`), and runs the short
 # chaos scenarios against each until one of them notices. Ends with 1 if a defect goes unnoticed.
-# The last line is the counter-check: damaged chunks alone, with nothing else broken, must hurt nobody.
+# The last of these is the counter-check: damaged chunks alone, with nothing else broken, must hurt nobody.
+# Then the simulation and the models try their own defects, the rare ones too, in a release build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,6 +38,15 @@ if [ $# -eq 0 ]; then
     echo "unharmed    corrupt-chunks"
   else
     echo "HARMED BY   corrupt-chunks"
+    missed=1
+  fi
+fi
+if [ $# -eq 0 ]; then
+  if RUVECTOR_SIM_MUTANT=all RUVECTOR_SIM_SEEDS=100000 cargo test --locked --release --lib -- \
+    --nocapture --test-threads=1 sim_notices sim_model >"$logs/simulation.log" 2>&1; then
+    grep ': seed \|: [0-9]* states' "$logs/simulation.log" | cut -c1-120 | sed 's/^.*\.\.\. //; s/^/simulated   /'
+  else
+    echo "NOT CAUGHT  in the simulation: $(grep -m1 'not noticed' "$logs/simulation.log")"
     missed=1
   fi
 fi
