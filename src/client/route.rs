@@ -36,7 +36,8 @@ impl Client {
     }
 
     /// Asks until somebody answers or the deadline has passed. A second copy of a slow request is sent
-    /// elsewhere after a quarter of the time: reads do not mind, and writes carry their operation id.
+    /// elsewhere after a quarter of the time: reads do not mind, and writes carry their operation id. Such a
+    /// copy, and a try after `busy`, must be within the budget; a refusal is passed on when it is not.
     pub(super) async fn ask_shard<Q: Serialize, A: DeserializeOwned>(
         &self,
         shard: ShardId,
@@ -44,6 +45,7 @@ impl Client {
         request: &Q,
         deadline: Instant,
     ) -> Result<A> {
+        self.budget().earn();
         let turn = self.turn();
         let hedge = (deadline - Instant::now()) / 4;
         let ask = |n: usize| {
@@ -91,8 +93,13 @@ impl Client {
                     next = next.min(Instant::now() + wait);
                 }
                 () = tokio::time::sleep_until(next), if under_way.len() < MAX_COPIES => {
-                    under_way.push(ask(tries));
-                    tries += 1;
+                    let elsewhere = under_way.is_empty() && !matches!(last, Error::Busy(_));
+                    if elsewhere || self.budget().spend() {
+                        under_way.push(ask(tries));
+                        tries += 1;
+                    } else if under_way.is_empty() && !unknown {
+                        return Err(last);
+                    }
                     next = Instant::now() + hedge;
                 }
                 () = tokio::time::sleep_until(deadline) => return Err(match last {

@@ -76,6 +76,7 @@ impl Client {
 
 impl Search<'_> {
     async fn run(&mut self) -> Result<()> {
+        self.client.budget().earn();
         let hedge = (self.deadline - Instant::now()) / 4;
         let mut under_way: FuturesUnordered<_> = FuturesUnordered::new();
         let mut next = Instant::now();
@@ -85,8 +86,11 @@ impl Search<'_> {
                 biased;
                 () = tokio::time::sleep_until(self.deadline) => {
                     let missing = self.unanswered.len();
-                    let why = self.last.take().map_or("no answer in time".to_owned(), |e| e.to_string());
-                    return Err(Error::Unavailable(format!("{missing} of the shards did not answer: {why}")));
+                    return Err(match self.last.take() {
+                        Some(Error::Busy(text)) if under_way.is_empty() => Error::Busy(text),
+                        Some(error) => Error::Unavailable(format!("{missing} of the shards did not answer: {error}")),
+                        None => Error::Unavailable(format!("{missing} of the shards did not answer in time")),
+                    });
                 }
                 Some(answer) = under_way.next() => {
                     let (shards, asked): Answered = answer;
@@ -96,8 +100,16 @@ impl Search<'_> {
                     }
                 }
                 () = tokio::time::sleep_until(next), if under_way.len() < 64 => {
-                    rounds += 1;
                     next = Instant::now() + hedge;
+                    let busy = matches!(self.last, Some(Error::Busy(_)));
+                    // More load, not the same load elsewhere: only within the budget.
+                    if (busy || !under_way.is_empty()) && !self.client.budget().spend() {
+                        if busy && under_way.is_empty() {
+                            return Err(self.last.take().unwrap_or(Error::Busy("too many requests".into())));
+                        }
+                        continue;
+                    }
+                    rounds += 1;
                     for (node, shards) in self.plan(rounds) {
                         under_way.push(self.ask(node, shards));
                     }

@@ -22,6 +22,9 @@ const DIMENSIONS: usize = 32;
 /// Bytes of each payload beside the version.
 const PADDING: usize = 100;
 
+/// What an operation was, and what became of it.
+pub(crate) type Done = (&'static str, Result<(), Error>);
+
 #[derive(Debug, Default)]
 struct Key {
     ids: Vec<String>,
@@ -81,28 +84,17 @@ impl Mix {
     }
 
     /// One operation, drawn by chance.
-    pub(crate) async fn operation(&self, client: &Client) -> Result<(), Error> {
+    pub(crate) async fn operation(&self, client: &Client) -> Done {
         let mut rng = self.rng();
         let passing = format!("passing-{}", rng.usize(..PASSING));
         match rng.u32(..100) {
-            0..35 => {
-                let consistency = match rng.u32(..10) {
-                    0 => Consistency::Linearizable,
-                    1..6 => Consistency::Session,
-                    _ => Consistency::Eventual,
-                };
-                let id = format!("single-{}", rng.usize(..SINGLES));
-                let found = client.get_with(&id, consistency).await?;
-                let there = found.entry.is_some() || consistency == Consistency::Eventual;
-                assert!(there, "{id} is nowhere");
-                Ok(())
-            }
-            35..65 => self.write(client, rng.usize(..SINGLES)).await,
-            65..70 => client.upsert(vec![entry(&passing, 0)]).await.map(drop),
-            70..75 => client.delete(vec![passing]).await.map(drop),
-            75..93 => client.search(SearchQuery::new(vector(&mut rng), 10)).await.map(drop),
-            93..98 => client.count().await.map(drop),
-            _ => self.write(client, SINGLES + rng.usize(..GROUPS)).await,
+            0..35 => ("get", get(client, &mut rng).await),
+            35..65 => ("upsert", self.write(client, rng.usize(..SINGLES)).await),
+            65..70 => ("upsert", client.upsert(vec![entry(&passing, 0)]).await.map(drop)),
+            70..75 => ("delete", client.delete(vec![passing]).await.map(drop)),
+            75..93 => ("search", client.search(SearchQuery::new(vector(&mut rng), 10)).await.map(drop)),
+            93..98 => ("count", client.count().await.map(drop)),
+            _ => ("bulk", self.write(client, SINGLES + rng.usize(..GROUPS)).await),
         }
     }
 
@@ -156,6 +148,19 @@ impl Mix {
         }
         excused
     }
+}
+
+async fn get(client: &Client, rng: &mut fastrand::Rng) -> Result<(), Error> {
+    let consistency = match rng.u32(..10) {
+        0 => Consistency::Linearizable,
+        1..6 => Consistency::Session,
+        _ => Consistency::Eventual,
+    };
+    let id = format!("single-{}", rng.usize(..SINGLES));
+    let found = client.get_with(&id, consistency).await?;
+    let there = found.entry.is_some() || consistency == Consistency::Eventual;
+    assert!(there, "{id} is nowhere");
+    Ok(())
 }
 
 async fn read(client: &Client, id: &str) -> u64 {

@@ -18,8 +18,7 @@ fn choose(map: &Map, nodes: &[String], turn: usize) -> Option<(u32, String, Stri
     Some((*shard, from.clone(), to.clone()))
 }
 
-/// Moves shards, one at a time, a pause between two, until the future is dropped or `until` is reached. Returns
-/// the number of moves.
+/// Moves shards, one at a time, a pause between two, until `until`. Returns the number of moves.
 pub(crate) async fn run(cluster: &TestCluster, pause: Duration, until: Instant) -> usize {
     let nodes: Vec<String> = cluster.nodes.iter().map(|node| node.id().to_owned()).collect();
     let mut moves = 0;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// What does not depend on a node.
-const CONSUMERS: &str = "JetStream consumers";
+pub(crate) const CONSUMERS: &str = "JetStream consumers";
 const STREAMS: &str = "JetStream streams";
 
 /// Where to look.
@@ -72,6 +72,12 @@ async fn tasks(addr: &str) -> Result<f64, String> {
     value.ok_or("no ruvector_tasks")?.trim().parse().map_err(|e| format!("{e}"))
 }
 
+/// Streams and consumers that there are.
+pub(crate) async fn jetstream(raw: &async_nats::Client) -> Result<(usize, usize), String> {
+    let account = async_nats::jetstream::new(raw.clone()).query_account().await.map_err(|e| e.to_string())?;
+    Ok((account.streams, account.consumers))
+}
+
 /// Takes samples until it is stopped.
 pub(crate) struct Sampler {
     task: tokio::task::JoinHandle<Series>,
@@ -89,7 +95,7 @@ impl Sampler {
             nodes.push(Node { id: node.id().to_owned(), pid: NodeProcess::pid(node).expect("runs"), addr });
         }
         let nats = cluster.nats[0].pid().expect("nats-server runs");
-        let jetstream = async_nats::jetstream::new(cluster.raw.clone());
+        let raw = cluster.raw.clone();
         let (stop, mut stopped) = tokio::sync::watch::channel(false);
         let task = tokio::spawn(async move {
             let (mut series, start) = (Series::default(), Instant::now());
@@ -117,9 +123,9 @@ impl Sampler {
                 let mut count = |name: &str, value: usize| {
                     series.counts.entry(name.to_owned()).or_default().push((now, value as f64));
                 };
-                if let Ok(account) = jetstream.query_account().await {
-                    count(CONSUMERS, account.consumers);
-                    count(STREAMS, account.streams);
+                if let Ok((streams, consumers)) = jetstream(&raw).await {
+                    count(STREAMS, streams);
+                    count(CONSUMERS, consumers);
                 }
                 series.nats_rss.extend(rss(nats).ok().map(|bytes| (now, bytes)));
             }
