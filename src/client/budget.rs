@@ -2,39 +2,54 @@
 //!
 //! A second copy of a slow request, and another try after `busy`, help while few need them: a node hangs,
 //! one replica has much to do. When everything is slow they only multiply what is too much already. So each
-//! operation earns half a copy, and some are kept in stock for a node that fails with many requests in hand.
-//! What is asked again because somebody has *gone* costs nothing: that is no more load than before.
+//! operation earns a part of a copy, and some are kept in stock. What is asked again because somebody has
+//! *gone* costs nothing: that is no more load than before.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Most copies in stock.
-const STOCK: u32 = 1_000;
-/// Parts of a copy that one operation earns, and that one copy costs.
-const EARNED: u32 = 1;
-const COST: u32 = 2;
+/// What one operation earns is the unit; this is the most that is kept.
+const STOCK: u32 = 200;
+
+/// What a further copy is sent for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Copy {
+    /// There is no answer yet: half of all operations may do so. Of three nodes, one may hang.
+    Slow,
+    /// The answer was `busy`: whoever is told to slow down should, so a fifth of all operations.
+    Busy,
+}
+
+impl Copy {
+    fn cost(self) -> u32 {
+        match self {
+            Copy::Slow => 2,
+            Copy::Busy => 5,
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Budget {
-    parts: AtomicU32,
+    stock: AtomicU32,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Budget { parts: AtomicU32::new(STOCK * COST) }
+        Budget { stock: AtomicU32::new(STOCK) }
     }
 }
 
 impl Budget {
     /// An operation begins.
     pub(super) fn earn(&self) {
-        let more = |parts: u32| Some((parts + EARNED).min(STOCK * COST));
-        let _ = self.parts.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        let more = |stock: u32| Some((stock + 1).min(STOCK));
+        let _ = self.stock.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
 
     /// Whether one more copy may be sent.
-    pub(super) fn spend(&self) -> bool {
-        let less = |parts: u32| parts.checked_sub(COST);
-        self.parts.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+    pub(super) fn spend(&self, copy: Copy) -> bool {
+        let less = |stock: u32| stock.checked_sub(copy.cost());
+        self.stock.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
     }
 }
 
@@ -42,22 +57,30 @@ impl Budget {
 mod tests {
     use super::*;
 
+    /// Copies that `operations` get who all want one.
+    fn copies(budget: &Budget, copy: Copy, operations: usize) -> usize {
+        (0..operations)
+            .filter(|_| {
+                budget.earn();
+                budget.spend(copy)
+            })
+            .count()
+    }
+
     #[test]
-    fn when_all_are_slow_every_second_request_is_sent_twice() {
-        let budget = Budget::default();
-        let first = (0..STOCK * 10).filter(|_| budget.spend()).count();
-        assert_eq!(first, STOCK as usize, "the stock is for a node that fails with many requests in hand");
-        let copies = (0..1_000).filter(|_| {
-            budget.earn();
-            budget.spend()
-        });
-        assert_eq!(copies.count(), 500);
+    fn when_all_are_slow_or_refused_only_a_share_is_sent_again() {
+        for (copy, share) in [(Copy::Slow, 500), (Copy::Busy, 200)] {
+            let budget = Budget::default();
+            while budget.spend(copy) {}
+            assert_eq!(copies(&budget, copy, 1_000), share, "{copy:?}");
+        }
     }
 
     #[test]
     fn the_stock_has_an_end() {
         let budget = Budget::default();
         (0..10 * STOCK).for_each(|_| budget.earn());
-        assert_eq!((0..10 * STOCK).filter(|_| budget.spend()).count(), STOCK as usize);
+        let sent = (0..10 * STOCK).filter(|_| budget.spend(Copy::Slow)).count();
+        assert_eq!(sent as u32, STOCK / Copy::Slow.cost());
     }
 }

@@ -1,6 +1,7 @@
 //! One request to one shard: the queue group first, then, if it is slow or refuses, the holders by name.
 
 use super::Client;
+use super::budget::Copy;
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::records::NodeStatus;
@@ -58,8 +59,8 @@ impl Client {
         let (mut tries, mut pause) = (1, PAUSE);
         let mut next = Instant::now() + hedge;
         let mut last = Error::Unavailable(format!("shard {shard} did not answer in time"));
-        // A copy without an answer may still take effect: then nobody may say that nothing has changed.
-        let mut unknown = false;
+        // A write without an answer may still take effect: then nobody may say that nothing has changed.
+        let (writes, mut unknown) = (verb == "write", false);
         loop {
             tokio::select! {
                 Some(asked) = under_way.next() => {
@@ -76,12 +77,12 @@ impl Client {
                             return Err(error);
                         }
                         Asked::Answer(Err(error)) => {
-                            unknown |= matches!(error, Error::Unavailable(_));
+                            unknown |= writes && matches!(error, Error::Unavailable(_));
                             last = error;
                         }
                         Asked::NoResponders => last = Error::Unavailable(format!("nobody serves shard {shard}")),
                         Asked::NoAnswer(error) => {
-                            unknown = true;
+                            unknown |= writes;
                             last = error;
                         }
                     }
@@ -93,8 +94,13 @@ impl Client {
                     next = next.min(Instant::now() + wait);
                 }
                 () = tokio::time::sleep_until(next), if under_way.len() < MAX_COPIES => {
-                    let elsewhere = under_way.is_empty() && !matches!(last, Error::Busy(_));
-                    if elsewhere || self.budget().spend() {
+                    let copy = match last {
+                        Error::Busy(_) => Some(Copy::Busy),
+                        // Instead of one that has failed, not beside it.
+                        _ if under_way.is_empty() => None,
+                        _ => Some(Copy::Slow),
+                    };
+                    if copy.is_none_or(|copy| self.budget().spend(copy)) {
                         under_way.push(ask(tries));
                         tries += 1;
                     } else if under_way.is_empty() && !unknown {
@@ -103,7 +109,7 @@ impl Client {
                     next = Instant::now() + hedge;
                 }
                 () = tokio::time::sleep_until(deadline) => return Err(match last {
-                    Error::Busy(text) if !unknown && under_way.is_empty() => Error::Busy(text),
+                    Error::Busy(text) if !writes || (!unknown && under_way.is_empty()) => Error::Busy(text),
                     Error::Full(text) if !unknown && under_way.is_empty() => Error::Full(text),
                     Error::Corrupt(text) => Error::Corrupt(text),
                     other => Error::Unavailable(format!("shard {shard}: {other} ({tries} tries)")),

@@ -3,6 +3,7 @@
 //! A node that does not answer in time, or not for all its shards, is made up for by others; answers may
 //! then overlap, and are merged by id.
 
+use super::budget::Copy;
 use super::{Client, SearchOutcome};
 use crate::error::{Error, Result};
 use crate::logic::routing::cover;
@@ -87,7 +88,8 @@ impl Search<'_> {
                 () = tokio::time::sleep_until(self.deadline) => {
                     let missing = self.unanswered.len();
                     return Err(match self.last.take() {
-                        Some(Error::Busy(text)) if under_way.is_empty() => Error::Busy(text),
+                        // Unlike a write, a search that is still under way changes nothing either.
+                        Some(Error::Busy(text)) => Error::Busy(text),
                         Some(error) => Error::Unavailable(format!("{missing} of the shards did not answer: {error}")),
                         None => Error::Unavailable(format!("{missing} of the shards did not answer in time")),
                     });
@@ -101,11 +103,16 @@ impl Search<'_> {
                 }
                 () = tokio::time::sleep_until(next), if under_way.len() < 64 => {
                     next = Instant::now() + hedge;
-                    let busy = matches!(self.last, Some(Error::Busy(_)));
-                    // More load, not the same load elsewhere: only within the budget.
-                    if (busy || !under_way.is_empty()) && !self.client.budget().spend() {
-                        if busy && under_way.is_empty() {
-                            return Err(self.last.take().unwrap_or(Error::Busy("too many requests".into())));
+                    let copy = match self.last {
+                        Some(Error::Busy(_)) => Some(Copy::Busy),
+                        // Instead of one that has failed, not beside it.
+                        _ if under_way.is_empty() => None,
+                        _ => Some(Copy::Slow),
+                    };
+                    if copy.is_some_and(|copy| !self.client.budget().spend(copy)) {
+                        match self.last.take() {
+                            Some(error @ Error::Busy(_)) => return Err(error),
+                            other => self.last = other,
                         }
                         continue;
                     }
@@ -169,6 +176,7 @@ impl Search<'_> {
     fn take(&mut self, shards: &[ShardId], asked: Asked<Result<SearchReply>>) -> Result<bool> {
         match asked {
             Asked::Answer(Ok(reply)) => {
+                self.last = None;
                 for answer in reply.shards {
                     if self.unanswered.remove(&answer.shard) {
                         self.seqs.insert(answer.shard, answer.seq);
