@@ -48,6 +48,8 @@ pub(crate) struct Metrics {
     pub(crate) duplicate_ops: IntCounter,
     /// Log entries skipped because they are damaged or invalid.
     pub(crate) rejected_entries: IntCounter,
+    /// Asynchronous tasks of this process that have not ended: a leak shows as growth under steady load.
+    pub(crate) tasks: IntGauge,
     /// Seconds since the start.
     pub(crate) uptime: Gauge,
 }
@@ -144,6 +146,7 @@ impl Metrics {
                 "ruvector_rejected_entries_total",
                 "Damaged or invalid log entries skipped",
             )?,
+            tasks: gauge("ruvector_tasks", "Asynchronous tasks alive in this process")?,
             uptime,
             registry,
         })

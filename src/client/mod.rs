@@ -5,11 +5,14 @@
 //! repeated one takes effect once.
 
 mod admin;
+mod budget;
 mod route;
 mod search;
 mod watch;
 
 pub use admin::Admin;
+
+use budget::Budget;
 
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
@@ -121,6 +124,8 @@ struct Inner {
     /// What this client has written or seen, by shard.
     session: Mutex<BTreeMap<ShardId, u64>>,
     turn: AtomicU64,
+    /// Of further copies, shared by all sessions of a connection.
+    budget: Arc<Budget>,
     /// Ends the watches of a client that has its own connection.
     _stop: Option<DropGuard>,
 }
@@ -180,6 +185,7 @@ impl Client {
             timeout: INSIDE_TIMEOUT,
             session: Mutex::default(),
             turn: AtomicU64::new(fresh_id().as_u64_pair().0),
+            budget: Arc::default(),
             _stop: None,
         };
         Client { inner: Arc::new(inner) }
@@ -197,6 +203,7 @@ impl Client {
         );
         if let Some(fresh) = Arc::get_mut(&mut client.inner) {
             fresh.timeout = inner.timeout;
+            fresh.budget = inner.budget.clone();
         }
         client
     }
@@ -229,6 +236,10 @@ impl Client {
 
     fn deadline(&self) -> Instant {
         Instant::now() + self.inner.timeout
+    }
+
+    fn budget(&self) -> &Budget {
+        &self.inner.budget
     }
 
     fn turn(&self) -> u64 {

@@ -1,6 +1,7 @@
 //! One request to one shard: the queue group first, then, if it is slow or refuses, the holders by name.
 
 use super::Client;
+use super::budget::Copy;
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::records::NodeStatus;
@@ -36,7 +37,8 @@ impl Client {
     }
 
     /// Asks until somebody answers or the deadline has passed. A second copy of a slow request is sent
-    /// elsewhere after a quarter of the time: reads do not mind, and writes carry their operation id.
+    /// elsewhere after a quarter of the time: reads do not mind, and writes carry their operation id. Such a
+    /// copy, and a try after `busy`, must be within the budget; a refusal is passed on when it is not.
     pub(super) async fn ask_shard<Q: Serialize, A: DeserializeOwned>(
         &self,
         shard: ShardId,
@@ -44,6 +46,7 @@ impl Client {
         request: &Q,
         deadline: Instant,
     ) -> Result<A> {
+        self.budget().earn();
         let turn = self.turn();
         let hedge = (deadline - Instant::now()) / 4;
         let ask = |n: usize| {
@@ -56,8 +59,8 @@ impl Client {
         let (mut tries, mut pause) = (1, PAUSE);
         let mut next = Instant::now() + hedge;
         let mut last = Error::Unavailable(format!("shard {shard} did not answer in time"));
-        // A copy without an answer may still take effect: then nobody may say that nothing has changed.
-        let mut unknown = false;
+        // A write without an answer may still take effect: then nobody may say that nothing has changed.
+        let (writes, mut unknown) = (verb == "write", false);
         loop {
             tokio::select! {
                 Some(asked) = under_way.next() => {
@@ -74,12 +77,12 @@ impl Client {
                             return Err(error);
                         }
                         Asked::Answer(Err(error)) => {
-                            unknown |= matches!(error, Error::Unavailable(_));
+                            unknown |= writes && matches!(error, Error::Unavailable(_));
                             last = error;
                         }
                         Asked::NoResponders => last = Error::Unavailable(format!("nobody serves shard {shard}")),
                         Asked::NoAnswer(error) => {
-                            unknown = true;
+                            unknown |= writes;
                             last = error;
                         }
                     }
@@ -91,12 +94,22 @@ impl Client {
                     next = next.min(Instant::now() + wait);
                 }
                 () = tokio::time::sleep_until(next), if under_way.len() < MAX_COPIES => {
-                    under_way.push(ask(tries));
-                    tries += 1;
+                    let copy = match last {
+                        Error::Busy(_) => Some(Copy::Busy),
+                        // Instead of one that has failed, not beside it.
+                        _ if under_way.is_empty() => None,
+                        _ => Some(Copy::Slow),
+                    };
+                    if copy.is_none_or(|copy| self.budget().spend(copy)) {
+                        under_way.push(ask(tries));
+                        tries += 1;
+                    } else if under_way.is_empty() && !unknown {
+                        return Err(last);
+                    }
                     next = Instant::now() + hedge;
                 }
                 () = tokio::time::sleep_until(deadline) => return Err(match last {
-                    Error::Busy(text) if !unknown && under_way.is_empty() => Error::Busy(text),
+                    Error::Busy(text) if !writes || (!unknown && under_way.is_empty()) => Error::Busy(text),
                     Error::Full(text) if !unknown && under_way.is_empty() => Error::Full(text),
                     Error::Corrupt(text) => Error::Corrupt(text),
                     other => Error::Unavailable(format!("shard {shard}: {other} ({tries} tries)")),

@@ -3,6 +3,7 @@
 //! A node that does not answer in time, or not for all its shards, is made up for by others; answers may
 //! then overlap, and are merged by id.
 
+use super::budget::Copy;
 use super::{Client, SearchOutcome};
 use crate::error::{Error, Result};
 use crate::logic::routing::cover;
@@ -76,6 +77,7 @@ impl Client {
 
 impl Search<'_> {
     async fn run(&mut self) -> Result<()> {
+        self.client.budget().earn();
         let hedge = (self.deadline - Instant::now()) / 4;
         let mut under_way: FuturesUnordered<_> = FuturesUnordered::new();
         let mut next = Instant::now();
@@ -85,8 +87,12 @@ impl Search<'_> {
                 biased;
                 () = tokio::time::sleep_until(self.deadline) => {
                     let missing = self.unanswered.len();
-                    let why = self.last.take().map_or("no answer in time".to_owned(), |e| e.to_string());
-                    return Err(Error::Unavailable(format!("{missing} of the shards did not answer: {why}")));
+                    return Err(match self.last.take() {
+                        // Unlike a write, a search that is still under way changes nothing either.
+                        Some(Error::Busy(text)) => Error::Busy(text),
+                        Some(error) => Error::Unavailable(format!("{missing} of the shards did not answer: {error}")),
+                        None => Error::Unavailable(format!("{missing} of the shards did not answer in time")),
+                    });
                 }
                 Some(answer) = under_way.next() => {
                     let (shards, asked): Answered = answer;
@@ -96,8 +102,21 @@ impl Search<'_> {
                     }
                 }
                 () = tokio::time::sleep_until(next), if under_way.len() < 64 => {
-                    rounds += 1;
                     next = Instant::now() + hedge;
+                    let copy = match self.last {
+                        Some(Error::Busy(_)) => Some(Copy::Busy),
+                        // Instead of one that has failed, not beside it.
+                        _ if under_way.is_empty() => None,
+                        _ => Some(Copy::Slow),
+                    };
+                    if copy.is_some_and(|copy| !self.client.budget().spend(copy)) {
+                        match self.last.take() {
+                            Some(error @ Error::Busy(_)) => return Err(error),
+                            other => self.last = other,
+                        }
+                        continue;
+                    }
+                    rounds += 1;
                     for (node, shards) in self.plan(rounds) {
                         under_way.push(self.ask(node, shards));
                     }
@@ -157,6 +176,7 @@ impl Search<'_> {
     fn take(&mut self, shards: &[ShardId], asked: Asked<Result<SearchReply>>) -> Result<bool> {
         match asked {
             Asked::Answer(Ok(reply)) => {
+                self.last = None;
                 for answer in reply.shards {
                     if self.unanswered.remove(&answer.shard) {
                         self.seqs.insert(answer.shard, answer.seq);

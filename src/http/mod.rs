@@ -46,5 +46,7 @@ async fn ready(State(node): State<Arc<Node>>) -> impl IntoResponse {
 }
 
 async fn metrics(State(node): State<Arc<Node>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], node.ctx.metrics.render())
+    let metrics = &node.ctx.metrics;
+    metrics.tasks.set(tokio::runtime::Handle::current().metrics().num_alive_tasks() as i64);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics.render())
 }

@@ -32,15 +32,15 @@ pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
                 next = service.next() => match next { Some(next) => next, None => return },
             };
             let (ctx, client) = (ctx.clone(), client.clone());
-            let permit = in_hand.clone().try_acquire_owned();
+            let Ok(permit) = in_hand.clone().try_acquire_owned() else {
+                // Here and not in a task: there would be no end to those.
+                let busy = Error::Busy(format!("too many requests wait at {}: slow down", ctx.node));
+                reply::<()>(&ctx, &message, Err(busy)).await;
+                continue;
+            };
             tasks.spawn(async move {
-                match permit {
-                    Ok(_permit) => answer(&ctx, &client, verb, &message).await,
-                    Err(_) => {
-                        let busy = Error::Busy(format!("too many requests wait at {}: slow down", ctx.node));
-                        reply::<()>(&ctx, &message, Err(busy)).await;
-                    }
-                }
+                let _permit = permit;
+                answer(&ctx, &client, verb, &message).await;
             });
         }
         service.stop().await;

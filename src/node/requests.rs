@@ -71,15 +71,14 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) -> Result<()
                 message = requests.next() => match message { Some(message) => message, None => return },
             };
             let (ctx, replicas) = (ctx.clone(), replicas.clone());
-            let permit = in_hand.clone().try_acquire_owned();
+            let Ok(permit) = in_hand.clone().try_acquire_owned() else {
+                // Here and not in a task: there would be no end to those.
+                let busy = Error::Busy(format!("too many requests wait at {}", ctx.node));
+                ctx.data.answer::<()>(&message, Err(busy)).await;
+                continue;
+            };
             tasks.spawn(async move {
-                let _permit = match permit {
-                    Ok(permit) => permit,
-                    Err(_) => {
-                        let busy = Error::Busy(format!("too many requests wait at {}", ctx.node));
-                        return ctx.data.answer::<()>(&message, Err(busy)).await;
-                    }
-                };
+                let _permit = permit;
                 dispatch(&ctx, &replicas, &message).await;
             });
         }

@@ -24,7 +24,8 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 use tracing::warn;
 
-/// Requests in hand at one replica; more are answered with `busy` at once.
+/// Requests in hand at one replica; more are answered with `busy` at once, by the loop that takes them: if
+/// even that has to wait, the requests behind wait in their subscription, which has a size too.
 const IN_HAND: usize = 512;
 /// Most ids or entries of one write.
 const MAX_BATCH: usize = 65_536;
@@ -87,24 +88,24 @@ impl Replica {
                 _ = status.wait_for(|s| !s.serving) => break,
             };
             let Some(message) = message else { break };
-            self.take(verb, message, in_hand);
+            self.take(verb, message, in_hand).await;
         }
         // Leave the group, then finish what NATS had already handed over.
         let _ = writes.drain().await;
         let _ = reads.drain().await;
         let rest = async {
             while let Some(message) = writes.next().await {
-                self.take(Verb::Write, message, in_hand);
+                self.take(Verb::Write, message, in_hand).await;
             }
             while let Some(message) = reads.next().await {
-                self.take(Verb::Read, message, in_hand);
+                self.take(Verb::Read, message, in_hand).await;
             }
             let _ = in_hand.acquire_many(IN_HAND as u32).await;
         };
         let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
     }
 
-    fn take(self: &Arc<Self>, verb: Verb, message: Message, in_hand: &Arc<Semaphore>) {
+    async fn take(self: &Arc<Self>, verb: Verb, message: Message, in_hand: &Arc<Semaphore>) {
         let replica = self.clone();
         match in_hand.clone().try_acquire_owned() {
             Ok(permit) => drop(self.ctx.tasks.spawn(async move {
@@ -114,11 +115,11 @@ impl Replica {
                     Verb::Read => replica.answer_read(&message).await,
                 }
             })),
-            Err(_) => drop(self.ctx.tasks.spawn(async move {
+            Err(_) => {
                 let busy =
-                    Error::Busy(format!("too many requests wait at this replica of shard {}", replica.shard));
-                replica.ctx.data.answer::<()>(&message, Err(busy)).await;
-            })),
+                    Error::Busy(format!("too many requests wait at this replica of shard {}", self.shard));
+                self.ctx.data.answer::<()>(&message, Err(busy)).await;
+            }
         }
     }
 
@@ -338,7 +339,11 @@ impl Replica {
         self.freshen(consistency, cut.after, timeout).await?;
         let stopping = |_| Error::Unavailable("stopping".into());
         let _permit = match &query {
-            Some(_) => Some(self.ctx.scans.clone().acquire_owned().await.map_err(stopping)?),
+            Some(_) => {
+                let turn = self.ctx.scans.clone().acquire_owned();
+                let busy = |_| Error::Busy(format!("too many searches wait at {}: slow down", self.ctx.node));
+                Some(tokio::time::timeout(patience(timeout), turn).await.map_err(busy)?.map_err(stopping)?)
+            }
             None => None,
         };
         let (store, shard) = (self.store.clone(), self.shard);
@@ -363,6 +368,13 @@ impl Replica {
         }
         Err(Error::Unavailable(format!("the replica of shard {} is being copied again", self.shard)))
     }
+}
+
+/// How long work may wait for its turn before it is refused as `busy`. A queue that is only bounded in length
+/// is too long as soon as the machine is slow: everything is then done too late, for clients that have given
+/// up. Below the quarter of the time after which they would ask again.
+pub(super) fn patience(timeout: Duration) -> Duration {
+    timeout / 5
 }
 
 fn op_bytes(op: &WriteOp) -> usize {

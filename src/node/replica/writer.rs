@@ -10,6 +10,7 @@
 //! - A message is late: it lands as a write that the client may have retried; the operation id covers it.
 
 use super::Status;
+use super::serve::patience;
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
 use crate::model::wire::{LogEntry, LogOp, WriteOp, encode};
@@ -45,6 +46,8 @@ struct Job {
     op: LogOp,
     bytes: usize,
     deadline: Instant,
+    /// Not begun by then, it is refused: nothing has happened yet.
+    begin: Instant,
     reply: oneshot::Sender<Result<Placed>>,
     _room: OwnedSemaphorePermit,
 }
@@ -81,8 +84,9 @@ impl LogWriter {
         let permits = bytes.clamp(1, QUEUE_BYTES) as u32;
         let room = self.room.clone().try_acquire_many_owned(permits).map_err(|_| busy())?;
         let (reply, answer) = oneshot::channel();
-        let deadline = Instant::now() + timeout.min(LONGEST);
-        let job = Job { op, bytes, deadline, reply, _room: room };
+        let (now, timeout) = (Instant::now(), timeout.min(LONGEST));
+        let (deadline, begin) = (now + timeout, now + patience(timeout));
+        let job = Job { op, bytes, deadline, begin, reply, _room: room };
         self.jobs.try_send(job).map_err(|_| busy())?;
         let stopped = || Error::Unavailable(format!("the replica of shard {} is stopping", self.shard));
         answer.await.map_err(|_| stopped())?
@@ -131,6 +135,12 @@ async fn run(target: Target, mut queue: mpsc::Receiver<Job>, stop: CancellationT
 }
 
 async fn append(target: &Target, batch: Vec<Job>) {
+    let now = Instant::now();
+    let (batch, late): (Vec<Job>, Vec<Job>) = batch.into_iter().partition(|job| now <= job.begin);
+    for job in late {
+        let busy = format!("writes wait too long at this replica of shard {}: slow down", target.shard);
+        let _ = job.reply.send(Err(Error::Busy(busy)));
+    }
     let (entry, message_id) = join(&batch);
     let Some(deadline) = batch.iter().map(|job| job.deadline).max() else { return };
     let result = match encode(&entry) {
@@ -207,7 +217,8 @@ mod tests {
 
     fn job(op: LogOp) -> Job {
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        Job { op, bytes: 10, deadline: Instant::now(), reply: oneshot::channel().0, _room: room }
+        let now = Instant::now();
+        Job { op, bytes: 10, deadline: now, begin: now, reply: oneshot::channel().0, _room: room }
     }
 
     fn write(id: u128) -> LogOp {
