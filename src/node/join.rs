@@ -194,16 +194,32 @@ async fn ensure_buckets(
     Ok(replicas)
 }
 
-/// Creates the buckets again after NATS has lost them, and the settings in them.
+/// Creates the buckets again after NATS has lost them, and the settings in them. The settings come last: while
+/// they are missing, whoever notices that begins anew, so nothing is left out when a step fails.
 pub(crate) async fn restore_buckets(ctx: &Context) -> Result<()> {
     let replicas = ctx.cluster.log_replicas;
     let buckets = &ctx.buckets;
     for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
         bucket.ensure(replicas).await?;
     }
+    ensure_events(&ctx.control.nats, &ctx.subjects, replicas).await?;
     let value = serde_json::to_vec(&ctx.cluster).map_err(|e| Error::Internal(e.to_string()))?;
-    buckets.cluster.create(CONFIG_KEY, value).await?;
-    ensure_events(&ctx.control.nats, &ctx.subjects, replicas).await
+    match buckets.cluster.create(CONFIG_KEY, value).await? {
+        Cas::Applied(_) | Cas::Lost => Ok(()),
+        Cas::Unknown(error) => Err(error),
+    }
+}
+
+/// Writes the settings again when NATS has lost them alone, or when whoever restored the buckets did not get to
+/// them: nodes that run know them, but nobody new would find the cluster.
+async fn guard_settings(ctx: &Context) {
+    if !matches!(ctx.buckets.cluster.get(CONFIG_KEY).await, Ok(None) | Err(Error::NotFound(_))) {
+        return;
+    }
+    warn!("the cluster's settings are gone from NATS, writing them again");
+    if let Err(error) = restore_buckets(ctx).await {
+        warn!("{error}");
+    }
 }
 
 async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Result<()> {
@@ -440,8 +456,8 @@ pub(crate) async fn keep_map(ctx: Arc<Context>, folder: std::path::PathBuf) {
     }
 }
 
-/// Watches our own record: writes it again when it is gone or damaged, and gives up when another process
-/// has taken our name.
+/// Watches the settings and our own record: writes them again when they are gone (the record also when it is
+/// damaged), and gives up when another process has taken our name.
 pub(crate) async fn guard_record(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) {
     let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.max(Duration::from_secs(1)) * 5);
     tick.tick().await;
@@ -450,6 +466,7 @@ pub(crate) async fn guard_record(ctx: Arc<Context>, fatal: watch::Sender<Option<
         tokio::select! {
             () = ctx.stop.cancelled() => return,
             _ = tick.tick() => {
+                guard_settings(&ctx).await;
                 let found = match ctx.buckets.nodes.get(&ctx.node).await {
                     Ok(found) => found,
                     Err(_) => continue,

@@ -205,12 +205,10 @@ impl Lab {
         std::fs::remove_dir_all(self.store(server)).expect("the store is removed");
     }
 
-    /// Gives a server that does not run the store that was kept last, and keeps the present one.
+    /// Gives a server that does not run the store that was kept.
     pub(crate) fn roll_back_store(&self, server: usize) {
-        let now = self.servers[server].dir().join("nats-data-now");
-        std::fs::rename(self.store(server), &now).expect("the store is put aside");
-        std::fs::rename(self.copy(server), self.store(server)).expect("the copy takes its place");
-        std::fs::rename(&now, self.copy(server)).expect("the store is kept");
+        self.wipe_store(server);
+        copy_folder(&self.copy(server), &self.store(server));
     }
 
     /// A client with its own connection.

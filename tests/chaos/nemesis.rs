@@ -167,10 +167,10 @@ impl Nemesis {
         let shard = dice.below(lab.setup.shards as usize) as u32;
         match dice.below(100) {
             0..22 => Fault::RollBackStores,
-            22..36 => Fault::WipeStores,
-            36..60 if lab.servers.len() == 3 => Fault::RollBackOne(server),
-            36..46 => Fault::KillAllServers,
-            46..56 => Fault::KillNode(node),
+            22..34 => Fault::WipeStores,
+            34..44 => Fault::KillAllServers,
+            44..66 if lab.servers.len() == 3 => Fault::RollBackOne(server),
+            44..56 => Fault::KillNode(node),
             56..66 => Fault::HangNode(node),
             66..74 => Fault::HangLeader,
             74..82 => Fault::StepDown,
@@ -301,6 +301,8 @@ impl Nemesis {
                         _ => lab.roll_back_store(server),
                     }
                 }
+                // Three servers of which one has a store of another past are no power cut.
+                self.kept &= lab.servers.len() == 1 || *fault != Fault::WipeStores;
             }
             Fault::RollBackOne(server) => {
                 let _ = lab.servers[*server].kill().await;
