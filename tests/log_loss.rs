@@ -89,6 +89,10 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
     copy(&store, &old);
     cluster.nats[0].restart().await.unwrap();
     let before = fill(&cluster, "b").await;
+    // The old store names the process before this one: nobody has taken its name.
+    cluster.node("n2").kill().await.unwrap();
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green().await;
     cluster.nats[0].kill().await.unwrap();
     std::fs::remove_dir_all(&store).unwrap();
     copy(&old, &store);
@@ -99,6 +103,9 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
     load.more(100).await;
     load.finish().await;
     cluster.wait_green().await;
+    for node in &mut cluster.nodes {
+        assert!(node.is_running(), "{} has ended", node.id());
+    }
     assert_eq!(
         cluster.api("get", json!({"id": "b-199", "consistency": "linearizable"})).await["entry"]["vector"][3],
         199.0

@@ -158,14 +158,27 @@ impl Nemesis {
 
     /// Where stores are lost: nothing else that takes data with it, see `lost_stores`.
     fn draw_with_losses(&mut self, lab: &Lab) -> Fault {
-        if !self.kept {
-            return Fault::KillAllServers;
-        }
         let dice = &mut self.dice;
         let node = dice.pick(&lab.ids()).clone();
         let server = dice.below(lab.servers.len());
         let shard = dice.below(lab.setup.shards as usize) as u32;
-        match dice.below(100) {
+        let turn = dice.below(100);
+        // Each kind of loss comes in every run, and first of all something to go back to.
+        let firsts = [
+            (true, Fault::Move(shard, node.clone())),
+            (true, Fault::KillAllServers),
+            (lab.servers.len() == 3, Fault::RollBackOne(server)),
+            (true, Fault::RollBackStores),
+            (true, Fault::WipeStores),
+        ];
+        let first = firsts.into_iter().find(|(due, fault)| *due && !self.counts.contains_key(&fault.name()));
+        if let Some((_, fault)) = first {
+            return fault;
+        }
+        if !self.kept {
+            return Fault::KillAllServers;
+        }
+        match turn {
             0..22 => Fault::RollBackStores,
             22..34 => Fault::WipeStores,
             34..44 => Fault::KillAllServers,
