@@ -5,6 +5,8 @@ mod harness;
 
 use harness::load::Load;
 use harness::{Setup, TestCluster, eventually};
+use ruvector_cluster::model::wire::{ReadReply, ReadRequest, Reply, decode, encode};
+use ruvector_cluster::{Consistency, ShardId};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -87,6 +89,10 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
     copy(&store, &old);
     cluster.nats[0].restart().await.unwrap();
     let before = fill(&cluster, "b").await;
+    // The old store names the process before this one: nobody has taken its name.
+    cluster.node("n2").kill().await.unwrap();
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green().await;
     cluster.nats[0].kill().await.unwrap();
     std::fs::remove_dir_all(&store).unwrap();
     copy(&old, &store);
@@ -97,6 +103,9 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
     load.more(100).await;
     load.finish().await;
     cluster.wait_green().await;
+    for node in &mut cluster.nodes {
+        assert!(node.is_running(), "{} has ended", node.id());
+    }
     assert_eq!(
         cluster.api("get", json!({"id": "b-199", "consistency": "linearizable"})).await["entry"]["vector"][3],
         199.0
@@ -140,4 +149,105 @@ async fn a_wiped_nats_is_set_up_again_by_the_nodes() {
     for node in &mut cluster.nodes {
         assert!(node.is_running(), "{} has ended", node.id());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_finds_the_cluster_again_whose_settings_nats_has_lost() {
+    let cluster = TestCluster::start(Setup::default()).await;
+    cluster.bucket("cluster").await.purge("config").await.unwrap();
+    let options = ruvector_cluster::ClientOptions {
+        nats: ruvector_cluster::NatsOptions::new(&cluster.url()),
+        ..ruvector_cluster::ClientOptions::default()
+    };
+    let client = eventually("a client connects", || async {
+        ruvector_cluster::Client::connect(options.clone()).await.map_err(|e| e.to_string())
+    })
+    .await;
+    let load = Load::start(&client, 1);
+    load.more(20).await;
+    load.finish().await;
+}
+
+/// A session may have seen a sequence that the log had only before it was lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_that_saw_what_is_lost_reads_on_in_a_shard_that_is_quiet() {
+    let cluster = TestCluster::start(Setup { shards: 1, ..Setup::default() }).await;
+    fill(&cluster, "a").await;
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    context.delete_stream("ruvector_log_00000").await.unwrap();
+    count_when_it_answers(&cluster).await;
+    let stream = context.get_stream("ruvector_log_00000").await.unwrap();
+    let request = ReadRequest {
+        shard: ShardId(0),
+        id: "a-7".into(),
+        consistency: Consistency::Session,
+        after: stream.cached_info().state.last_sequence + 5,
+        timeout_ms: 4_000,
+    };
+    let asked = cluster.raw.request("ruvector.shard.00000.read", encode(&request).unwrap().into()).await;
+    let reply: Reply<ReadReply> = decode(&asked.unwrap().payload).unwrap();
+    let reply: ruvector_cluster::Result<ReadReply> = reply.into();
+    assert_eq!(reply.unwrap().entry.unwrap().vector[3], 7.0);
+}
+
+/// Kills all nodes, and their disks are gone; the logs are still there.
+async fn wipe_every_node(cluster: &mut TestCluster) {
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+        std::fs::remove_dir_all(cluster.node(id).data_dir()).unwrap();
+    }
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_disk_is_lost_and_the_logs_bring_everything_back() {
+    let mut cluster = TestCluster::start(Setup::default()).await;
+    let before = fill(&cluster, "a").await;
+    let deleted = cluster.api("delete", json!({"ids": ["a-1", "a-2"]})).await;
+    assert_eq!(deleted["deleted"], 2, "{deleted}");
+    wipe_every_node(&mut cluster).await;
+    assert_eq!(count_when_it_answers(&cluster).await, before - 2);
+    for i in 0..200 {
+        let get = json!({"id": format!("a-{i}"), "consistency": "linearizable"});
+        let found = cluster.api("get", get).await;
+        let wanted = if i == 1 || i == 2 { json!(null) } else { json!([1.0, 2.0, 3.0, f64::from(i)]) };
+        assert_eq!(found["entry"]["vector"], wanted, "{found}");
+    }
+    cluster.wait_green().await;
+}
+
+/// What was truncated from the logs was on the disks alone. Nobody may answer as if it had never been there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_disk_is_lost_and_the_logs_were_truncated_so_the_cluster_says_so() {
+    let mut cluster = TestCluster::start(Setup { shards: 2, ..Setup::default() }).await;
+    fill(&cluster, "a").await;
+    harness::map::truncate(&cluster).await;
+    wipe_every_node(&mut cluster).await;
+    eventually("the status says that it is lost", || async {
+        let status = cluster.status().await?;
+        let said = status["warnings"].to_string().contains("2 shards serve nowhere");
+        if status["status"] == "red" && said { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    let events = cluster.command("events --since 1h").await.done();
+    assert!(events.out.contains("has lost data: its log begins at"), "{events:?}");
+    for consistency in ["eventual", "session", "linearizable"] {
+        let counted = cluster.ask("ruvector.api.count", &json!({"consistency": consistency})).await.unwrap();
+        assert!(counted["error"].to_string().contains("has lost data"), "{counted}");
+        let get = json!({"id": "a-1", "consistency": consistency});
+        let found = cluster.ask("ruvector.api.get", &get).await.unwrap();
+        assert!(found["error"].to_string().contains("has lost data"), "{found}");
+    }
+    let write = json!({"entries": [{"id": "b", "vector": [1, 2, 3, 4]}]});
+    let written = cluster.ask("ruvector.api.upsert", &write).await.unwrap();
+    assert!(written["error"].to_string().contains("has lost data"), "{written}");
+    // What the message says can be done about it.
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    for shard in 0..2 {
+        context.delete_stream(format!("ruvector_log_{shard:05}")).await.unwrap();
+    }
+    cluster.wait_green().await;
+    assert_eq!(count_when_it_answers(&cluster).await, 0);
 }

@@ -55,15 +55,18 @@ pub(crate) struct Peers {
     pub(crate) all_have_said: bool,
     /// One of them has found that this log has lost entries.
     pub(crate) lost: bool,
+    /// Every one has answered, and none has anything.
+    pub(crate) empty: bool,
 }
 
 impl Peers {
     /// Before anybody has answered.
-    pub(crate) const NONE: Peers = Peers { applied: None, all_have_said: true, lost: false };
+    pub(crate) const NONE: Peers = Peers { applied: None, all_have_said: true, lost: false, empty: true };
 
     /// Takes in one answer about a replica.
     pub(crate) fn said(&mut self, report: Option<&ReplicaReport>, log_id: Uuid) {
         self.all_have_said &= report.is_some_and(ReplicaReport::is_settled);
+        self.empty &= report.is_some_and(|report| report.applied == 0);
         if let Some(report) = report.filter(|report| report.log_id == log_id) {
             self.applied = self.applied.max(Some(report.applied));
             self.lost |= report.state == ReplicaState::LogLost;
@@ -74,7 +77,15 @@ impl Peers {
     /// waited for.
     pub(crate) fn silent(&mut self, live: bool, connected: bool) {
         self.all_have_said &= !live && !connected;
+        // Its disk may well have everything.
+        self.empty = false;
     }
+}
+
+/// Whether what came before the log's first entry is nowhere any more: a copy is needed, and no holder has one.
+/// Then there is nothing to serve, and waiting for it in silence would look like a slow start.
+pub(crate) fn is_nowhere(course: &Course, held: &Held, peers: Peers) -> bool {
+    *course == Course::Snapshot && held.applied == 0 && peers.empty
 }
 
 /// Whether a replica that follows its log may take writes. Only the other holders know whether JetStream has
@@ -205,11 +216,15 @@ pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: Pe
     }
 }
 
+/// The body's part of a stamp.
+pub(crate) fn body_sum(stamp: &str) -> &str {
+    stamp.split('-').next().unwrap_or_default()
+}
+
 /// Whether two stamps are of one entry. Stores of older versions remember the body's checksum alone.
 fn same_entry(a: &str, b: &str) -> bool {
-    let body = |stamp: &str| stamp.split('-').next().unwrap_or_default().to_owned();
     let plain = !a.contains('-') || !b.contains('-') || broken!(SameBodySameEntry);
-    a == b || (plain && body(a) == body(b))
+    a == b || (plain && body_sum(a) == body_sum(b))
 }
 
 fn reach(applied: u64, log: LogFacts) -> Course {
@@ -263,6 +278,30 @@ mod tests {
         assert!(takes_writes(peers, Duration::ZERO), "that was the log before");
         peers.said(Some(&report), A);
         assert!(!takes_writes(peers, SILENT_PEERS));
+    }
+
+    #[test]
+    fn what_was_truncated_is_nowhere_when_every_holder_has_said_that_it_has_nothing() {
+        let report = |applied| ReplicaReport {
+            shard: crate::model::ShardId(1),
+            state: ReplicaState::Recovering,
+            applied,
+            durable: applied,
+            vectors: 0,
+            bytes: 0,
+            log_id: if applied > 0 { A } else { Uuid::nil() },
+            checksum: None,
+        };
+        let nowhere = |peers| is_nowhere(&Course::Snapshot, &Held::default(), peers);
+        let mut peers = Peers::NONE;
+        peers.said(Some(&report(0)), A);
+        assert!(nowhere(peers));
+        assert!(!is_nowhere(&Course::Follow, &Held::default(), peers), "the log begins at 1");
+        let (mut has, mut absent, mut opening) = (peers, peers, peers);
+        has.said(Some(&report(7)), A);
+        absent.silent(false, false);
+        opening.said(None, A);
+        assert!(!nowhere(has) && !nowhere(absent) && !nowhere(opening));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::mutant::mutant;
 use async_nats::HeaderMap;
 pub(crate) use async_nats::{Message, Subscriber};
 use bytes::Bytes;
+use futures::StreamExt;
 use serde::{Serialize, de::DeserializeOwned};
 use std::time::Duration;
 
@@ -112,6 +113,26 @@ impl Bus {
             Asked::NoResponders => Asked::NoResponders,
             Asked::NoAnswer(error) => Asked::NoAnswer(error),
         }
+    }
+
+    /// Asks everybody who listens, and takes all good answers that come within `time`.
+    pub(crate) async fn ask_everybody<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        subject: String,
+        request: &Q,
+        time: Duration,
+    ) -> Result<Vec<A>> {
+        let (client, body) = (&self.nats.client, wire::encode(request)?);
+        let inbox = client.new_inbox();
+        let answers = client.subscribe(inbox.clone()).await.map_err(|e| unavailable("subscribing", e))?;
+        self.send(subject, Some(inbox), self.headers(MSGPACK), body.into()).await?;
+        let mut answers = std::pin::pin!(answers.take_until(tokio::time::sleep(time)));
+        let mut good = Vec::new();
+        while let Some(message) = answers.next().await {
+            let answer = wire::decode::<Reply<A>>(&message.payload).and_then(Into::into);
+            good.extend(answer.ok());
+        }
+        Ok(good)
     }
 
     /// Like [`ask`](Self::ask), with every failure as an error.

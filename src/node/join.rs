@@ -17,7 +17,7 @@ use crate::logic::lease::PingOutcome;
 use crate::metrics::Metrics;
 use crate::model::InstanceId;
 use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash, NodeRecord, NodeStatus};
-use crate::model::wire::PingRequest;
+use crate::model::wire::{PingReply, PingRequest};
 use crate::nats::bucket::{Cas, creation_error};
 use crate::nats::bus::{Bus, Subscriber};
 use crate::nats::connect::{Nats, Patience, ServerFacts, permission_error};
@@ -33,7 +33,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// Dimensions of a cluster whose creator did not say.
 const DEFAULT_DIMENSIONS: usize = 384;
@@ -194,16 +194,32 @@ async fn ensure_buckets(
     Ok(replicas)
 }
 
-/// Creates the buckets again after NATS has lost them, and the settings in them.
+/// Creates the buckets again after NATS has lost them, and the settings in them. The settings come last: while
+/// they are missing, whoever notices that begins anew, so nothing is left out when a step fails.
 pub(crate) async fn restore_buckets(ctx: &Context) -> Result<()> {
     let replicas = ctx.cluster.log_replicas;
     let buckets = &ctx.buckets;
     for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
         bucket.ensure(replicas).await?;
     }
+    ensure_events(&ctx.control.nats, &ctx.subjects, replicas).await?;
     let value = serde_json::to_vec(&ctx.cluster).map_err(|e| Error::Internal(e.to_string()))?;
-    buckets.cluster.create(CONFIG_KEY, value).await?;
-    ensure_events(&ctx.control.nats, &ctx.subjects, replicas).await
+    match buckets.cluster.create(CONFIG_KEY, value).await? {
+        Cas::Applied(_) | Cas::Lost => Ok(()),
+        Cas::Unknown(error) => Err(error),
+    }
+}
+
+/// Writes the settings again when NATS has lost them alone, or when whoever restored the buckets did not get to
+/// them: nodes that run know them, but nobody new would find the cluster.
+async fn guard_settings(ctx: &Context) {
+    if !matches!(ctx.buckets.cluster.get(CONFIG_KEY).await, Ok(None) | Err(Error::NotFound(_))) {
+        return;
+    }
+    warn!("the cluster's settings are gone from NATS, writing them again");
+    if let Err(error) = restore_buckets(ctx).await {
+        warn!("{error}");
+    }
 }
 
 async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Result<()> {
@@ -389,10 +405,15 @@ fn own_record(ctx: &Context, status: NodeStatus, before: Option<&NodeRecord>) ->
 
 /// Writes our own status. A record of another instance is left alone: we have been replaced.
 pub(crate) async fn set_own_status(ctx: &Context, status: NodeStatus) -> Result<()> {
+    write_own(ctx, status, None).await
+}
+
+/// The same, over the record of an instance that is no more.
+async fn write_own(ctx: &Context, status: NodeStatus, dead: Option<InstanceId>) -> Result<()> {
     for _ in 0..5 {
         let found = ctx.buckets.nodes.get(&ctx.node).await?;
         let current = found.as_ref().and_then(|f| parse::<NodeRecord>(&f.value).ok());
-        if current.as_ref().is_some_and(|r| r.instance != ctx.instance) {
+        if current.as_ref().is_some_and(|r| r.instance != ctx.instance && Some(r.instance) != dead) {
             return Err(Error::Fenced(format!("another process has taken the name {}", ctx.node)));
         }
         // A damaged record says nothing: what we saw last does.
@@ -440,8 +461,38 @@ pub(crate) async fn keep_map(ctx: Arc<Context>, folder: std::path::PathBuf) {
     }
 }
 
-/// Watches our own record: writes it again when it is gone or damaged, and gives up when another process
-/// has taken our name.
+/// Looks at our own record and writes it again when it is gone, damaged, or of an instance that is no more: NATS
+/// may have gone back to a record of the process before us. Returns the instance that has taken our name.
+///
+/// Why it is safe: whoever takes a name listens under it before it writes the record, so it answers here. One that
+/// hangs, or is cut off, finds our record when it comes back, and asks in its turn: we answer, and it stops.
+async fn check_name(ctx: &Context) -> Result<Option<InstanceId>> {
+    let found = ctx.buckets.nodes.get(&ctx.node).await?;
+    let good = found
+        .and_then(|f| parse::<NodeRecord>(&f.value).ok())
+        .filter(|record| record.check(&ctx.node).is_ok());
+    let other = match good.map(|record| record.instance) {
+        Some(instance) if instance == ctx.instance => return Ok(None),
+        other => other,
+    };
+    if let Some(other) = other {
+        let subject = ctx.subjects.node(&ctx.node, "ping");
+        let answers: Vec<PingReply> =
+            ctx.control.ask_everybody(subject, &PingRequest::default(), Duration::from_millis(800)).await?;
+        // Our own answer shows that the question went round.
+        if !answers.iter().any(|answer| answer.instance == ctx.instance) {
+            return Err(Error::Unavailable("our own answer to a ping did not come".into()));
+        }
+        if answers.iter().any(|answer| answer.instance == other) {
+            return Ok(Some(other));
+        }
+    }
+    warn!("our node record is gone, damaged, or of an earlier process, writing it again");
+    write_own(ctx, NodeStatus::Up, other).await.map(|()| None)
+}
+
+/// Watches the settings and our own record: writes them again when they are not there, and gives up when another
+/// process has taken our name.
 pub(crate) async fn guard_record(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) {
     let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.max(Duration::from_secs(1)) * 5);
     tick.tick().await;
@@ -449,35 +500,25 @@ pub(crate) async fn guard_record(ctx: Arc<Context>, fatal: watch::Sender<Option<
     loop {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {
-                let found = match ctx.buckets.nodes.get(&ctx.node).await {
-                    Ok(found) => found,
-                    Err(_) => continue,
-                };
-                let good = found.and_then(|f| parse::<NodeRecord>(&f.value).ok()).is_some_and(|r| r.check(&ctx.node).is_ok());
-                if !good {
-                    warn!("our node record is gone or damaged, writing it again");
-                    if let Err(error) = set_own_status(&ctx, NodeStatus::Up).await {
-                        warn!("{error}");
-                    }
-                }
-            }
+            _ = tick.tick() => guard_settings(&ctx).await,
             changed = views.changed() => {
                 if changed.is_err() { return }
-                let other = views.borrow_and_update().node(&ctx.node).filter(|r| r.instance != ctx.instance).map(|r| r.instance);
-                if let Some(other) = other {
-                    // The watch may still be bringing the record of our predecessor: ask the bucket.
-                    let now = ctx.buckets.nodes.get(&ctx.node).await.ok().flatten();
-                    let now = now.and_then(|f| parse::<NodeRecord>(&f.value).ok());
-                    if now.is_some_and(|r| r.instance != ctx.instance) {
-                        fatal.send_replace(Some(Error::Fenced(format!(
-                            "instance {other} has taken the name {}: this process stops",
-                            ctx.node
-                        ))));
-                        return;
-                    }
+                // The watch may still be bringing the record of our predecessor: the bucket is asked.
+                if views.borrow_and_update().node(&ctx.node).is_none_or(|r| r.instance == ctx.instance) {
+                    continue;
                 }
             }
+        }
+        match check_name(&ctx).await {
+            Ok(None) => {}
+            Ok(Some(other)) => {
+                fatal.send_replace(Some(Error::Fenced(format!(
+                    "instance {other} has taken the name {}: this process stops",
+                    ctx.node
+                ))));
+                return;
+            }
+            Err(error) => debug!("looking at our node record: {error}"),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::history::{Counted, History, Kind, Level, Op};
 use super::judge::{Fault, judge};
+use super::loss::Loss;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -153,6 +154,73 @@ fn counts_stay_between_what_was_there_for_sure_and_what_may_have_been() {
     history.counts[0].invoked = 4;
     history.keys.get_mut("k").unwrap()[1].invoked = 40;
     assert_eq!(faults(&history), [Fault::Miscounted]);
+}
+
+/// The store was killed after 10 s and another one was there after 12 s.
+fn lost(ops: &[(u32, Kind, u64, u64)]) -> Vec<Fault> {
+    const MS: u64 = 1_000_000;
+    let ms = |&(session, kind, from, to): &(u32, Kind, u64, u64)| (session, kind, from * MS, to * MS);
+    let mut history = history(&ops.iter().map(ms).collect::<Vec<_>>());
+    history.losses = vec![Loss { killed: 10_000 * MS, back: 12_000 * MS }];
+    faults(&history)
+}
+
+#[test]
+fn a_fresh_write_that_nobody_saw_may_be_gone_with_the_store() {
+    let fresh = (1, up(2), 9_900, 9_950);
+    let old = (1, up(1), 100, 150);
+    assert_eq!(lost(&[old, fresh, (2, lin(Some(1)), 13_000, 13_001)]), []);
+    assert_eq!(lost(&[old, fresh, (2, lin(Some(2)), 13_000, 13_001)]), []);
+    // The session that wrote it does not see it either.
+    assert_eq!(lost(&[old, fresh, (1, ses(Some(1)), 13_000, 13_001)]), []);
+    // Nor need a write be there that was under way and that the damaged store acknowledged.
+    assert_eq!(lost(&[old, (1, up(2), 9_990, 12_900), (2, lin(Some(1)), 13_000, 13_001)]), []);
+}
+
+#[test]
+fn a_fresh_write_may_be_sent_again_but_takes_effect_once_and_stays() {
+    let fresh = (1, up(2), 9_900, 9_950);
+    let old = (1, up(1), 100, 150);
+    let (gone, there) = ((2, lin(Some(1)), 13_000, 13_001), (2, lin(Some(2)), 14_000, 14_001));
+    assert_eq!(lost(&[old, fresh, gone, there]), []);
+    assert_eq!(lost(&[old, fresh, gone, there, (2, lin(Some(1)), 15_000, 15_001)]), [Fault::Duplicated]);
+    let other = (3, up(3), 15_000, 15_001);
+    let seen = (2, lin(Some(3)), 16_000, 16_001);
+    let twice = [old, fresh, gone, there, other, seen, (2, lin(Some(2)), 17_000, 17_001)];
+    assert_eq!(lost(&twice).len(), 1);
+}
+
+#[test]
+fn an_older_write_may_not_be_gone_with_the_store() {
+    let read = (2, lin(None), 13_000, 13_001);
+    assert_eq!(lost(&[(1, up(1), 7_000, 7_900), read]), [Fault::Lost]);
+    // Nor one that came after, or that was acknowledged long after.
+    assert_eq!(lost(&[(1, up(1), 12_100, 12_200), read]), [Fault::Lost]);
+    assert_eq!(lost(&[(1, up(1), 9_900, 15_100), (2, lin(None), 16_000, 16_001)]), [Fault::Lost]);
+}
+
+#[test]
+fn a_write_that_was_seen_before_the_store_was_lost_may_not_be_gone() {
+    let fresh = (1, up(2), 9_900, 9_950);
+    let gone = (3, lin(None), 13_000, 13_001);
+    let eventual = Kind::Read(Some(2), Level::Eventual);
+    assert_eq!(lost(&[fresh, (2, eventual, 9_960, 9_970), gone]), [Fault::Lost]);
+    assert_eq!(lost(&[fresh, (2, ses(Some(2)), 9_960, 9_970), gone]), [Fault::Lost]);
+    // What came after it in the log has been seen: then it was applied as well.
+    let deleted = (2, del(true), 9_960, 9_970);
+    assert_eq!(lost(&[fresh, deleted, (3, lin(Some(2)), 13_000, 13_001)]), [Fault::Resurrected]);
+    let over = [fresh, (2, up(3), 9_960, 9_970), (2, ses(Some(3)), 9_980, 9_990)];
+    let late = [(3, lin(Some(3)), 13_000, 13_001), (3, lin(Some(2)), 14_000, 14_001)];
+    assert_eq!(lost(&[over.as_slice(), &late].concat()).len(), 1);
+}
+
+#[test]
+fn what_was_deleted_does_not_come_back_with_an_old_store() {
+    let ops = [(1, up(1), 100, 150), (1, del(true), 200, 250)];
+    assert_eq!(lost(&[ops[0], ops[1], (2, lin(Some(1)), 13_000, 13_001)]), [Fault::Resurrected]);
+    // A delete is answered by who has applied it, so a fresh one stays as well.
+    let fresh = (1, del(true), 9_900, 9_950);
+    assert_eq!(lost(&[ops[0], fresh, (2, lin(Some(1)), 13_000, 13_001)]), [Fault::Resurrected]);
 }
 
 #[test]

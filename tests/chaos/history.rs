@@ -3,6 +3,7 @@
 //! A write whose outcome is unknown has no completion: it may take effect at any time after its
 //! invocation, or never. A refused one is kept, too: nobody may ever read it. Nothing is judged here.
 
+use super::loss::Loss;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -60,6 +61,8 @@ pub(crate) struct History {
     pub counts: Vec<Counted>,
     /// What was wrong in one answer alone.
     pub wrong: Vec<String>,
+    /// When JetStream's store was lost.
+    pub losses: Vec<Loss>,
 }
 
 impl History {
@@ -113,6 +116,12 @@ impl Recorder {
 
     pub(crate) fn wrong(&self, what: String) {
         self.lock().wrong.push(what);
+    }
+
+    /// JetStream's store is another one from now on than at `killed`.
+    pub(crate) fn lost(&self, killed: u64) {
+        let back = self.now();
+        self.lock().losses.push(Loss { killed, back });
     }
 
     pub(crate) fn history(&self) -> History {

@@ -2,6 +2,7 @@
 
 use super::checker::{State, Verdict, linearizable, session_order};
 use super::history::{Counted, History, Kind, Level, Op, Version};
+use super::loss::softened;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
@@ -45,6 +46,7 @@ impl fmt::Display for Violation {
 
 /// Everything that is wrong with a history; one violation for each key and session at most.
 pub(crate) fn judge(history: &History) -> Vec<Violation> {
+    let history = &softened(history);
     let mut found = Vec::new();
     for what in &history.wrong {
         found.push(Violation { fault: Fault::Wrong, key: String::new(), text: what.clone() });

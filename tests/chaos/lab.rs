@@ -22,6 +22,8 @@ pub(crate) struct Setup {
     pub nodes: usize,
     pub replication_factor: usize,
     pub shards: u32,
+    /// JetStream's store is lost, too.
+    pub losses: bool,
     /// Further arguments of `node`.
     pub args: Vec<(&'static str, String)>,
 }
@@ -184,6 +186,31 @@ impl Lab {
         of.flat_map(|(_, proxies)| proxies).for_each(|proxy| proxy.set(link));
     }
 
+    fn store(&self, server: usize) -> PathBuf {
+        self.servers[server].dir().join("nats-data")
+    }
+
+    fn copy(&self, server: usize) -> PathBuf {
+        self.servers[server].dir().join("nats-data-then")
+    }
+
+    /// Keeps the store of a server that does not run, for later; the copy from before goes.
+    pub(crate) fn keep_store(&self, server: usize) {
+        let _ = std::fs::remove_dir_all(self.copy(server));
+        copy_folder(&self.store(server), &self.copy(server));
+    }
+
+    /// Removes the store of a server that does not run.
+    pub(crate) fn wipe_store(&self, server: usize) {
+        std::fs::remove_dir_all(self.store(server)).expect("the store is removed");
+    }
+
+    /// Gives a server that does not run the store that was kept.
+    pub(crate) fn roll_back_store(&self, server: usize) {
+        self.wipe_store(server);
+        copy_folder(&self.copy(server), &self.store(server));
+    }
+
     /// A client with its own connection.
     pub(crate) async fn client(&self, timeout: Duration) -> Client {
         let options =
@@ -227,6 +254,11 @@ impl Lab {
         let status = self.admin("status", json!({})).await.ok()?;
         status["leader"].as_str().map(str::to_owned)
     }
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp runs");
+    assert!(copied.success());
 }
 
 /// Sends a signal with the system's own tool: tests have no unsafe code either.

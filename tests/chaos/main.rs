@@ -14,6 +14,7 @@ mod history;
 mod invariants;
 mod judge;
 mod lab;
+mod loss;
 mod nemesis;
 mod proxy;
 mod regressions;
@@ -31,21 +32,30 @@ use workload::Workload;
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 /// Faults of a short run.
 const SHORT: Duration = Duration::from_secs(50);
+/// The same, where logs are rebuilt in between.
+const LOSSES: Duration = Duration::from_secs(75);
 /// From the end of all faults until everything is whole again.
 const WHOLE: Duration = Duration::from_secs(90);
 
 fn one_server() -> Setup {
-    Setup { servers: 1, nodes: 3, replication_factor: 2, shards: 4, args: Vec::new() }
+    Setup { servers: 1, nodes: 3, replication_factor: 2, shards: 4, losses: false, args: Vec::new() }
 }
 
 fn three_servers() -> Setup {
-    Setup { servers: 3, nodes: 3, replication_factor: 3, shards: 4, args: Vec::new() }
+    Setup { servers: 3, nodes: 3, replication_factor: 3, shards: 4, losses: false, args: Vec::new() }
 }
 
 /// A single replica: nothing heals but by the log, and a move must bring everything along.
 fn single_replicas() -> Setup {
     let args = vec![("--migration-rate", "200KiB".to_owned())];
-    Setup { servers: 1, nodes: 3, replication_factor: 1, shards: 4, args }
+    Setup { servers: 1, nodes: 3, replication_factor: 1, shards: 4, losses: false, args }
+}
+
+/// JetStream loses what it has acknowledged. Nothing else takes data with it then: a node whose process ends
+/// takes along what it has applied and not yet written to its disk, and if no other holder has that and
+/// JetStream does not either, it is gone by right.
+fn lost_stores(setup: Setup) -> Setup {
+    Setup { losses: true, ..setup }
 }
 
 fn from_env(name: &str) -> Option<u64> {
@@ -64,7 +74,7 @@ async fn run(name: &str, setup: Setup, seed: u64, time: Duration) {
     let clients = [lab.client(Duration::from_secs(2)).await, lab.client(Duration::from_secs(4)).await];
     let terms = invariants::watch_terms(&lab, &recorder);
     let mut workload = Workload::start(&recorder, &clients, &mut dice, 1_500);
-    let mut nemesis = Nemesis::new(dice.branch(), setup.nodes + 2);
+    let mut nemesis = Nemesis::new(dice.branch(), setup.nodes + 2, &recorder);
     nemesis.rage(&mut lab, time).await;
     nemesis::heal(&mut lab).await;
     println!("all faults are over, waiting until everything is whole");
@@ -146,6 +156,19 @@ async fn single_replicas_that_move() {
     run("single replicas", single_replicas(), from_env("CHAOS_SEED").unwrap_or(3), SHORT).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_store_is_rolled_back_under_load() {
+    let seed = from_env("CHAOS_SEED").unwrap_or(5);
+    run("lost stores", lost_stores(one_server()), seed, LOSSES).await;
+}
+
+/// One store of three goes back: nothing may be lost at all. All three: as with one server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stores_of_three_servers_are_rolled_back_under_load() {
+    let seed = from_env("CHAOS_SEED").unwrap_or(6);
+    run("lost stores of three", lost_stores(three_servers()), seed, LOSSES).await;
+}
+
 /// The long form: see `tests/chaos.sh`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn long_form() {
@@ -158,7 +181,8 @@ async fn long_form() {
     let part = Duration::from_secs(150.min(minutes * 60));
     let parts = (minutes * 60).div_ceil(part.as_secs());
     for i in 0..parts {
-        let setups = [one_server(), three_servers(), single_replicas()];
+        let (one, three) = (lost_stores(one_server()), lost_stores(three_servers()));
+        let setups = [one_server(), three_servers(), single_replicas(), one, three];
         let setup = setups[i as usize % setups.len()].clone();
         run("long form", setup, seed.wrapping_add(i), part).await;
     }

@@ -1,6 +1,7 @@
 //! What goes wrong, drawn from a seed: each fault begins, lasts for a while, and ends.
 
 use super::dice::Dice;
+use super::history::Recorder;
 use super::lab::{Lab, signal};
 use super::proxy::Link;
 use super::shim::Suffering;
@@ -42,6 +43,14 @@ pub(crate) enum Fault {
     SlowDisk(String, i64),
     FullDisk(String),
     ClockJump(String, i64),
+    /// All servers, and their stores are kept as they are then: an older copy for later.
+    KillAllServers,
+    /// All servers are killed, and their stores are gone.
+    WipeStores,
+    /// All servers are killed and come back with the stores that were kept last: a power cut of all.
+    RollBackStores,
+    /// The same of one of three, for so long that the others have all it had: RAFT must repair it.
+    RollBackOne(usize),
     /// A holder is away for so long that logs fill up.
     FullLog(String),
 }
@@ -63,14 +72,34 @@ pub(crate) struct Nemesis {
     hit: Option<String>,
     /// A copy takes a while, and the next disk must not go before it is there.
     wiped: Option<Instant>,
+    recorder: Recorder,
+    /// When the servers were killed whose stores are lost.
+    stores_lost: Option<u64>,
+    /// Copies of stores to go back to are there.
+    kept: bool,
 }
 
 /// Least pause between two lost disks.
 const BETWEEN_WIPES: Duration = Duration::from_secs(15);
+/// A store is lost when everything is whole: this is how long that may take to come.
+const WHOLE: Duration = Duration::from_secs(40);
+/// Two servers of three agree on leaders, and on what the third had acknowledged with one of them alone: RAFT
+/// elects after 4 to 9 s. A store that goes back and votes before that breaks what RAFT stands on.
+const ELECTED: Duration = Duration::from_secs(12);
 
 impl Nemesis {
-    pub(crate) fn new(dice: Dice, most_nodes: usize) -> Nemesis {
-        Nemesis { dice, started: Instant::now(), counts: BTreeMap::new(), most_nodes, hit: None, wiped: None }
+    pub(crate) fn new(dice: Dice, most_nodes: usize, recorder: &Recorder) -> Nemesis {
+        Nemesis {
+            dice,
+            started: Instant::now(),
+            counts: BTreeMap::new(),
+            most_nodes,
+            hit: None,
+            wiped: None,
+            recorder: recorder.clone(),
+            stores_lost: None,
+            kept: false,
+        }
     }
 
     fn say(&self, what: &str) {
@@ -127,17 +156,73 @@ impl Nemesis {
         }
     }
 
+    /// Where stores are lost: nothing else that takes data with it, see `lost_stores`.
+    fn draw_with_losses(&mut self, lab: &Lab) -> Fault {
+        let dice = &mut self.dice;
+        let node = dice.pick(&lab.ids()).clone();
+        let server = dice.below(lab.servers.len());
+        let shard = dice.below(lab.setup.shards as usize) as u32;
+        let turn = dice.below(100);
+        // Each kind of loss comes in every run, and first of all something to go back to.
+        let firsts = [
+            (true, Fault::Move(shard, node.clone())),
+            (true, Fault::KillAllServers),
+            (lab.servers.len() == 3, Fault::RollBackOne(server)),
+            (true, Fault::RollBackStores),
+            (true, Fault::WipeStores),
+        ];
+        let first = firsts.into_iter().find(|(due, fault)| *due && !self.counts.contains_key(&fault.name()));
+        if let Some((_, fault)) = first {
+            return fault;
+        }
+        if !self.kept {
+            return Fault::KillAllServers;
+        }
+        match turn {
+            0..22 => Fault::RollBackStores,
+            22..34 => Fault::WipeStores,
+            34..44 => Fault::KillAllServers,
+            44..66 if lab.servers.len() == 3 => Fault::RollBackOne(server),
+            44..56 => Fault::KillNode(node),
+            56..66 => Fault::HangNode(node),
+            66..74 => Fault::HangLeader,
+            74..82 => Fault::StepDown,
+            82..94 => Fault::Move(shard, node),
+            94..97 => Fault::Rebalance,
+            _ => Fault::Drain(node),
+        }
+    }
+
+    /// One fault, or two that may happen together; what takes data with it comes last.
+    fn draw_some(&mut self, lab: &Lab) -> Vec<Fault> {
+        let draw = |nemesis: &mut Nemesis| match lab.setup.losses {
+            true => nemesis.draw_with_losses(lab),
+            false => nemesis.draw(lab),
+        };
+        let mut faults = vec![draw(self)];
+        if self.dice.chance(35) {
+            let other = draw(self);
+            // Two at once, but not two that end each other.
+            if other.name() != faults[0].name() && !(servers(&other) && servers(&faults[0])) {
+                faults.push(other);
+            }
+        }
+        faults.sort_by_key(loses);
+        if faults.last().is_some_and(loses) {
+            faults.retain(|fault| !matches!(fault, Fault::KillNode(_) | Fault::KillLeader));
+        }
+        faults
+    }
+
     /// Faults, one or two at a time, until the time is over; then everything has been healed.
     pub(crate) async fn rage(&mut self, lab: &mut Lab, time: Duration) {
         let end = Instant::now() + time;
         while Instant::now() < end {
-            let mut faults = vec![self.draw(lab)];
-            if self.dice.chance(35) {
-                let other = self.draw(lab);
-                // Two at once, but not two that end each other.
-                if other.name() != faults[0].name() && !(servers(&other) && servers(&faults[0])) {
-                    faults.push(other);
-                }
+            let faults = self.draw_some(lab);
+            if faults.last().is_some_and(loses)
+                && let Err(why) = lab.wait_green(WHOLE).await
+            {
+                return self.recorder.wrong(format!("no loss was survived: {why}"));
             }
             for fault in &faults {
                 *self.counts.entry(fault.name()).or_default() += 1;
@@ -147,8 +232,11 @@ impl Nemesis {
                 tokio::time::sleep(Duration::from_millis(apart)).await;
             }
             let most = if faults.iter().any(|f| matches!(f, Fault::FullLog(_))) { 9_000 } else { LONGEST_MS };
-            let lasts = self.dice.between(200, most);
-            tokio::time::sleep(Duration::from_millis(lasts)).await;
+            let mut lasts = Duration::from_millis(self.dice.between(200, most));
+            if faults.iter().any(|f| matches!(f, Fault::RollBackOne(_))) {
+                lasts = lasts.max(ELECTED);
+            }
+            tokio::time::sleep(lasts).await;
             for fault in &faults {
                 self.end(lab, fault).await;
             }
@@ -212,6 +300,27 @@ impl Nemesis {
                 }
             }
             Fault::HangServer(server) => signal(lab.servers[*server].pid(), "STOP"),
+            Fault::KillAllServers => {
+                kill_servers(lab).await;
+                (0..lab.servers.len()).for_each(|server| lab.keep_store(server));
+                self.kept = true;
+            }
+            Fault::WipeStores | Fault::RollBackStores => {
+                self.stores_lost = Some(self.recorder.now());
+                kill_servers(lab).await;
+                for server in 0..lab.servers.len() {
+                    match fault {
+                        Fault::WipeStores => lab.wipe_store(server),
+                        _ => lab.roll_back_store(server),
+                    }
+                }
+                // Three servers of which one has a store of another past are no power cut.
+                self.kept &= lab.servers.len() == 1 || *fault != Fault::WipeStores;
+            }
+            Fault::RollBackOne(server) => {
+                let _ = lab.servers[*server].kill().await;
+                lab.roll_back_store(*server);
+            }
             Fault::Isolate(server, link) => lab.isolate(*server, *link),
             Fault::StepDown => drop(lab.admin("step_down", json!({})).await),
             Fault::Move(shard, to) => drop(lab.admin("migrate", json!({"shard": shard, "to": to})).await),
@@ -243,7 +352,16 @@ impl Nemesis {
             Fault::Drain(node) => drop(lab.admin("undrain", json!({"node": node})).await),
             Fault::Link(node, _) => lab.link(node, Link::Pass),
             Fault::AllLinks(_) => all_links(lab, Link::Pass),
-            Fault::KillServer(_) | Fault::KillTwoServers(_) => restart_servers(lab).await,
+            Fault::WipeStores | Fault::RollBackStores => {
+                if let Some(killed) = self.stores_lost.take() {
+                    self.recorder.lost(killed);
+                }
+                restart_servers(lab).await;
+            }
+            Fault::KillServer(_)
+            | Fault::KillTwoServers(_)
+            | Fault::KillAllServers
+            | Fault::RollBackOne(_) => restart_servers(lab).await,
             Fault::HangServer(server) => signal(lab.servers[*server].pid(), "CONT"),
             Fault::Isolate(server, _) => lab.isolate(*server, Link::Pass),
             Fault::SlowDisk(node, _) | Fault::FullDisk(node) | Fault::ClockJump(node, _) => {
@@ -257,8 +375,23 @@ impl Nemesis {
 fn servers(fault: &Fault) -> bool {
     matches!(
         fault,
-        Fault::KillServer(_) | Fault::KillTwoServers(_) | Fault::HangServer(_) | Fault::Isolate(..)
-    )
+        Fault::KillServer(_)
+            | Fault::KillTwoServers(_)
+            | Fault::HangServer(_)
+            | Fault::Isolate(..)
+            | Fault::KillAllServers
+    ) || loses(fault)
+}
+
+/// Takes data of JetStream with it.
+fn loses(fault: &Fault) -> bool {
+    matches!(fault, Fault::WipeStores | Fault::RollBackStores | Fault::RollBackOne(_))
+}
+
+async fn kill_servers(lab: &mut Lab) {
+    for server in &mut lab.servers {
+        let _ = server.kill().await;
+    }
 }
 
 fn all_links(lab: &Lab, link: Link) {

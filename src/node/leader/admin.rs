@@ -156,6 +156,24 @@ impl Leader {
         if lost > 0 {
             warnings.push(format!("{lost} replicas report that JetStream lost entries of their log"));
         }
+        let failed = |record: &ShardRecord| {
+            let is_failed = |node: &String| {
+                self.reported(node, record.shard).is_some_and(|load| load.state == ReplicaState::Failed)
+            };
+            record.replicas.iter().all(is_failed)
+        };
+        let nowhere: Vec<String> = self
+            .shards
+            .values()
+            .filter(|(_, record)| failed(record))
+            .map(|(_, record)| record.shard.to_string())
+            .collect();
+        if !nowhere.is_empty() {
+            let (all, shown) = (nowhere.len(), nowhere[..nowhere.len().min(5)].join(", "));
+            warnings.push(format!(
+                "{all} shards serve nowhere, all their replicas have failed ({shown}): see the events"
+            ));
+        }
         let (wanted, members) = (self.ctx.cluster.replication_factor as usize, self.present.len());
         if members < wanted {
             let nodes = if members == 1 { "node is" } else { "nodes are" };

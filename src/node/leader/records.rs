@@ -303,7 +303,11 @@ impl Leader {
         let lost = reported.filter(|load| load.state == ReplicaState::LogLost).map(|load| load.shard);
         // Whoever led before may have died between writing a record and creating its log.
         let unchecked = self.shards.keys().copied().filter(|shard| !self.logs_checked.contains(shard));
-        let mut shards: Vec<ShardId> = lost.chain(unchecked.take(PARALLEL)).collect();
+        // Replicas that have nothing do not miss the log's stream, they wait for it.
+        let stuck =
+            self.shards.values().filter(|(_, record)| self.is_stuck(record)).map(|(_, record)| record.shard);
+        let mut shards: Vec<ShardId> =
+            lost.chain(unchecked.take(PARALLEL)).chain(stuck.take(PARALLEL)).collect();
         shards.sort();
         shards.dedup();
         let records =
@@ -349,6 +353,14 @@ impl Leader {
             }
         }
         Ok(())
+    }
+
+    /// Whether every holder has said that it does not serve.
+    fn is_stuck(&self, record: &ShardRecord) -> bool {
+        record.replicas.iter().all(|node| {
+            let state = self.reported(node, record.shard).map(|load| load.state);
+            matches!(state, Some(ReplicaState::Recovering))
+        })
     }
 
     async fn look_at_log(&self, record: ShardRecord) -> (ShardRecord, Result<Verdict>) {

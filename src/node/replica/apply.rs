@@ -8,7 +8,7 @@
 use crate::error::{Error, Result};
 use crate::logic::broken;
 use crate::logic::dedup::Window;
-use crate::logic::replica::Held;
+use crate::logic::replica::{Held, body_sum};
 use crate::model::OpId;
 use crate::model::records::ClusterRecord;
 use crate::model::vector::validate_id;
@@ -56,7 +56,11 @@ pub(crate) struct Seed {
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct HeldNote {
     log_id: Uuid,
+    /// Of the body alone: all that older versions know, so that a node can go back to one.
     checksum: Option<String>,
+    /// The whole stamp.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    stamp: Option<String>,
     /// Do not serve below this (after a snapshot of mixed age).
     #[serde(default)]
     complete_at: u64,
@@ -93,7 +97,7 @@ impl Applier {
                 HELD_NOTE => {
                     let note: HeldNote = decode(&bytes).map_err(|e| Error::Corrupt(e.to_string()))?;
                     held.log_id = note.log_id;
-                    held.checksum = note.checksum;
+                    held.checksum = note.stamp.or(note.checksum);
                     complete_at = note.complete_at;
                 }
                 SEED_NOTE => seed = Some(decode(&bytes).map_err(|e| Error::Corrupt(e.to_string()))?),
@@ -115,7 +119,8 @@ impl Applier {
     fn held_note(&self) -> Result<(u64, Option<Vec<u8>>)> {
         let note = HeldNote {
             log_id: self.held.log_id,
-            checksum: self.held.checksum.clone(),
+            checksum: self.held.checksum.as_deref().map(|stamp| body_sum(stamp).to_owned()),
+            stamp: self.held.checksum.clone(),
             complete_at: self.complete_at,
         };
         Ok((HELD_NOTE, Some(encode(&note)?)))

@@ -15,7 +15,7 @@ pub(crate) use source::stream_snapshot;
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
 use crate::logic::replica::{
-    Condition, Course, LogFacts, Ordered, Peers, course, course_of_joining, takes_writes,
+    Condition, Course, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, takes_writes,
 };
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
@@ -397,9 +397,9 @@ impl Replica {
             status.checksum.clone_from(&applier.held.checksum);
             status.log_id = applier.held.log_id;
             status.checked = false;
-            status.failed = false;
         });
         if applier.seed.is_some() {
+            self.change(|status| status.failed = false);
             return self.load_snapshot(applier).await;
         }
         // Others first, the log after: while writes go on it is then never behind what they said.
@@ -419,6 +419,10 @@ impl Replica {
         if self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node)) {
             course = course_of_joining(course, log_facts, peers);
         }
+        if is_nowhere(&course, held, peers) {
+            return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
+        }
+        self.change(|status| status.failed = false);
         match course {
             Course::Follow => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
@@ -457,6 +461,22 @@ impl Replica {
             let event = Event::new("shard.log_lost", message).shard(self.shard).node(&self.ctx.node);
             self.ctx.event(event).await;
         }
+    }
+
+    /// Says so once; as an error it makes the replica a failed one, and is looked into again: a holder may come
+    /// back with its disk.
+    async fn lose_data(&self, first_seq: u64) -> Error {
+        let stream = self.ctx.subjects.log_stream(self.shard);
+        let text = format!(
+            "shard {} has lost data: its log begins at {first_seq}, and no replica has what came before; bring a disk \
+             of one of its nodes back, or delete the stream {stream} to begin again with nothing",
+            self.shard
+        );
+        if !self.status.borrow().failed {
+            let event = Event::new("shard.data_lost", text.clone()).shard(self.shard).node(&self.ctx.node);
+            self.ctx.event(event).await;
+        }
+        Error::Corrupt(text)
     }
 
     fn ordered(&self) -> Option<Ordered> {

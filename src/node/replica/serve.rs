@@ -30,6 +30,8 @@ const IN_HAND: usize = 512;
 /// Most ids or entries of one write.
 const MAX_BATCH: usize = 65_536;
 const QUEUE_GROUP: &str = "replicas";
+/// How long a session waits before its replica looks whether what it waits for still exists.
+const LOST_SESSION: Duration = Duration::from_secs(1);
 /// Longest wait on behalf of one request.
 const LONGEST: Duration = Duration::from_secs(30);
 
@@ -157,15 +159,16 @@ impl Replica {
 
     /// Whether requests may be answered here.
     fn check_serving(&self) -> Result<()> {
-        let (serving, state) = {
+        let (serving, state, why) = {
             let status = self.status.borrow();
-            (status.serving, status.state)
+            (status.serving, status.state, status.gate.clone().filter(|_| status.failed))
         };
         if serving {
             return Ok(());
         }
+        let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
         Err(Error::Unavailable(format!(
-            "shard {} does not serve on {}: it is {state}",
+            "shard {} does not serve on {}: it is {state}{why}",
             self.shard, self.ctx.node
         )))
     }
@@ -301,7 +304,14 @@ impl Replica {
             Consistency::Session if self.status.borrow().applied >= after || mutant("session-early") => {
                 Ok(())
             }
-            Consistency::Session => self.wait_applied(after, timeout).await.map(|_| ()),
+            Consistency::Session => {
+                let patience = (timeout / 2).min(LOST_SESSION);
+                match self.wait_applied(after, patience).await {
+                    Ok(_) => Ok(()),
+                    Err(_) if self.was_lost(after).await => Ok(()),
+                    Err(_) => self.wait_applied(after, timeout - patience).await.map(|_| ()),
+                }
+            }
             Consistency::Linearizable => {
                 let (before, gate) = {
                     let status = self.status.borrow();
@@ -324,6 +334,20 @@ impl Replica {
                 self.wait_applied(placed.seq.max(after), until - Instant::now()).await.map(|_| ())
             }
         }
+    }
+
+    /// Whether a session waits for what went with a log that JetStream has lost: the log has been rebuilt, is
+    /// whole, and ends before that. The shard may be quiet, so that waiting would never end.
+    async fn was_lost(&self, after: u64) -> bool {
+        let rebuilt = self.ordered().is_some_and(|ordered| ordered.log_first_seq > 1);
+        let whole = || self.status.borrow().gate.is_none();
+        if !rebuilt || !whole() {
+            return false;
+        }
+        let applied = self.status.borrow().applied;
+        let log = self.ctx.logs.info(self.shard).await.ok().flatten();
+        let ours = log.filter(|log| self.status.borrow().log_id == log.id);
+        ours.is_some_and(|log| (applied..after).contains(&log.last_seq)) && whole()
     }
 
     /// Searches this replica, or only counts.
