@@ -120,11 +120,25 @@ pub struct WireError {
     pub retryable: bool,
 }
 
+/// Longest text of an error that is sent or logged, in bytes. Errors quote what they refuse, which may have a megabyte:
+/// with that in header and body, the reply would not fit into a message, and nobody would be told.
+const MAX_TEXT: usize = 500;
+
+/// The beginning of a text that somebody else may have chosen.
+pub(crate) fn shortened(mut text: String) -> String {
+    if text.len() > MAX_TEXT {
+        let end = (0..=MAX_TEXT).rev().find(|at| text.is_char_boundary(*at));
+        text.truncate(end.unwrap_or(0));
+        text.push('…');
+    }
+    text
+}
+
 impl From<&Error> for WireError {
     fn from(error: &Error) -> Self {
         WireError {
             code: error.code().to_owned(),
-            message: error.to_string(),
+            message: shortened(error.to_string()),
             retryable: error.is_retryable(),
         }
     }
@@ -171,6 +185,13 @@ mod tests {
             let error = make("shard 7".to_owned());
             assert_eq!(Error::from(WireError::from(&error)), error);
         }
+    }
+
+    #[test]
+    fn an_error_that_quotes_a_megabyte_is_sent_shortened() {
+        let wire = WireError::from(&Error::Invalid("é".repeat(1 << 20)));
+        assert!(wire.message.len() <= MAX_TEXT + '…'.len_utf8(), "{}", wire.message.len());
+        assert!(wire.message.ends_with('…'));
     }
 
     #[test]

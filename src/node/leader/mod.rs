@@ -38,10 +38,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tracing::{debug, warn};
+use tracing::warn;
 
 /// How often placement is looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// A tick that is so late is not waited for.
+const STARVED: Duration = Duration::from_millis(500);
 /// A ping of a suspect.
 const PING: Duration = Duration::from_millis(500);
 
@@ -65,6 +67,11 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let ended = || Error::Unavailable("a subscription of the leader ended".into());
     loop {
+        // A flood on one of these subjects must not keep the leader from everything that stands below it.
+        if ctx.clock.now() > leader.last_tick + STARVED {
+            leader.on_view();
+            leader.tick().await?;
+        }
         tokio::select! {
             // Heartbeats first: whoever has sent one must not be judged silent.
             biased;
@@ -169,8 +176,17 @@ impl Leader {
             }
         };
         let actions = self.membership.on_heartbeat(self.ctx.clock.now(), &heartbeat.node, heartbeat.instance);
-        if self.ctx.view().node(&heartbeat.node).is_some_and(|record| record.instance == heartbeat.instance) {
-            self.heartbeats.insert(heartbeat.node, wall());
+        match self.ctx.view().node(&heartbeat.node) {
+            Some(record) if record.instance == heartbeat.instance => {
+                self.heartbeats.insert(heartbeat.node, wall());
+            }
+            // Its record may be a moment behind; or somebody uses its name.
+            Some(_) | None => {
+                let (node, instance) = (&heartbeat.node, heartbeat.instance);
+                let error =
+                    Error::Invalid(format!("instance {instance} is not the one of {node:?} in its record"));
+                self.ctx.bad_message("heartbeat", sender(message), &error);
+            }
         }
         self.members(actions).await
     }
@@ -183,7 +199,11 @@ impl Leader {
                 self.on_heat(&report);
                 self.loads.insert(report.node.clone(), report);
             }
-            Ok(report) => debug!(node = report.node, "a load report of an unknown process is ignored"),
+            Ok(report) => {
+                let error =
+                    Error::Invalid(format!("a load report of an unknown process of {:?}", report.node));
+                self.ctx.bad_message("load", sender(message), &error);
+            }
             Err(error) => self.ctx.bad_message("load", sender(message), &error),
         }
     }
