@@ -122,16 +122,17 @@ pub struct WireError {
 
 /// Longest text of an error that is sent or logged, in bytes. Errors quote what they refuse, which may have a megabyte:
 /// with that in header and body, the reply would not fit into a message, and nobody would be told.
-const MAX_TEXT: usize = 500;
+const MAX_TEXT: usize = 2_000;
 
-/// The beginning of a text that somebody else may have chosen.
-pub(crate) fn shortened(mut text: String) -> String {
-    if text.len() > MAX_TEXT {
-        let end = (0..=MAX_TEXT).rev().find(|at| text.is_char_boundary(*at));
-        text.truncate(end.unwrap_or(0));
-        text.push('…');
+/// Beginning and end of a text that somebody else may have chosen: what is wrong stands before or after the quotation.
+pub(crate) fn shortened(text: String) -> String {
+    if text.len() <= MAX_TEXT {
+        return text;
     }
-    text
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=MAX_TEXT / 2).rev().find(boundary).unwrap_or(0);
+    let tail = (text.len() - MAX_TEXT / 2..text.len()).find(boundary).unwrap_or(text.len());
+    format!("{}…{}", &text[..head], &text[tail..])
 }
 
 impl From<&Error> for WireError {
@@ -189,9 +190,9 @@ mod tests {
 
     #[test]
     fn an_error_that_quotes_a_megabyte_is_sent_shortened() {
-        let wire = WireError::from(&Error::Invalid("é".repeat(1 << 20)));
+        let wire = WireError::from(&Error::Invalid(format!("id {:?} is not one", "é".repeat(1 << 20))));
         assert!(wire.message.len() <= MAX_TEXT + '…'.len_utf8(), "{}", wire.message.len());
-        assert!(wire.message.ends_with('…'));
+        assert!(wire.message.starts_with("id \"é") && wire.message.ends_with("é\" is not one"));
     }
 
     #[test]

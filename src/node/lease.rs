@@ -15,6 +15,8 @@ use crate::node::join::restore_buckets;
 use crate::node::leader;
 use crate::node::replica::ping_outcome;
 use crate::view::{LEADER_KEY, parse};
+use futures::FutureExt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -188,9 +190,12 @@ impl Driver {
         self.ctx.tasks.spawn(async move {
             let story = Story::new("leader.elected", format!("{} leads in term {term}", ctx.node));
             ctx.event(Story { term: Some(term), ..story.node(&ctx.node) }).await;
+            // Whoever holds the lease leads, or lets others: a bug must not leave everybody without a leader. What
+            // the leader knew goes with it.
+            let led = AssertUnwindSafe(leader::run(ctx, term)).catch_unwind();
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = leader::run(ctx, term) => ended,
+                ended = led => ended.unwrap_or_else(|_| Err(Error::Internal("the leader panicked".into()))),
             };
             if let Err(error) = ended {
                 warn!(term, "cannot lead: {error}");

@@ -33,7 +33,7 @@ use crate::node::context::Context;
 use crate::node::replica::ping_outcome;
 use crate::view::{Rev, View, parse};
 use chrono::{DateTime, Utc};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,8 +42,8 @@ use tracing::warn;
 
 /// How often placement is looked at.
 const TICK: Duration = Duration::from_millis(200);
-/// A tick that is so late is not waited for.
-const STARVED: Duration = Duration::from_millis(500);
+/// Heartbeats that are taken before nodes are judged, at most: a flood of them does not end.
+const WAITING: usize = 4_096;
 /// A ping of a suspect.
 const PING: Duration = Duration::from_millis(500);
 
@@ -67,14 +67,8 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let ended = || Error::Unavailable("a subscription of the leader ended".into());
     loop {
-        // A flood on one of these subjects must not keep the leader from everything that stands below it.
-        if ctx.clock.now() > leader.last_tick + STARVED {
-            leader.on_view();
-            leader.tick().await?;
-        }
         tokio::select! {
-            // Heartbeats first: whoever has sent one must not be judged silent.
-            biased;
+            // In no order: a flood on one subject must not keep the leader from the others.
             message = heartbeats.next() => leader.on_heartbeat(&message.ok_or_else(ended)?).await?,
             message = loads.next() => leader.on_load(&message.ok_or_else(ended)?),
             message = admin.next() => leader.on_admin(&message.ok_or_else(ended)?).await?,
@@ -86,7 +80,14 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
                 changed.map_err(|_| ended())?;
                 leader.on_view();
             }
-            _ = tick.tick() => leader.tick().await?,
+            _ = tick.tick() => {
+                // Heartbeats first: whoever has sent one must not be judged silent.
+                for _ in 0..WAITING {
+                    let Some(message) = heartbeats.next().now_or_never() else { break };
+                    leader.on_heartbeat(&message.ok_or_else(ended)?).await?;
+                }
+                leader.tick().await?;
+            }
         }
     }
 }
@@ -192,7 +193,11 @@ impl Leader {
     }
 
     fn on_load(&mut self, message: &Message) {
-        match parse::<LoadReport>(&message.payload) {
+        let checked = parse::<LoadReport>(&message.payload).and_then(|report| {
+            report.check(self.ctx.cluster.num_shards)?;
+            Ok(report)
+        });
+        match checked {
             Ok(report)
                 if self.ctx.view().node(&report.node).is_some_and(|n| n.instance == report.instance) =>
             {

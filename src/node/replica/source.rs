@@ -19,6 +19,9 @@ use tracing::{debug, info};
 
 /// A receiver that acknowledges nothing new for so long is gone.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Longest sending. A receiver that means well asks again and goes on at its cursor; one that takes a chunk now and then
+/// must not hold its place for ever.
+const LONGEST: Duration = Duration::from_secs(3_600);
 /// Smallest chunk, for very low rates.
 const MIN_CHUNK: usize = 4_096;
 
@@ -60,6 +63,7 @@ pub(crate) async fn stream_snapshot(
         let sent = tokio::select! {
             sent = sender.run(&replica, seq, window) => sent,
             () = replica.closing() => Err(Error::Unavailable("the replica is closing".into())),
+            () = tokio::time::sleep(LONGEST) => Err(Error::Unavailable("the receiver is slow".into())),
         };
         match sent {
             Ok(()) => info!(%shard, transfer, chunks = sender.index, "the snapshot was sent"),
