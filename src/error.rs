@@ -120,11 +120,26 @@ pub struct WireError {
     pub retryable: bool,
 }
 
+/// Longest text of an error that is sent or logged, in bytes. Errors quote what they refuse, which may have a megabyte:
+/// with that in header and body, the reply would not fit into a message, and nobody would be told.
+const MAX_TEXT: usize = 2_000;
+
+/// Beginning and end of a text that somebody else may have chosen: what is wrong stands before or after the quotation.
+pub(crate) fn shortened(text: String) -> String {
+    if text.len() <= MAX_TEXT {
+        return text;
+    }
+    let boundary = |at: &usize| text.is_char_boundary(*at);
+    let head = (0..=MAX_TEXT / 2).rev().find(boundary).unwrap_or(0);
+    let tail = (text.len() - MAX_TEXT / 2..text.len()).find(boundary).unwrap_or(text.len());
+    format!("{}…{}", &text[..head], &text[tail..])
+}
+
 impl From<&Error> for WireError {
     fn from(error: &Error) -> Self {
         WireError {
             code: error.code().to_owned(),
-            message: error.to_string(),
+            message: shortened(error.to_string()),
             retryable: error.is_retryable(),
         }
     }
@@ -171,6 +186,13 @@ mod tests {
             let error = make("shard 7".to_owned());
             assert_eq!(Error::from(WireError::from(&error)), error);
         }
+    }
+
+    #[test]
+    fn an_error_that_quotes_a_megabyte_is_sent_shortened() {
+        let wire = WireError::from(&Error::Invalid(format!("id {:?} is not one", "é".repeat(1 << 20))));
+        assert!(wire.message.len() <= MAX_TEXT + '…'.len_utf8(), "{}", wire.message.len());
+        assert!(wire.message.starts_with("id \"é") && wire.message.ends_with("é\" is not one"));
     }
 
     #[test]

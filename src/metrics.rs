@@ -5,6 +5,10 @@ use prometheus::{
     Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
     Opts, Registry, TextEncoder,
 };
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// The metrics of one node or client. Each has its own registry, so several fit in one process.
 #[derive(Debug)]
@@ -52,7 +56,12 @@ pub(crate) struct Metrics {
     pub(crate) tasks: IntGauge,
     /// Seconds since the start.
     pub(crate) uptime: Gauge,
+    /// When each kind of bad message was last logged, and how many have come since.
+    logged: Mutex<BTreeMap<&'static str, (Instant, u64)>>,
 }
+
+/// Bad messages of one kind are logged at most so often: whoever sends them must not fill the disk as well.
+const LOG_EVERY: Duration = Duration::from_secs(1);
 
 impl Metrics {
     pub(crate) fn new() -> Result<Self> {
@@ -149,7 +158,32 @@ impl Metrics {
             tasks: gauge("ruvector_tasks", "Asynchronous tasks alive in this process")?,
             uptime,
             registry,
+            logged: Mutex::default(),
         })
+    }
+
+    /// Counts a message that makes no sense. If it is to be logged: how many others of its kind were not, since the
+    /// last that was.
+    pub(crate) fn bad_message(&self, kind: &'static str) -> Option<u64> {
+        self.bad_messages.with_label_values(&[kind]).inc();
+        self.may_log(kind)
+    }
+
+    /// As [`bad_message`](Self::bad_message), for what is counted elsewhere.
+    pub(crate) fn may_log(&self, kind: &'static str) -> Option<u64> {
+        let mut logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        match logged.get_mut(kind) {
+            Some((last, unsaid)) if now - *last < LOG_EVERY => {
+                *unsaid += 1;
+                None
+            }
+            known => {
+                let unsaid = known.map_or(0, |(_, unsaid)| *unsaid);
+                logged.insert(kind, (now, 0));
+                Some(unsaid)
+            }
+        }
     }
 
     /// Prometheus text format.
@@ -164,6 +198,17 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn all_bad_messages_are_counted_and_one_of_a_kind_is_logged_a_second() {
+        let metrics = Metrics::new().unwrap();
+        let logged: Vec<_> = (0..1_000).map(|_| metrics.bad_message("ack")).collect();
+        assert_eq!((logged[0], logged.iter().flatten().count()), (Some(0), 1));
+        assert_eq!(metrics.bad_message("chunk"), Some(0));
+        tokio::time::advance(LOG_EVERY).await;
+        assert_eq!(metrics.bad_message("ack"), Some(999));
+        assert_eq!(metrics.bad_messages.with_label_values(&["ack"]).get(), 1_001);
+    }
 
     #[test]
     fn metrics_render_in_prometheus_format() {

@@ -4,14 +4,14 @@
 //! A shard record whose term is lower than one seen for that shard is ignored, so a deposed leader's late
 //! write changes nothing here. When NATS is away, the last copy goes on being used.
 
-use crate::error::{Error, Result};
-use crate::logic::fencing::takes_over;
+use crate::error::{Error, Result, shortened};
+use crate::logic::fencing::{is_plausible, takes_over};
 use crate::metrics::Metrics;
 use crate::model::records::{
     ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord, ShardRecord,
     ThrottleRecord,
 };
-use crate::model::{MigrationId, NodeId, ShardId};
+use crate::model::{MigrationId, NodeId, ShardId, Term};
 use crate::nats::bucket::{Bucket, Change, rewatch_pause};
 use crate::nats::connect::Nats;
 use crate::nats::subjects::Subjects;
@@ -70,6 +70,8 @@ pub(crate) struct View {
     pub(crate) nodes: BTreeMap<NodeId, Rev<NodeRecord>>,
     pub(crate) shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
+    /// Highest term of a record that was taken over: see [`is_plausible`].
+    pub(crate) term: Term,
     /// Revisions at which somebody put garbage, or a deposed leader its record, under a shard's key.
     pub(crate) overwritten: BTreeMap<ShardId, u64>,
 }
@@ -90,6 +92,14 @@ impl View {
     /// Who holds the lease, as far as is known.
     pub(crate) fn leader(&self) -> Option<&LeaderRecord> {
         self.leader.as_ref().map(|(_, record)| record).filter(|record| record.node.is_some())
+    }
+
+    fn believe(&mut self, term: Term) -> Result<()> {
+        if !is_plausible(self.term, term) {
+            return Err(Error::Invalid(format!("nobody can have reached term {term}")));
+        }
+        self.term = self.term.max(term);
+        Ok(())
     }
 
     fn apply(&mut self, part: Part, change: &Change) -> Result<()> {
@@ -115,7 +125,9 @@ impl View {
                 self.cluster = Some(record);
             }
             Part::Cluster if key == LEADER_KEY => {
-                self.leader = Some((rev, parse(bytes)?));
+                let record: LeaderRecord = parse(bytes)?;
+                self.believe(record.term)?;
+                self.leader = Some((rev, record));
             }
             Part::Cluster if key == REBALANCE_KEY => self.rebalance = Some(parse(bytes)?),
             Part::Cluster if key == THROTTLE_KEY => {
@@ -144,7 +156,10 @@ impl View {
                             record.term, known.term
                         )));
                     }
-                    _ => drop(self.shards.insert(record.shard, (rev, record))),
+                    _ => {
+                        self.believe(record.term)?;
+                        self.shards.insert(record.shard, (rev, record));
+                    }
                 }
             }
             Part::Migrations => {
@@ -246,6 +261,7 @@ impl Views {
         self.view.send_modify(|view| {
             let view = Arc::make_mut(view);
             for record in records {
+                view.term = view.term.max(record.term);
                 view.shards.entry(record.shard).or_insert_with(|| (0, record.clone()));
             }
         });
@@ -267,7 +283,9 @@ impl Views {
         self.view.send_if_modified(|view| {
             let newer = view.shards.get(&record.shard).is_none_or(|(known, _)| *known < revision);
             if newer {
-                Arc::make_mut(view).shards.insert(record.shard, (revision, record.clone()));
+                let view = Arc::make_mut(view);
+                view.term = view.term.max(record.term);
+                view.shards.insert(record.shard, (revision, record.clone()));
             }
             newer
         });
@@ -356,9 +374,11 @@ impl Follow {
                 view.overwritten.insert(shard, change.revision);
             }
         });
-        if let Err(error) = outcome {
-            self.metrics.bad_messages.with_label_values(&["record"]).inc();
-            warn!(part = ?self.part, key = change.key, "a record is ignored: {error}");
+        if let Err(error) = outcome
+            && let Some(unsaid) = self.metrics.bad_message("record")
+        {
+            let (key, error) = (shortened(change.key.clone()), shortened(error.to_string()));
+            warn!(part = ?self.part, key, unsaid, "a record is ignored: {error}");
         }
     }
 }

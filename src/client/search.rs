@@ -180,7 +180,7 @@ impl Search<'_> {
                 for answer in reply.shards {
                     if self.unanswered.remove(&answer.shard) {
                         self.seqs.insert(answer.shard, answer.seq);
-                        self.vectors += answer.vectors;
+                        self.vectors = self.vectors.saturating_add(answer.vectors);
                     }
                 }
                 for hit in reply.hits {

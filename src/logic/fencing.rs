@@ -4,12 +4,24 @@
 //! Pure. Keeps: a leader that meets a higher term stops; a record's term never goes back.
 
 use crate::model::Term;
-use crate::model::records::ShardRecord;
+use crate::model::records::{MAX_TERM, ShardRecord};
 use crate::mutant::mutant;
 
 /// Whether somebody who acts in term `ours` has been replaced by whoever wrote `found`.
 pub(crate) fn is_over(ours: Term, found: Term) -> bool {
     found > ours && !broken!(AcceptStaleTerm) && !mutant("no-fencing")
+}
+
+/// A term as high as this is believed of anybody: no cluster gets there by electing leaders.
+const REACHED: Term = 1 << 32;
+/// Above that, terms are believed only so far beyond the highest that is known.
+const AHEAD: Term = 1 << 20;
+
+/// Whether `found` can be the number of a leader, when `known` is the highest so far. Without this, one record with the
+/// last of all terms would leave no number to whoever leads next, for ever; with it, using them up takes more
+/// than eight thousand million records, each of which moves `known`.
+pub(crate) fn is_plausible(known: Term, found: Term) -> bool {
+    found <= known.max(REACHED).saturating_add(AHEAD).min(MAX_TERM)
 }
 
 /// Whether a copy of the map takes over a record: never one of a lower term.
@@ -73,6 +85,19 @@ mod tests {
         assert_eq!(newest(Some(old.clone()), Some(new.clone())), Some(new.clone()));
         assert_eq!(newest(Some(new.clone()), Some(old.clone())), Some(new));
         assert_eq!(newest(None, Some(old.clone())), Some(old));
+    }
+
+    #[test]
+    fn a_term_that_nobody_can_have_reached_is_not_believed() {
+        for believed in [0, 1, 5_000, REACHED, REACHED + AHEAD] {
+            assert!(is_plausible(0, believed) && is_plausible(7, believed), "{believed}");
+        }
+        for term in [REACHED + AHEAD + 1, MAX_TERM, Term::MAX] {
+            assert!(!is_plausible(7, term), "{term}");
+        }
+        // Whatever has been reached, a next one can follow.
+        assert!(is_plausible(REACHED + AHEAD, REACHED + AHEAD + 1));
+        assert!(!is_plausible(MAX_TERM, MAX_TERM + 1));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a node tells everybody in JSON: heartbeats, load reports and the events of a timeline.
 
 use super::{InstanceId, NodeId, ShardId, Term, records::NodeStatus};
+use crate::error::{Error, Result};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -102,6 +103,31 @@ pub struct LoadReport {
     pub sent_at: DateTime<Utc>,
     /// Its replicas.
     pub shards: Vec<ReplicaLoad>,
+}
+
+/// No shard has so many bytes or vectors; as many for all shards still add up.
+const MAX_SIZE: u64 = 1 << 46;
+
+impl LoadReport {
+    /// Checks the numbers, which are added up and compared.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for shards that there are not, and sizes and rates that nothing has.
+    pub fn check(&self, num_shards: u32) -> Result<()> {
+        let rate = |rate: f64| (0.0..=1e12).contains(&rate);
+        let good = |load: &ReplicaLoad| {
+            load.shard.0 < num_shards
+                && [load.reads_per_s, load.writes_per_s, load.searches_per_s].into_iter().all(rate)
+                && load.bytes.max(load.vectors) <= MAX_SIZE
+        };
+        match self.shards.iter().find(|load| !good(load)) {
+            Some(load) => Err(Error::Invalid(format!("the load of shard {} makes no sense", load.shard))),
+            None if self.shards.len() > num_shards as usize => {
+                Err(Error::Invalid(format!("{} replicas of {num_shards} shards", self.shards.len())))
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// `ruvector.event.<noun>.<verb>`: one line of an operator's timeline.

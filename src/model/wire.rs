@@ -17,12 +17,18 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>> {
     rmp_serde::to_vec_named(message).map_err(|e| Error::Internal(format!("encoding failed: {e}")))
 }
 
+/// Deepest nesting of a message, the same as that of JSON: twice that of a payload. Whoever sends deeper ones must
+/// not get a thread to the end of its stack, which would end the process.
+const MAX_DEPTH: usize = 128;
+
 /// Decodes MessagePack.
 ///
 /// # Errors
 /// [`Error::Invalid`] when the bytes do not have the form.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
-    rmp_serde::from_slice(bytes).map_err(|e| Error::Invalid(format!("the message does not parse: {e}")))
+    let mut from = rmp_serde::Deserializer::from_read_ref(bytes);
+    from.set_max_depth(MAX_DEPTH);
+    T::deserialize(&mut from).map_err(|e| Error::Invalid(format!("the message does not parse: {e}")))
 }
 
 /// XXH3-64 of the bytes as 16 hex digits: value of the `Ruvector-Checksum` header.
@@ -356,6 +362,25 @@ mod tests {
         for bytes in [&b""[..], b"\xc1", b"\xdf\xff\xff\xff\xff", b"{\"ops\":[]}", &[0xdd; 64]] {
             assert!(matches!(decode::<LogEntry>(bytes), Err(Error::Invalid(_))));
         }
+    }
+
+    #[test]
+    fn nested_messages_leave_some_of_a_small_stack() {
+        let nested = |level: &[u8]| [&level.repeat(100_000)[..], &[0xc0]].concat();
+        let messages = [
+            nested(&[0x91]),
+            nested(&[0x81, 0xa1, b'a']),
+            nested(&[0x81, 0xa7, b'p', b'a', b'y', b'l', b'o', b'a', b'd']),
+        ];
+        let decodes = move || {
+            for bytes in &messages {
+                assert!(decode::<VectorEntry>(bytes).is_err());
+                assert!(decode::<PingRequest>(bytes).is_err());
+                assert!(decode::<super::super::vector::Payload>(bytes).is_err());
+            }
+        };
+        // Half of what threads of the runtime have.
+        std::thread::Builder::new().stack_size(1 << 20).spawn(decodes).unwrap().join().unwrap();
     }
 
     #[test]

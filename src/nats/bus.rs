@@ -2,7 +2,7 @@
 
 use super::connect::Nats;
 use super::unavailable;
-use crate::error::{Error, Result, WireError};
+use crate::error::{Error, Result, WireError, shortened};
 use crate::model::wire::{self, Reply};
 use crate::mutant::mutant;
 use async_nats::HeaderMap;
@@ -229,7 +229,7 @@ impl Bus {
         if let Some(error) = error {
             headers.insert(ERROR_CODE, error.status().to_string().as_str());
             // A header value is one line.
-            headers.insert(ERROR, error.to_string().replace(['\r', '\n'], " ").as_str());
+            headers.insert(ERROR, shortened(error.to_string()).replace(['\r', '\n'], " ").as_str());
         }
         headers
     }

@@ -9,6 +9,7 @@ use crate::model::api::{
     CountReply, CountRequest, DeleteReply, DeleteRequest, GetReply, GetRequest, SearchReply, SearchRequest,
     UpsertReply, UpsertRequest, from_seqs, op_id, to_seqs,
 };
+use crate::model::wire::decode;
 use crate::nats::bus::{Message, is_json, sender};
 use crate::nats::service::ApiService;
 use serde::{Serialize, de::DeserializeOwned};
@@ -31,6 +32,9 @@ pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
                 () = ctx.stop.cancelled() => break,
                 next = service.next() => match next { Some(next) => next, None => return },
             };
+            if !ctx.may_answer(&message) {
+                continue;
+            }
             let (ctx, client) = (ctx.clone(), client.clone());
             let Ok(permit) = in_hand.clone().try_acquire_owned() else {
                 // Here and not in a task: there would be no end to those.
@@ -80,12 +84,11 @@ async fn reply<T: Serialize>(ctx: &Context, message: &Message, result: Result<T>
 }
 
 fn request<T: DeserializeOwned>(message: &Message) -> Result<T> {
-    let malformed = |e: String| Error::Invalid(format!("the request does not parse: {e}"));
     if is_json(message) {
         let body: &[u8] = if message.payload.is_empty() { b"{}" } else { &message.payload };
-        serde_json::from_slice(body).map_err(|e| malformed(e.to_string()))
+        serde_json::from_slice(body).map_err(|e| Error::Invalid(format!("the request does not parse: {e}")))
     } else {
-        rmp_serde::from_slice(&message.payload).map_err(|e| malformed(e.to_string()))
+        decode(&message.payload)
     }
 }
 

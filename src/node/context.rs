@@ -2,12 +2,13 @@
 
 use crate::clock::{Clock, wall};
 use crate::config::ClusterConfig;
+use crate::error::{Error, shortened};
 use crate::logic::hash::KeyRouter;
 use crate::metrics::Metrics;
 use crate::model::events::Event;
 use crate::model::records::ClusterRecord;
 use crate::model::{InstanceId, NodeId, Term};
-use crate::nats::bus::Bus;
+use crate::nats::bus::{Bus, Message, sender};
 use crate::nats::connect::Nats;
 use crate::nats::log::Logs;
 use crate::nats::subjects::Subjects;
@@ -19,7 +20,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 /// Leadership as the rest of the node sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,10 +90,26 @@ impl Context {
         self.term.fetch_max(term, Ordering::Relaxed).max(term)
     }
 
-    /// Counts and logs a message that makes no sense; never more than a line per sender and second.
-    pub(crate) fn bad_message(&self, kind: &'static str, sender: &str, error: &crate::Error) {
-        self.metrics.bad_messages.with_label_values(&[kind]).inc();
-        debug!(kind, sender, "a message is ignored: {error}");
+    /// Counts and logs a message that makes no sense; never more than a line per kind and second, whatever the
+    /// sender calls itself.
+    pub(crate) fn bad_message(&self, kind: &'static str, sender: &str, error: &Error) {
+        if let Some(unsaid) = self.metrics.bad_message(kind) {
+            let (sender, error) = (shortened(sender.to_owned()), shortened(error.to_string()));
+            warn!(kind, sender, unsaid, "a message is ignored: {error}");
+        }
+    }
+
+    /// Whether a message may be answered. Whoever asks names where the answer goes; a node may publish where clients
+    /// must not (records, logs, JetStream's own requests), and would do it for them.
+    pub(crate) fn may_answer(&self, message: &Message) -> bool {
+        let Some(reply) = &message.reply else { return true };
+        let ours = reply.split('.').next() == Some(self.subjects.namespace());
+        if !ours && !reply.starts_with('$') {
+            return true;
+        }
+        let error = Error::Invalid(format!("{reply} is no place for an answer"));
+        self.bad_message("reply", sender(message), &error);
+        false
     }
 
     /// The connections by name, for metrics.

@@ -2,10 +2,11 @@
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::logic::fencing::is_plausible;
 use crate::logic::lease::{Action, CasOutcome, Claim, Event, Lease, Settings};
 use crate::model::Term;
 use crate::model::events::Event as Story;
-use crate::model::records::{LeaderRecord, MAX_TERM};
+use crate::model::records::LeaderRecord;
 use crate::model::wire::PingRequest;
 use crate::mutant::mutant;
 use crate::nats::bucket::{Cas, Versioned};
@@ -14,7 +15,10 @@ use crate::node::join::restore_buckets;
 use crate::node::leader;
 use crate::node::replica::ping_outcome;
 use crate::view::{LEADER_KEY, parse};
+use futures::FutureExt;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -72,8 +76,7 @@ pub(crate) async fn run(
             changed = views.changed() => {
                 if changed.is_err() { return }
                 let view = views.borrow_and_update().clone();
-                let highest = view.shards.values().map(|(_, record)| record.term).max().unwrap_or(0);
-                driver.feed(Event::TermSeen(ctx.saw_term(highest))).await;
+                driver.feed(Event::TermSeen(ctx.saw_term(view.term))).await;
                 // A watch may lag or be of a bucket that was wiped: it only says when to look.
                 let revision = view.leader.as_ref().map(|(revision, _)| *revision);
                 if std::mem::replace(&mut watched, revision) == revision { Event::Tick } else { Event::Changed }
@@ -187,9 +190,12 @@ impl Driver {
         self.ctx.tasks.spawn(async move {
             let story = Story::new("leader.elected", format!("{} leads in term {term}", ctx.node));
             ctx.event(Story { term: Some(term), ..story.node(&ctx.node) }).await;
+            // Whoever holds the lease leads, or lets others: a bug must not leave everybody without a leader. What
+            // the leader knew goes with it.
+            let led = AssertUnwindSafe(leader::run(ctx, term)).catch_unwind();
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = leader::run(ctx, term) => ended,
+                ended = led => ended.unwrap_or_else(|_| Err(Error::Internal("the leader panicked".into()))),
             };
             if let Err(error) = ended {
                 warn!(term, "cannot lead: {error}");
@@ -217,7 +223,8 @@ impl Driver {
 /// Garbage under the key is a free lease, at its revision: the next holder overwrites it.
 fn read(ctx: &Context, found: Versioned) -> (u64, LeaderRecord) {
     let record: Result<LeaderRecord> = parse(&found.value).and_then(|record: LeaderRecord| {
-        let sane = record.term <= MAX_TERM && record.node.is_some() == record.instance.is_some();
+        let known = ctx.term.load(Ordering::Relaxed).max(ctx.view().term);
+        let sane = is_plausible(known, record.term) && record.node.is_some() == record.instance.is_some();
         if sane { Ok(record) } else { Err(Error::Invalid("the lease makes no sense".into())) }
     });
     let record = record.unwrap_or_else(|error| {

@@ -202,10 +202,12 @@ async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result
             Ok(theirs) => {
                 warn!(migration = id, shard = %replica.shard, node, ?mine, ?theirs, "the content differs");
                 replica.reload().await;
-                return Err(Error::Corrupt(format!(
+                let error = Error::Corrupt(format!(
                     "shard {} differs from {node} at sequence {}: copying it again",
                     replica.shard, mine.applied
-                )));
+                ));
+                ctx.bad_message("digest", node, &error);
+                return Err(error);
             }
             Err(error) => last = error,
         }

@@ -36,6 +36,9 @@ pub(crate) async fn answer_pings(ctx: Arc<Context>, replicas: Arc<Replicas>, mut
             () = ctx.stop.cancelled() => return,
             message = pings.next() => match message { Some(message) => message, None => return },
         };
+        if !ctx.may_answer(&message) {
+            continue;
+        }
         // An empty ping comes from `nats req`; anything that does not parse is one too, and counted.
         let request: PingRequest = if message.payload.is_empty() {
             PingRequest::default()
@@ -70,6 +73,9 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) -> Result<()
                 () = ctx.stop.cancelled() => return,
                 message = requests.next() => match message { Some(message) => message, None => return },
             };
+            if !ctx.may_answer(&message) {
+                continue;
+            }
             let (ctx, replicas) = (ctx.clone(), replicas.clone());
             let Ok(permit) = in_hand.clone().try_acquire_owned() else {
                 // Here and not in a task: there would be no end to those.

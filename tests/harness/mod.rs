@@ -323,11 +323,16 @@ impl TestCluster {
         .await
     }
 
-    /// One sample of a node's metrics.
-    pub(crate) async fn metric(&mut self, id: &str, name: &str) -> Option<f64> {
+    /// What a node tells Prometheus.
+    pub(crate) async fn metrics(&self, id: &str) -> Option<String> {
         let record = self.bucket("nodes").await.get(id).await.ok()??;
         let record: Value = serde_json::from_slice(&record).ok()?;
-        let text = http_get(record["addr"].as_str()?, "/metrics").await.ok()?;
+        http_get(record["addr"].as_str()?, "/metrics").await.ok()
+    }
+
+    /// One sample of a node's metrics.
+    pub(crate) async fn metric(&self, id: &str, name: &str) -> Option<f64> {
+        let text = self.metrics(id).await?;
         let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'))?;
         line.rsplit(' ').next()?.parse().ok()
     }

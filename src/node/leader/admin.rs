@@ -34,6 +34,9 @@ fn required<T: DeserializeOwned>(message: &Message) -> Result<T> {
 impl Leader {
     pub(super) async fn on_admin(&mut self, message: &Message) -> Result<()> {
         let ctx = self.ctx.clone();
+        if !ctx.may_answer(message) {
+            return Ok(());
+        }
         if self.check_lease().is_err() {
             let error = Error::NotLeader(format!("{} does not lead any more: ask again", ctx.node));
             ctx.control.answer_json::<()>(message, Err(error)).await;

@@ -33,15 +33,17 @@ use crate::node::context::Context;
 use crate::node::replica::ping_outcome;
 use crate::view::{Rev, View, parse};
 use chrono::{DateTime, Utc};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tracing::{debug, warn};
+use tracing::warn;
 
 /// How often placement is looked at.
 const TICK: Duration = Duration::from_millis(200);
+/// Heartbeats that are taken before nodes are judged, at most: a flood of them does not end.
+const WAITING: usize = 4_096;
 /// A ping of a suspect.
 const PING: Duration = Duration::from_millis(500);
 
@@ -66,8 +68,7 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     let ended = || Error::Unavailable("a subscription of the leader ended".into());
     loop {
         tokio::select! {
-            // Heartbeats first: whoever has sent one must not be judged silent.
-            biased;
+            // In no order: a flood on one subject must not keep the leader from the others.
             message = heartbeats.next() => leader.on_heartbeat(&message.ok_or_else(ended)?).await?,
             message = loads.next() => leader.on_load(&message.ok_or_else(ended)?),
             message = admin.next() => leader.on_admin(&message.ok_or_else(ended)?).await?,
@@ -79,7 +80,14 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
                 changed.map_err(|_| ended())?;
                 leader.on_view();
             }
-            _ = tick.tick() => leader.tick().await?,
+            _ = tick.tick() => {
+                // Heartbeats first: whoever has sent one must not be judged silent.
+                for _ in 0..WAITING {
+                    let Some(message) = heartbeats.next().now_or_never() else { break };
+                    leader.on_heartbeat(&message.ok_or_else(ended)?).await?;
+                }
+                leader.tick().await?;
+            }
         }
     }
 }
@@ -169,21 +177,38 @@ impl Leader {
             }
         };
         let actions = self.membership.on_heartbeat(self.ctx.clock.now(), &heartbeat.node, heartbeat.instance);
-        if self.ctx.view().node(&heartbeat.node).is_some_and(|record| record.instance == heartbeat.instance) {
-            self.heartbeats.insert(heartbeat.node, wall());
+        match self.ctx.view().node(&heartbeat.node) {
+            Some(record) if record.instance == heartbeat.instance => {
+                self.heartbeats.insert(heartbeat.node, wall());
+            }
+            // Its record may be a moment behind; or somebody uses its name.
+            Some(_) | None => {
+                let (node, instance) = (&heartbeat.node, heartbeat.instance);
+                let error =
+                    Error::Invalid(format!("instance {instance} is not the one of {node:?} in its record"));
+                self.ctx.bad_message("heartbeat", sender(message), &error);
+            }
         }
         self.members(actions).await
     }
 
     fn on_load(&mut self, message: &Message) {
-        match parse::<LoadReport>(&message.payload) {
+        let checked = parse::<LoadReport>(&message.payload).and_then(|report| {
+            report.check(self.ctx.cluster.num_shards)?;
+            Ok(report)
+        });
+        match checked {
             Ok(report)
                 if self.ctx.view().node(&report.node).is_some_and(|n| n.instance == report.instance) =>
             {
                 self.on_heat(&report);
                 self.loads.insert(report.node.clone(), report);
             }
-            Ok(report) => debug!(node = report.node, "a load report of an unknown process is ignored"),
+            Ok(report) => {
+                let error =
+                    Error::Invalid(format!("a load report of an unknown process of {:?}", report.node));
+                self.ctx.bad_message("load", sender(message), &error);
+            }
             Err(error) => self.ctx.bad_message("load", sender(message), &error),
         }
     }

@@ -3,7 +3,7 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::fencing::{ReadBack, is_over, newest, read_back};
+use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back};
 use crate::logic::log_loss::{Verdict, close, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -47,8 +47,7 @@ impl Leader {
         for shard in (0..self.ctx.cluster.num_shards).map(ShardId) {
             let key = shard.token();
             let found = stored.get(&key);
-            let good = found
-                .and_then(|found| parse::<ShardRecord>(&found.value).ok().filter(|r| r.check(&key).is_ok()));
+            let good = found.and_then(|found| self.good(&key, &found.value));
             let ours = view.shard(shard).cloned();
             let Some(record) = newest(good, ours) else { continue };
             if is_over(self.term, record.term) {
@@ -73,6 +72,12 @@ impl Leader {
         Ok(())
     }
 
+    /// The record, if it can be one: garbage makes way, and so does a term that no leader can have.
+    fn good(&self, key: &str, value: &[u8]) -> Option<ShardRecord> {
+        let record = parse::<ShardRecord>(value).ok()?;
+        (record.check(key).is_ok() && is_plausible(self.term, record.term)).then_some(record)
+    }
+
     async fn fence_one(&self, mut record: ShardRecord, revision: Option<u64>) -> Result<(u64, ShardRecord)> {
         let (key, bucket) = (record.shard.token(), &self.ctx.buckets.shards);
         let mut revision = revision;
@@ -91,9 +96,7 @@ impl Leader {
             // Lost, or no answer: look what is there now, and decide again.
             let found = bucket.get(&key).await?;
             revision = found.as_ref().map(|found| found.revision);
-            if let Some(now) = found
-                .and_then(|found| parse::<ShardRecord>(&found.value).ok().filter(|r| r.check(&key).is_ok()))
-            {
+            if let Some(now) = found.and_then(|found| self.good(&key, &found.value)) {
                 if is_over(self.term, now.term) {
                     return Err(Error::Fenced(format!(
                         "shard {} was written in term {}",
@@ -150,10 +153,7 @@ impl Leader {
                 Err(Error::NotFound(_)) => return restore_buckets(&self.ctx).await.or_else(|e| self.soft(e)),
                 Err(error) => return self.soft(error),
             };
-            let good = found
-                .as_ref()
-                .and_then(|f| parse::<ShardRecord>(&f.value).ok())
-                .filter(|r| r.check(&key).is_ok());
+            let good = found.as_ref().and_then(|found| self.good(&key, &found.value));
             let revision = found.map(|f| f.revision);
             let ours = self.shards.get(&shard).map(|(_, ours)| ours);
             match (read_back(self.term, good, revision.is_some(), ours), revision) {
@@ -412,7 +412,7 @@ impl Leader {
         }
         warn!(%shard, most, "JetStream has lost acknowledged entries: the log is rebuilt from the replicas");
         record.log_id = fresh_id();
-        record.log_first_seq = most + 1;
+        record.log_first_seq = most.saturating_add(1);
         record.log_base = base;
         let (id, first) = (record.log_id, record.log_first_seq);
         self.write_shard(record.clone()).await?;

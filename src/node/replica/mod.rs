@@ -12,7 +12,7 @@ mod writer;
 pub(crate) use seed::Progress;
 pub(crate) use source::stream_snapshot;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened};
 use crate::logic::lease::PingOutcome;
 use crate::logic::replica::{
     Condition, Course, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, takes_writes,
@@ -616,7 +616,10 @@ impl Replica {
         metrics.duplicate_ops.inc_by(applied.duplicates);
         for (seq, error) in &applied.rejected {
             metrics.rejected_entries.inc();
-            warn!(shard = %self.shard, seq, "a log entry is skipped by every replica: {error}");
+            if let Some(unsaid) = metrics.may_log("log entry") {
+                let error = shortened(error.to_string());
+                warn!(shard = %self.shard, seq, unsaid, "a log entry is skipped by every replica: {error}");
+            }
         }
         if !applied.checkpoints.is_empty() {
             let mut known = lock(&self.checkpoints);

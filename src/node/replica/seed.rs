@@ -23,6 +23,7 @@ use crate::store::Mutation;
 use futures::StreamExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::time::Instant;
 use tracing::debug;
 
 /// How long a source may take to answer, or to send the next chunk.
@@ -90,7 +91,10 @@ impl Replica {
         let usable = |seed: &super::apply::Seed| {
             seed.cursor.is_some()
                 && seed.log_id == log_id
-                && log.is_some_and(|log| log.id == log_id && log.first_seq <= seed.seq + 1)
+                && log.is_some_and(|log| {
+                    let reached = seed.complete_at.max(seed.seq) <= log.last_seq;
+                    log.id == log_id && log.first_seq <= seed.seq.saturating_add(1) && reached
+                })
         };
         let resumed = applier.seed.clone().filter(usable);
         let attempt = fresh_id();
@@ -129,8 +133,9 @@ impl Replica {
         reply: &SnapshotReply,
     ) -> Result<()> {
         let mut expected = 0;
+        let mut until = Instant::now() + PATIENCE;
         loop {
-            let message = tokio::time::timeout(PATIENCE, chunks.next()).await;
+            let message = tokio::time::timeout_at(until, chunks.next()).await;
             let message = message
                 .map_err(|_| Error::Unavailable(format!("no chunk {expected} within {PATIENCE:?}")))?
                 .ok_or_else(|| Error::Unavailable("the subscription ended".into()))?;
@@ -159,6 +164,8 @@ impl Replica {
             let last = chunk.last;
             applier = self.store_chunk(applier, chunk, request.min_seq, bytes).await?;
             expected += 1;
+            // Only a chunk that was taken is progress: what others send here must not keep us waiting.
+            until = Instant::now() + PATIENCE;
             self.ctx.metrics.migration_bytes.with_label_values(&["in"]).inc_by(bytes);
             let ack = ChunkAck { attempt: request.attempt, stored: expected, stop: last };
             self.ctx.bulk.publish_checked(self.ctx.subjects.ack(&request.transfer), &ack).await?;
@@ -171,9 +178,23 @@ impl Replica {
             }
             pause("migration-snapshot").await;
             if last {
+                let reached = applier.seed.as_ref().map_or(0, |seed| seed.complete_at);
+                self.check_reached(reached).await?;
                 return blocking(move || applier.end_seed()).await;
             }
         }
+    }
+
+    /// Whoever sends pages of a sequence that the log has not reached lies, or the log has lost its end: waiting
+    /// for it before serving might be waiting for ever.
+    async fn check_reached(&self, seq: u64) -> Result<()> {
+        let last = self.ctx.logs.info(self.shard).await?.map_or(0, |log| log.last_seq);
+        if seq <= last {
+            return Ok(());
+        }
+        let error = Error::Corrupt(format!("a snapshot is of sequence {seq}, the log ends at {last}"));
+        self.ctx.bad_message("snapshot", "?", &error);
+        Err(error)
     }
 
     async fn store_chunk(

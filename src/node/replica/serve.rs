@@ -108,6 +108,9 @@ impl Replica {
     }
 
     async fn take(self: &Arc<Self>, verb: Verb, message: Message, in_hand: &Arc<Semaphore>) {
+        if !self.ctx.may_answer(&message) {
+            return;
+        }
         let replica = self.clone();
         match in_hand.clone().try_acquire_owned() {
             Ok(permit) => drop(self.ctx.tasks.spawn(async move {

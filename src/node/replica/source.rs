@@ -14,10 +14,14 @@ use serde_bytes::ByteBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 use tracing::{debug, info};
 
-/// A receiver that acknowledges nothing for so long is gone.
+/// A receiver that acknowledges nothing new for so long is gone.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// Longest sending. A receiver that means well asks again and goes on at its cursor; one that takes a chunk now and then
+/// must not hold its place for ever.
+const LONGEST: Duration = Duration::from_secs(3_600);
 /// Smallest chunk, for very low rates.
 const MIN_CHUNK: usize = 4_096;
 
@@ -59,6 +63,7 @@ pub(crate) async fn stream_snapshot(
         let sent = tokio::select! {
             sent = sender.run(&replica, seq, window) => sent,
             () = replica.closing() => Err(Error::Unavailable("the replica is closing".into())),
+            () = tokio::time::sleep(LONGEST) => Err(Error::Unavailable("the receiver is slow".into())),
         };
         match sent {
             Ok(()) => info!(%shard, transfer, chunks = sender.index, "the snapshot was sent"),
@@ -133,8 +138,10 @@ impl Sender {
     }
 
     async fn wait_stored(&mut self, wanted: u64) -> Result<()> {
+        // From here on, not from the last message: what others send here must not keep us waiting.
+        let until = Instant::now() + PATIENCE;
         while self.stored < wanted {
-            let message = tokio::time::timeout(PATIENCE, self.acks.next()).await;
+            let message = tokio::time::timeout_at(until, self.acks.next()).await;
             let message = message
                 .map_err(|_| Error::Unavailable("the receiver acknowledges nothing".into()))?
                 .ok_or_else(|| Error::Unavailable("the subscription ended".into()))?;
