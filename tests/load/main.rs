@@ -32,6 +32,7 @@ const BOUND: Duration = Duration::from_millis(250);
 /// Sessions that take turns, on half as many connections.
 const SESSIONS: usize = 16;
 const FIRST_RATE: f64 = 100.0;
+const LEAST_RATE: f64 = 10.0;
 /// Nothing here gets so far; a search without end would be a bug of the test.
 const LAST_RATE: f64 = 50_000.0;
 const OVERLOAD: f64 = 3.0;
@@ -151,13 +152,18 @@ async fn highest_rate(lab: &Lab, form: &Form) -> f64 {
                 break;
             }
         }
-        if !does {
-            break;
+        match (does, held) {
+            (true, _) => {
+                held = Some(rate);
+                rate *= form.factor;
+            }
+            (false, Some(_)) => break,
+            // A machine that has much else to do.
+            (false, None) if rate > LEAST_RATE => rate /= 2.0,
+            (false, None) => panic!("not even {rate:.0}/s hold"),
         }
-        held = Some(rate);
-        rate *= form.factor;
     }
-    held.expect("the lowest rate holds")
+    held.expect("the last rate is never reached at once")
 }
 
 /// Phase B.
@@ -193,10 +199,11 @@ async fn overload(lab: &mut Lab, form: &Form, rate: f64) {
     let outcome = loop {
         let outcome = lab.offer(offered, form.overload).await;
         println!("overload, {offered:.0}/s for {:?}: {}", form.overload, outcome.figures());
-        if !holds(&outcome) {
+        // Work must pile up, or refusals are not seen at all: the machine may have had something else to do
+        // when the rate was sought.
+        if outcome.failed() > 0 || outcome.quantile(0.99) > TIMEOUT / 3 {
             break outcome;
         }
-        // The machine had something else to do when the rate was sought.
         offered *= 2.0;
         assert!(offered < LAST_RATE, "nothing is too much");
     };

@@ -126,28 +126,29 @@ impl Mix {
         written.map(drop)
     }
 
-    /// Reads everything back; panics if something acknowledged is lost. Says how many keys were excused from
+    /// Reads everything back; panics if something acknowledged is lost. Says how many ids were excused from
     /// "the last acknowledged" by a write of unknown outcome that came late.
     pub(crate) async fn read_back(&self, client: &Client) -> usize {
-        let mut excused = 0;
-        for key in &self.keys {
-            let (ids, acknowledged, sent, unknown) = {
-                let key = key.lock().expect("not poisoned");
-                (key.ids.clone(), key.acknowledged, key.sent, key.unknown.clone())
-            };
-            let reads = ids.iter().map(|id| read(client, id));
-            for (id, got) in ids.iter().zip(futures::future::join_all(reads).await) {
-                assert!(got <= sent, "{id} has version {got}, only {sent} was sent");
-                let late = got < acknowledged && unknown.contains(&got);
-                assert!(
-                    got >= acknowledged || late,
-                    "{id} has version {got}, {acknowledged} was acknowledged"
-                );
-                excused += usize::from(late);
-            }
-        }
-        excused
+        let checks = futures::stream::iter(self.keys.iter().map(|key| check(client, key)));
+        checks.buffer_unordered(32).fold(0, |sum, excused| async move { sum + excused }).await
     }
+}
+
+/// What `read_back` does for one key.
+async fn check(client: &Client, key: &Mutex<Key>) -> usize {
+    let (ids, acknowledged, sent, unknown) = {
+        let key = key.lock().expect("not poisoned");
+        (key.ids.clone(), key.acknowledged, key.sent, key.unknown.clone())
+    };
+    let mut excused = 0;
+    for id in ids {
+        let got = read(client, &id).await;
+        assert!(got <= sent, "{id} has version {got}, only {sent} was sent");
+        let late = got < acknowledged && unknown.contains(&got);
+        assert!(got >= acknowledged || late, "{id} has version {got}, {acknowledged} was acknowledged");
+        excused += usize::from(late);
+    }
+    excused
 }
 
 async fn get(client: &Client, rng: &mut fastrand::Rng) -> Result<(), Error> {
