@@ -48,7 +48,8 @@ async fn a_record_of_an_old_term_is_written_over_and_moves_nothing() {
     stale["term"] = json!(old);
     stale["replicas"] = json!(["ghost"]);
     stale["primary"] = json!("ghost");
-    for _ in 0..20 {
+    // Many, so that some come between the leader's looks and its writes.
+    for _ in 0..200 {
         put(&cluster, "shards", KEY, &stale).await;
     }
     let term = before["term"].as_u64().unwrap();
