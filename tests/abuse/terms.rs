@@ -32,7 +32,8 @@ async fn restored(cluster: &TestCluster, before: &Value, term: u64) -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_record_of_an_old_term_is_written_over_and_moves_nothing() {
-    let mut cluster = TestCluster::start(Setup::default()).await;
+    // A busy machine must not end a term by itself.
+    let mut cluster = TestCluster::start(Setup::default().arg("--lease-ttl", "10s")).await;
     let load = Load::start(&cluster.client().await, 2);
     load.more(30).await;
     let reply = cluster.admin("step_down", json!({})).await.unwrap();
@@ -48,7 +49,8 @@ async fn a_record_of_an_old_term_is_written_over_and_moves_nothing() {
     stale["term"] = json!(old);
     stale["replicas"] = json!(["ghost"]);
     stale["primary"] = json!("ghost");
-    for _ in 0..20 {
+    // Many, so that some come between the leader's looks and its writes.
+    for _ in 0..200 {
         put(&cluster, "shards", KEY, &stale).await;
     }
     let term = before["term"].as_u64().unwrap();

@@ -3,7 +3,7 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back};
+use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back, takes_over};
 use crate::logic::log_loss::{Verdict, close, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -81,6 +81,8 @@ impl Leader {
     async fn fence_one(&self, mut record: ShardRecord, revision: Option<u64>) -> Result<(u64, ShardRecord)> {
         let (key, bucket) = (record.shard.token(), &self.ctx.buckets.shards);
         let mut revision = revision;
+        // Whose decision it is that we write under our term.
+        let mut decided = record.term;
         for _ in 0..5 {
             self.check_lease()?;
             record.term = self.term;
@@ -103,7 +105,11 @@ impl Leader {
                         record.shard, now.term
                     )));
                 }
-                record = now;
+                // What is of an older term is no news, whoever has put it there meanwhile.
+                if takes_over(decided, now.term) {
+                    decided = now.term;
+                    record = now;
+                }
             }
         }
         Err(Error::Unavailable(format!("the record of shard {} cannot be written", record.shard)))
