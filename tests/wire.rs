@@ -270,18 +270,18 @@ fn the_log_and_snapshots() {
     let body = wire::ChunkBody::Window(vec![(5, serde_bytes::ByteBuf::from(vec![1, 2, 3]))]);
     packed("chunk_window", &wire::Chunk { attempt: id(7), index: 0, seq: 99, body, last: true });
     packed("chunk_ack", &wire::ChunkAck { attempt: id(7), stored: 2, stop: true });
-    packed(
-        "snapshot_request",
-        &wire::SnapshotRequest {
-            shard: ShardId(3),
-            transfer: "m-00003-1".into(),
-            attempt: id(7),
-            cursor: Some("vector-1".into()),
-            min_seq: 50,
-            chunk_bytes: 512 * 1024,
-            credits: 16,
-        },
-    );
+    let request = wire::SnapshotRequest {
+        shard: ShardId(3),
+        transfer: "m-00003-1".into(),
+        attempt: id(7),
+        cursor: Some("vector-1".into()),
+        min_seq: 50,
+        chunk_bytes: 512 * 1024,
+        credits: 16,
+        outcomes: false,
+    };
+    packed("snapshot_request", &request);
+    packed("snapshot_request_outcomes", &wire::SnapshotRequest { outcomes: true, ..request });
     let snapshot = wire::SnapshotReply { seq: 99, log_id: id(2), checksum: None, vectors: 10, bytes: 4096 };
     packed("snapshot_reply", &snapshot);
     let checksum = Some("0011223344556677".to_owned());

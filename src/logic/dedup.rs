@@ -78,6 +78,14 @@ impl Window {
         Ok(())
     }
 
+    /// What the operations of one note came to.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the bytes are no note.
+    pub(crate) fn outcomes(seq: u64, note: &[u8]) -> Result<Vec<(OpId, u32)>> {
+        Ok(Taken::decode(seq, note)?.ops)
+    }
+
     fn insert(&mut self, taken: Taken) {
         self.log_time_ms = self.log_time_ms.max(taken.time_ms);
         for (id, outcome) in &taken.ops {

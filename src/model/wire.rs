@@ -252,6 +252,9 @@ pub struct SnapshotRequest {
     pub chunk_bytes: usize,
     /// Chunks that may be under way unacknowledged.
     pub credits: u64,
+    /// After the last entries the receiver wants to be told what operations since the first came to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub outcomes: bool,
 }
 
 /// Answer to [`SnapshotRequest`].
@@ -274,7 +277,8 @@ pub struct SnapshotReply {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ChunkBody {
-    /// Part of the window of operation ids, as the replica stores it: key, bytes.
+    /// Part of the window of operation ids, as the replica stores it: key, bytes. After the entries: what those
+    /// beyond the first sequence came to, their keys with the highest bit set.
     Window(Vec<(u64, serde_bytes::ByteBuf)>),
     /// Entries in order of ids.
     Entries(Vec<VectorEntry>),

@@ -7,6 +7,7 @@ use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::{LogEntry, LogOp, ReplicaReport, WriteOp};
 use crate::model::{InstanceId, OpId, ShardId, Term};
+use crate::node::replica::apply::Outcome;
 use crate::store::ShardStore;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
@@ -17,7 +18,8 @@ use uuid::Uuid;
 #[derive(Debug, Clone, Default)]
 struct Expected {
     entries: BTreeMap<String, u128>,
-    seen: BTreeSet<OpId>,
+    /// What each operation came to: how many ids a delete found.
+    seen: BTreeMap<OpId, u32>,
     hash: u128,
 }
 
@@ -26,14 +28,19 @@ impl Expected {
         let mut next = self.clone();
         for op in &entry.ops {
             let LogOp::Write { op_id, op } = op else { continue };
-            if !next.seen.insert(*op_id) {
+            if next.seen.contains_key(op_id) {
                 continue;
             }
+            let before = next.entries.len();
             match op {
                 WriteOp::Upsert(entries) => {
                     next.entries.extend(entries.iter().map(|e| (e.id.clone(), e.content_hash())));
+                    next.seen.insert(*op_id, 0);
                 }
-                WriteOp::Delete(ids) => next.entries.retain(|id, _| !ids.contains(id)),
+                WriteOp::Delete(ids) => {
+                    next.entries.retain(|id, _| !ids.contains(id));
+                    next.seen.insert(*op_id, (before - next.entries.len()) as u32);
+                }
             }
         }
         next.hash = next.entries.values().fold(0, |sum, hash| sum.wrapping_add(*hash));
@@ -274,8 +281,26 @@ pub(crate) fn on_fenced(world: &World, term: Term, shards: Vec<ShardId>) {
 }
 
 /// Entries were applied, or a replica has begun to follow.
-pub(crate) fn on_apply(world: &World, at: usize, replica: &Replica, complete_at: u64) {
+pub(crate) fn on_apply(
+    world: &World,
+    at: usize,
+    replica: &Replica,
+    complete_at: u64,
+    outcomes: &[(OpId, Outcome)],
+) {
     let (applied, condition) = (replica.applied.get(), replica.condition.get());
+    let wrong = {
+        let checks = world.checks.borrow();
+        let states = checks.all.get(&(condition.log_id, applied));
+        let says = |(id, outcome): &&(OpId, Outcome)| {
+            states.is_some_and(|s| s.iter().all(|state| state.seen.get(id) != Some(&outcome.deleted)))
+        };
+        outcomes.iter().find(says).copied()
+    };
+    if let Some((id, outcome)) = wrong {
+        let shard = replica.shard;
+        fail(world, format!("n{at} says that {id} of shard {shard} came to {outcome:?}, at {applied}"));
+    }
     if applied < complete_at {
         if condition.serves() {
             let shard = replica.shard;

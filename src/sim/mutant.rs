@@ -46,11 +46,14 @@ pub(crate) enum Mutant {
     LeadWhileResigning,
     /// A migration's target waits for a log to be rebuilt that is whole.
     KeepLeftovers,
+    /// What a delete finds while the log is replayed over newer pages is what it came to.
+    OutcomeOfMixedAge,
 }
 
 impl Mutant {
     /// Noticed within some hundred seeds: tried by every test run.
-    pub(crate) const OFTEN: [Mutant; 11] = [
+    pub(crate) const OFTEN: [Mutant; 12] = [
+        Mutant::OutcomeOfMixedAge,
         Mutant::NoFence,
         Mutant::AcceptStaleTerm,
         Mutant::SkipDedup,

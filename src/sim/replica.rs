@@ -13,7 +13,7 @@ use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::{LogEntry, LogOp, ReplicaReport};
 use crate::model::{OpId, ShardId, VectorEntry};
-use crate::node::replica::apply::Applier;
+use crate::node::replica::apply::{Applier, told_note};
 use crate::store::{Digest, Mutation, ShardStore};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -305,7 +305,7 @@ impl Replica {
                 self.condition.set(Condition { caught_up: true, ..self.condition.get() });
             }
             self.changed.raise();
-            super::check::on_apply(world, self.state.at, self, applier.complete_at);
+            super::check::on_apply(world, self.state.at, self, applier.complete_at, &done.outcomes);
         }
     }
 
@@ -370,6 +370,16 @@ impl Replica {
             });
             stored.map_err(|_| "chunk")?;
             if page.last {
+                let first = applier.seed.as_ref().map_or(0, |seed| seed.seq);
+                let told = world.ask(self.proc, to, limit, move |_, node, reply| {
+                    let replicas = node.state.replicas.borrow();
+                    if let Some(there) = replicas.get(&shard).filter(|r| r.condition.get().caught_up) {
+                        reply.set(window_of(there));
+                    }
+                });
+                let told = told.await.map_err(|_| "no outcomes")?.into_iter().filter(|(key, _)| *key > first);
+                let notes = told.map(|(key, note)| (told_note(key), Some(note))).collect();
+                applier.seed_chunk(vec![], notes, |_| {}).map_err(|_| "chunk")?;
                 applier.end_seed().map_err(|_| "end")?;
                 self.loading.set(false);
                 return Ok(());
@@ -461,5 +471,5 @@ impl Replica {
 
 fn window_of(replica: &Replica) -> Vec<(u64, Vec<u8>)> {
     let notes = replica.store.notes().unwrap_or_default();
-    notes.into_iter().filter(|(key, _)| crate::node::replica::apply::is_window_note(*key)).collect()
+    notes.into_iter().filter(|(key, _)| *key < told_note(0)).collect()
 }

@@ -79,6 +79,7 @@ async fn ask_snapshot(cluster: &TestCluster, number: usize) -> Reply<SnapshotRep
         min_seq: 0,
         chunk_bytes: 1,
         credits: 1,
+        outcomes: false,
     };
     let body = rmp_serde::to_vec_named(&request).unwrap();
     let reply = cluster.raw.request("ruvector.node.n1.snapshot", body.into()).await.expect("an answer");

@@ -17,14 +17,16 @@ use crate::mutant::mutant;
 use crate::nats::log::Read;
 use crate::store::{Batch, Digest, Mutation, ShardStore};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Key of the note with the log's id; keys below are sequences of the window.
+/// Key of the note with the log's id; keys below [`TOLD`] are sequences of the window.
 const HELD_NOTE: u64 = u64::MAX;
 /// Key of the note of a snapshot that is being loaded.
 const SEED_NOTE: u64 = u64::MAX - 1;
+/// Added to a sequence: key of the note of what its operations came to where a snapshot was copied from.
+const TOLD: u64 = 1 << 63;
 
 /// What became of one operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +76,9 @@ pub(crate) struct Applier {
     pub(crate) held: Held,
     pub(crate) complete_at: u64,
     pub(crate) seed: Option<Seed>,
+    /// What operations up to `complete_at` came to. Replayed over pages that are newer, a delete may find what was
+    /// not there then, or miss what was; its copies would be answered with that.
+    told: BTreeMap<u64, Vec<(OpId, u32)>>,
     dimensions: usize,
     metric: crate::model::DistanceMetric,
 }
@@ -92,6 +97,7 @@ impl Applier {
     /// Reads back what the store remembers. Blocks.
     pub(crate) fn load(store: Arc<dyn ShardStore>, cluster: &ClusterRecord) -> Result<Self> {
         let (mut window, mut held, mut complete_at, mut seed) = (Window::default(), Held::default(), 0, None);
+        let mut told = BTreeMap::new();
         for (key, bytes) in store.notes()? {
             match key {
                 HELD_NOTE => {
@@ -101,6 +107,7 @@ impl Applier {
                     complete_at = note.complete_at;
                 }
                 SEED_NOTE => seed = Some(decode(&bytes).map_err(|e| Error::Corrupt(e.to_string()))?),
+                TOLD.. => drop(told.insert(key - TOLD, Window::outcomes(key - TOLD, &bytes)?)),
                 seq => window.restore(seq, &bytes)?,
             }
         }
@@ -111,6 +118,7 @@ impl Applier {
             held,
             complete_at,
             seed,
+            told,
             dimensions: cluster.dimensions,
             metric: cluster.metric,
         })
@@ -180,7 +188,8 @@ impl Applier {
                                     done.duplicates += 1;
                                     continue;
                                 }
-                                let deleted = self.write(op, read.seq, &mut batch, &mut there, &mut done)?;
+                                let found = self.write(op, read.seq, &mut batch, &mut there, &mut done)?;
+                                let deleted = self.told(read.seq, &op_id).unwrap_or(found);
                                 taken.push((op_id, deleted));
                                 done.outcomes.push((op_id, Outcome { deleted }));
                             }
@@ -197,6 +206,9 @@ impl Applier {
             self.held.applied = read.seq;
             checksum = Some(read.checksum);
             done.entries += 1;
+            if read.seq >= self.complete_at {
+                batch.notes.extend(std::mem::take(&mut self.told).into_keys().map(|seq| (TOLD + seq, None)));
+            }
             // Below that the content is of mixed age: its digest says nothing.
             let complete = read.seq >= self.complete_at || broken!(DigestOfMixedAge);
             if let Some(id) = checkpoint.filter(|_| complete) {
@@ -211,6 +223,13 @@ impl Applier {
             self.commit(batch)?;
         }
         Ok(done)
+    }
+
+    fn told(&self, seq: u64, op_id: &OpId) -> Option<u32> {
+        if broken!(OutcomeOfMixedAge) {
+            return None;
+        }
+        self.told.get(&seq)?.iter().find(|(id, _)| id == op_id).map(|(_, outcome)| *outcome)
     }
 
     fn commit(&self, mut batch: Batch) -> Result<()> {
@@ -262,7 +281,7 @@ impl Applier {
         Ok(deleted)
     }
 
-    /// The window as notes: what a snapshot begins with.
+    /// The window as notes: what a snapshot begins with, and what it ends with as [`told_note`]s.
     pub(crate) fn window_notes(&self) -> Vec<(u64, Vec<u8>)> {
         self.window.notes().collect()
     }
@@ -274,6 +293,7 @@ impl Applier {
         let notes = vec![(SEED_NOTE, Some(note))];
         self.store.apply(Batch { clear: true, notes, ..Batch::default() })?;
         self.window = Window::default();
+        self.told.clear();
         self.held = Held::default();
         self.complete_at = 0;
         self.seed = Some(seed);
@@ -307,15 +327,22 @@ impl Applier {
         self.store.flush()?;
         self.window = Window::default();
         for (key, bytes) in self.store.notes()? {
-            if key < SEED_NOTE {
-                self.window.restore(key, &bytes)?;
+            match key {
+                SEED_NOTE.. => {}
+                TOLD.. => drop(self.told.insert(key - TOLD, Window::outcomes(key - TOLD, &bytes)?)),
+                seq => self.window.restore(seq, &bytes)?,
             }
         }
         Ok(())
     }
 }
 
-/// Whether a key of a note belongs to the window: what another replica may send us.
+/// Whether a key of a note belongs to the window, or to what a later one says: what another replica may send us.
 pub(crate) fn is_window_note(key: u64) -> bool {
     key < SEED_NOTE
+}
+
+/// The key under which a note of the window is told to a replica that replays the log over newer pages.
+pub(crate) fn told_note(key: u64) -> u64 {
+    TOLD + key
 }

@@ -106,6 +106,7 @@ impl Replica {
             min_seq: resumed.as_ref().map_or(0, |seed| seed.seq),
             chunk_bytes: self.ctx.config.migration_chunk.min(bus.nats.max_body() / 3),
             credits: self.ctx.config.migration_window,
+            outcomes: true,
         };
         let subject = self.ctx.subjects.node(source, "snapshot");
         let reply: SnapshotReply = self.ctx.data.call(subject, &request, PATIENCE).await?;

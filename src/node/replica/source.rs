@@ -3,6 +3,7 @@
 //! No view is held open: each page is read afresh at the cursor, so a slow receiver costs nothing here.
 //! The receiver drives; if it is gone, its acknowledgements stop coming and so do we.
 
+use super::apply::told_note;
 use super::{Replica, blocking};
 use crate::error::{Error, Result};
 use crate::model::wire::{Chunk, ChunkAck, ChunkBody, SnapshotReply, SnapshotRequest, decode};
@@ -84,18 +85,7 @@ struct Sender {
 
 impl Sender {
     async fn run(&mut self, replica: &Arc<Replica>, seq: u64, window: Vec<(u64, Vec<u8>)>) -> Result<()> {
-        let limit = self.chunk_bytes();
-        let mut part = Vec::new();
-        let mut bytes = 0;
-        for (key, note) in window {
-            if bytes + note.len() > limit && !part.is_empty() {
-                self.send(seq, ChunkBody::Window(std::mem::take(&mut part)), false).await?;
-                bytes = 0;
-            }
-            bytes += note.len() + 16;
-            part.push((key, ByteBuf::from(note)));
-        }
-        if !part.is_empty() {
+        for part in self.parts(window) {
             self.send(seq, ChunkBody::Window(part), false).await?;
         }
         let mut cursor = self.request.cursor.clone();
@@ -105,12 +95,44 @@ impl Sender {
             if let Some(last) = page.entries.last() {
                 cursor = Some(last.id.clone());
             }
-            let last = page.last;
-            self.send(page.applied, ChunkBody::Entries(page.entries), last).await?;
-            if last {
+            let complete_at = page.applied;
+            let last = page.last && !self.request.outcomes;
+            self.send(complete_at, ChunkBody::Entries(page.entries), last).await?;
+            if page.last && self.request.outcomes {
+                // The window is now that of the last page or later, so nothing between the first and it is missing
+                // (but what is too old to be asked again).
+                let (_, _, window) = replica.window().await?;
+                let first = if self.request.cursor.is_some() { self.request.min_seq } else { seq };
+                let since = window.into_iter().filter(|(key, _)| *key > first);
+                let mut parts = self.parts(since.map(|(key, note)| (told_note(key), note)));
+                let end = parts.pop().unwrap_or_default();
+                for part in parts {
+                    self.send(complete_at, ChunkBody::Window(part), false).await?;
+                }
+                self.send(complete_at, ChunkBody::Window(end), true).await?;
+            }
+            if page.last {
                 return self.wait_stored(self.index).await;
             }
         }
+    }
+
+    /// Notes in parts that fit into chunks.
+    fn parts(&self, notes: impl IntoIterator<Item = (u64, Vec<u8>)>) -> Vec<Vec<(u64, ByteBuf)>> {
+        let limit = self.chunk_bytes();
+        let mut parts: Vec<Vec<(u64, ByteBuf)>> = Vec::new();
+        let mut bytes = 0;
+        for (key, note) in notes {
+            bytes += note.len() + 16;
+            if bytes > limit || parts.is_empty() {
+                parts.push(Vec::new());
+                bytes = note.len() + 16;
+            }
+            if let Some(part) = parts.last_mut() {
+                part.push((key, ByteBuf::from(note)));
+            }
+        }
+        parts
     }
 
     /// A chunk is at most a quarter of a second of the rate, so that progress is steady at low rates.
