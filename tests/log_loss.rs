@@ -88,6 +88,8 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
     cluster.nats[0].kill().await.unwrap();
     copy(&store, &old);
     cluster.nats[0].restart().await.unwrap();
+    // Nodes take a moment to connect again.
+    cluster.wait_green().await;
     let before = fill(&cluster, "b").await;
     // The old store names the process before this one: nobody has taken its name.
     cluster.node("n2").kill().await.unwrap();
