@@ -239,7 +239,8 @@ async fn write_and_read(world: World, client: u64) {
             continue;
         }
         let own = format!("v{client}-{number}");
-        let shared = format!("s{}", exec.below(3));
+        // Sorts last: there is time between the beginning of a copy and the page that it is on.
+        let shared = format!("z{}", exec.below(3));
         let entries = vec![
             VectorEntry::new(own.clone(), vec![number as f32, client as f32]),
             VectorEntry::new(shared.clone(), vec![number as f32, client as f32]),
