@@ -346,3 +346,64 @@ pub(crate) fn is_window_note(key: u64) -> bool {
 pub(crate) fn told_note(key: u64) -> u64 {
     TOLD + key
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::wire::LogEntry;
+    use crate::model::{ShardId, VectorEntry};
+    use crate::sim::records::cluster;
+    use crate::store::{MemoryStores, StoreFactory, StoreSpec};
+
+    fn empty() -> Applier {
+        let cluster = cluster();
+        let spec = StoreSpec { shard: ShardId(0), dimensions: cluster.dimensions, metric: cluster.metric };
+        Applier::load(MemoryStores::new().open(&spec).unwrap(), &cluster).unwrap()
+    }
+
+    fn read(seq: u64, op_id: u128, op: WriteOp) -> Read {
+        let entry = Ok(LogEntry { ops: vec![LogOp::Write { op_id: OpId::from_u128(op_id), op }] });
+        Read { seq, time_ms: seq, checksum: format!("{seq}-{seq}"), bytes: 10, entry }
+    }
+
+    fn put(id: &str) -> WriteOp {
+        WriteOp::Upsert(vec![VectorEntry::new(id.to_owned(), vec![1.0; cluster().dimensions])])
+    }
+
+    fn delete(id: &str) -> WriteOp {
+        WriteOp::Delete(vec![id.to_owned()])
+    }
+
+    /// What copies of the deletes 2 and 3 come to at a replica that was copied while they took effect.
+    fn answers_of_a_copy(told: bool) -> Vec<u32> {
+        let mut source = empty();
+        source.apply(vec![read(1, 1, put("a"))]).unwrap();
+        let mut copy = empty();
+        copy.begin_seed(Uuid::nil(), 1, None).unwrap();
+        let first: Vec<_> = source.window_notes().into_iter().map(|(key, note)| (key, Some(note))).collect();
+        copy.seed_chunk(vec![], first, |_| {}).unwrap();
+        // Before the only page is read, "a" goes, and "b" comes after somebody has deleted it in vain.
+        let log = || vec![read(2, 2, delete("a")), read(3, 3, delete("b")), read(4, 4, put("b"))];
+        source.apply(log()).unwrap();
+        let page = source.store.page(None, 1 << 20).unwrap();
+        let mutations = page.entries.into_iter().map(Mutation::Upsert).collect();
+        copy.seed_chunk(mutations, vec![], |seed| seed.complete_at = page.applied).unwrap();
+        if told {
+            let since = source.window_notes().into_iter().filter(|(key, _)| *key > 1);
+            let notes = since.map(|(key, note)| (told_note(key), Some(note))).collect();
+            copy.seed_chunk(vec![], notes, |_| {}).unwrap();
+        }
+        copy.end_seed().unwrap();
+        copy.apply(log()).unwrap();
+        assert_eq!(copy.store.digest().unwrap().hash, source.store.digest().unwrap().hash);
+        assert!(copy.store.notes().unwrap().iter().all(|(key, _)| *key < TOLD || *key >= SEED_NOTE));
+        let again = copy.apply(vec![read(5, 2, delete("a")), read(6, 3, delete("b"))]).unwrap();
+        again.outcomes.iter().map(|(_, outcome)| outcome.deleted).collect()
+    }
+
+    #[test]
+    fn a_delete_that_was_copied_half_way_is_answered_as_the_source_would() {
+        assert_eq!(answers_of_a_copy(true), [1, 0]);
+        assert_eq!(answers_of_a_copy(false), [0, 1], "why the source has to tell");
+    }
+}
