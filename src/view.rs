@@ -424,6 +424,7 @@ mod tests {
             log_id: uuid::Uuid::nil(),
             log_first_seq: 1,
             log_base: None,
+            log_before: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         let value = serde_json::to_vec(&record).unwrap();

@@ -201,11 +201,14 @@ fn the_records() {
         log_id: id(2),
         log_first_seq: 1,
         log_base: None,
+        log_before: None,
         updated_at: at(7),
     };
     json_form("shard", &shard);
     let log_base = Some("0011223344556677".to_owned());
-    json_form("shard_rebuilt", &ShardRecord { log_first_seq: 100, log_base, ..shard });
+    json_form("shard_rebuilt", &ShardRecord { log_first_seq: 100, log_base, ..shard.clone() });
+    let log_before = Some(id(3));
+    json_form("shard_closed", &ShardRecord { log_first_seq: 0, log_before, ..shard });
     json_form(
         "migration",
         &MigrationRecord {

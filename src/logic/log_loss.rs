@@ -25,10 +25,15 @@ pub(crate) enum Verdict {
 
 /// Decides, from what every holder has said and the stream as it was seen afterwards.
 pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
-    let applied = reports.iter().map(|report| report.applied);
+    let counted = counted(record, reports);
+    let applied = counted.iter().map(|report| report.applied);
     let most = if broken!(RebuildFromLeast) { applied.min() } else { applied.max() }.unwrap_or(0);
     if is_closed(record) {
-        return Verdict::Rebuild(most, base(reports, most));
+        return match log.filter(|log| log.id == record.log_id) {
+            // Nobody makes the stream of a closed log: a leader of an older version went on with the one before.
+            Some(log) => Verdict::Adopt(log.id),
+            None => Verdict::Rebuild(most, base(&counted, most)),
+        };
     }
     let ours = log.filter(|log| log.id == record.log_id);
     let following = reports.iter().filter(|report| report.applied > 0);
@@ -40,25 +45,36 @@ pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Opti
             // A record of a log that begins at 1, and holders of another one: made anew by mistake.
             let foreign = record.log_first_seq == 1 && following.clone().any(|r| r.log_id != record.log_id);
             if ours.last_seq < known.unwrap_or(0) || damaged || (foreign && ours.last_seq == 0) {
-                Verdict::Rebuild(most, base(reports, most))
+                Verdict::Rebuild(most, base(&counted, most))
             } else {
                 Verdict::Fine
             }
         }
         (None, Some(other)) if !other.id.is_nil() && other.last_seq >= most => {
             let all = following.clone().count() > 0 && following.clone().all(|r| r.log_id == other.id);
-            if all { Verdict::Adopt(other.id) } else { gone(record, reports, most) }
+            if all { Verdict::Adopt(other.id) } else { gone(record, &counted, most) }
         }
-        (None, _) => gone(record, reports, most),
+        // Nobody has what came before the first entry, nor is there a stream: it begins again with nothing.
+        (None, None) if most == 0 && record.log_first_seq > 1 => Verdict::Rebuild(0, None),
+        (None, _) => gone(record, &counted, most),
     }
 }
 
-fn gone(record: &ShardRecord, reports: &[ReplicaReport], most: u64) -> Verdict {
+/// Whose entries count: of those who follow the record's log, if anybody does. What others have more than these is of
+/// a log that was given up before, and so were those entries.
+fn counted<'a>(record: &ShardRecord, reports: &'a [ReplicaReport]) -> Vec<&'a ReplicaReport> {
+    let current = if is_closed(record) { record.log_before } else { Some(record.log_id) };
+    let follows = |report: &&ReplicaReport| report.applied > 0 && Some(report.log_id) == current;
+    let following: Vec<_> = reports.iter().filter(follows).collect();
+    if following.is_empty() { reports.iter().collect() } else { following }
+}
+
+fn gone(record: &ShardRecord, counted: &[&ReplicaReport], most: u64) -> Verdict {
     // Nothing was ever applied, or the record already names the log to be.
     if most == 0 || record.log_first_seq > most {
         Verdict::Create
     } else {
-        Verdict::Rebuild(most, base(reports, most))
+        Verdict::Rebuild(most, base(counted, most))
     }
 }
 
@@ -66,7 +82,14 @@ fn gone(record: &ShardRecord, reports: &[ReplicaReport], most: u64) -> Verdict {
 /// replicas neither follow the old one nor write to it, so that what they say they have stays what they have.
 /// `None` if that step is taken.
 pub(crate) fn close(record: &ShardRecord, log_id: Uuid) -> Option<ShardRecord> {
-    (!is_closed(record)).then(|| ShardRecord { log_id, log_first_seq: 0, log_base: None, ..record.clone() })
+    let log_before = Some(record.log_id);
+    (!is_closed(record)).then(|| ShardRecord {
+        log_id,
+        log_first_seq: 0,
+        log_base: None,
+        log_before,
+        ..record.clone()
+    })
 }
 
 fn is_closed(record: &ShardRecord) -> bool {
@@ -74,9 +97,9 @@ fn is_closed(record: &ShardRecord) -> bool {
 }
 
 /// What most of the most advanced have there; of equals, what stands first in the record.
-fn base(reports: &[ReplicaReport], most: u64) -> Option<String> {
+fn base(counted: &[&ReplicaReport], most: u64) -> Option<String> {
     let sums: Vec<&String> =
-        reports.iter().filter(|r| r.applied == most).filter_map(|r| r.checksum.as_ref()).collect();
+        counted.iter().filter(|r| r.applied == most).filter_map(|r| r.checksum.as_ref()).collect();
     let votes = |sum: &String| sums.iter().filter(|other| **other == sum).count();
     sums.iter().rev().max_by_key(|sum| votes(sum)).map(|sum| (*sum).clone())
 }
@@ -103,6 +126,7 @@ mod tests {
             log_id,
             log_first_seq,
             log_base: None,
+            log_before: None,
             updated_at: DateTime::UNIX_EPOCH,
         }
     }
@@ -153,6 +177,30 @@ mod tests {
         assert_eq!(verdict(&record(B, 31), &both, log(A, 12)), Verdict::Create);
         let fresh = [said(Uuid::nil(), 0, ReplicaState::Recovering)];
         assert_eq!(verdict(&record(A, 1), &fresh, None), Verdict::Create);
+    }
+
+    #[test]
+    fn entries_of_a_log_that_was_given_up_before_do_not_count_again() {
+        // "b" was away when the log was rebuilt from 31 on, and has not loaded a copy yet.
+        let both = [said(B, 40, ReplicaState::LogLost), said(A, 100, ReplicaState::Recovering)];
+        assert_eq!(verdict(&record(B, 31), &both, None), Verdict::Rebuild(40, None));
+        assert_eq!(verdict(&record(B, 31), &both, log(B, 35)), Verdict::Rebuild(40, None));
+        let closed = close(&record(B, 31), Uuid::from_u128(3)).unwrap();
+        assert_eq!(verdict(&closed, &both, log(B, 35)), Verdict::Rebuild(40, None));
+    }
+
+    #[test]
+    fn a_rebuilt_log_whose_stream_and_disks_are_gone_begins_again_at_one() {
+        let empty = [said(Uuid::nil(), 0, ReplicaState::Failed)];
+        assert_eq!(verdict(&record(B, 31), &empty, None), Verdict::Rebuild(0, None));
+        assert_eq!(verdict(&record(B, 31), &empty, log(A, 12)), Verdict::Create, "there is another stream");
+    }
+
+    #[test]
+    fn a_closed_log_that_an_older_leader_went_on_with_is_not_rebuilt() {
+        let closed = ShardRecord { log_id: A, ..close(&record(A, 1), B).unwrap() };
+        let both = [said(A, 31, ReplicaState::Serving), said(A, 30, ReplicaState::Serving)];
+        assert_eq!(verdict(&closed, &both, log(A, 31)), Verdict::Adopt(A));
     }
 
     #[test]

@@ -74,6 +74,8 @@ pub(crate) struct Look {
     pub(crate) source: Option<ReplicaReport>,
     /// The source is, as far as the cluster knows, alive.
     pub(crate) source_lives: bool,
+    /// It answers, and has had time to open its replica, but has none: its store does not work.
+    pub(crate) source_has_none: bool,
     pub(crate) log: Option<LogFacts>,
 }
 
@@ -85,7 +87,7 @@ pub(crate) fn may_swap(record: &ShardRecord, look: &Look) -> bool {
     let serves = |r: &ReplicaReport| r.state == ReplicaState::Serving;
     let whole = match (&look.source, look.log) {
         (_, None) => false,
-        (None, Some(_)) => !look.source_lives,
+        (None, Some(_)) => !look.source_lives || look.source_has_none,
         (Some(source), Some(log)) => {
             let reaches = log.id == record.log_id && source.applied <= log.last_seq;
             source.log_id != record.log_id || (source.state != ReplicaState::LogLost && reaches)
@@ -164,8 +166,9 @@ mod tests {
             checksum: None,
         };
         let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 9 });
-        let swap =
-            |target, source, source_lives| may_swap(&record, &Look { target, source, source_lives, log });
+        let swap = |target, source, source_lives| {
+            may_swap(&record, &Look { target, source, source_lives, log, ..Look::default() })
+        };
         let serving = || Some(report(ReplicaState::Serving, record.log_id));
         assert!(swap(serving(), serving(), true));
         assert!(swap(serving(), None, false), "the source is gone");
@@ -173,6 +176,8 @@ mod tests {
         assert!(!swap(Some(report(ReplicaState::Serving, uuid::Uuid::nil())), serving(), true));
         assert!(!swap(None, serving(), true));
         assert!(!swap(serving(), None, true), "it may have what the log has lost");
+        let broken = Look { target: serving(), source_lives: true, source_has_none: true, log, source: None };
+        assert!(may_swap(&record, &broken), "a node whose disk is broken can be replaced");
     }
 
     #[test]
@@ -195,7 +200,7 @@ mod tests {
         let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 9 });
         let swap = |source, log| {
             let target = said(ReplicaState::Serving, 9);
-            may_swap(&record, &Look { target, source, source_lives: true, log })
+            may_swap(&record, &Look { target, source, source_lives: true, log, ..Look::default() })
         };
         assert!(swap(said(ReplicaState::Serving, 9), log));
         assert!(!swap(said(ReplicaState::Serving, 10), log));

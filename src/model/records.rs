@@ -439,6 +439,9 @@ pub struct ShardRecord {
     /// entry there starts from a copy of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_base: Option<String>,
+    /// While the log is closed (`log_first_seq` is 0): the one before, whose entries count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_before: Option<Uuid>,
     /// When it was written.
     pub updated_at: DateTime<Utc>,
 }
@@ -639,6 +642,7 @@ mod tests {
             log_id: Uuid::nil(),
             log_first_seq: 1,
             log_base: None,
+            log_before: None,
             updated_at: DateTime::UNIX_EPOCH,
         }
     }

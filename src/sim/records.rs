@@ -23,6 +23,7 @@ pub(crate) fn shard_record(term: u64, replicas: &[&str]) -> ShardRecord {
         log_id: Uuid::from_u128(1),
         log_first_seq: 1,
         log_base: None,
+        log_before: None,
         updated_at: DateTime::UNIX_EPOCH,
     }
 }

@@ -36,7 +36,7 @@ pub(crate) struct Replica {
     loading: Cell<bool>,
     checked: Cell<bool>,
     reload: Cell<bool>,
-    silent_since: Cell<Option<Duration>>,
+    silent_since: Cell<Option<(u64, Duration)>>,
     pub(crate) checkpoints: RefCell<VecDeque<(Uuid, Digest)>>,
     pub(crate) changed: Signal,
     tasks: RefCell<Vec<u64>>,
@@ -189,9 +189,10 @@ impl Replica {
                     self.silent_since.set(None);
                 }
                 let now = world.exec.local(self.proc);
-                let since = self.silent_since.get().unwrap_or(now);
+                let known = self.silent_since.get().filter(|(waited_on, _)| *waited_on == connection);
+                let (_, since) = known.unwrap_or((connection, now));
                 if !peers.all_have_said {
-                    self.silent_since.set(Some(since));
+                    self.silent_since.set(Some((connection, since)));
                 }
                 let writes = takes_writes(peers, now.saturating_sub(since));
                 self.follow(world, applier, ordered, last, (connection, writes)).await
@@ -325,7 +326,7 @@ impl Replica {
                 && log.is_some_and(|log| log.id == record.log_id && log.first_seq <= seed.seq + 1)
         });
         let limit = Duration::from_secs(5);
-        let (min_seq, fresh) = (usable.as_ref().map_or(0, |s| s.seq), usable.is_none());
+        let (min_seq, fresh) = (usable.as_ref().map_or(0, |s| s.seq.max(s.complete_at)), usable.is_none());
         let begun = world.ask(self.proc, to, limit, move |_, node, reply| {
             let replicas = node.state.replicas.borrow();
             let there =
@@ -343,6 +344,9 @@ impl Replica {
         if fresh {
             applier.begin_seed(log_id, seq, checksum).map_err(|_| "begin")?;
             super::check::on_clear(world, self.state.at, self);
+            self.applied.set(0);
+            *self.checksum.borrow_mut() = None;
+            self.change(|c| c.log_id = Uuid::nil());
             let notes = window.into_iter().map(|(key, note)| (key, Some(note))).collect();
             applier.seed_chunk(vec![], notes, |_| {}).map_err(|_| "chunk")?;
         }

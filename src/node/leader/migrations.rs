@@ -24,6 +24,8 @@ use tracing::debug;
 
 /// A migration without any progress for so long is given up, and planned again.
 const STALLED: Duration = Duration::from_secs(600);
+/// A live source that has had no replica for so long while its target was ready cannot open its store.
+const OPENS_WITHIN: Duration = Duration::from_secs(60);
 /// How long the records of past migrations are kept, and how many.
 const KEEP: chrono::TimeDelta = chrono::TimeDelta::hours(24);
 const KEEP_COUNT: usize = 500;
@@ -121,15 +123,17 @@ impl Leader {
         if entry.0 != progress {
             *entry = (progress, now);
         }
-        let stalled = now.saturating_sub(entry.1) > STALLED;
-        let young = now.saturating_sub(entry.1) < Duration::from_secs(2);
+        let entry_since = entry.1;
+        let stalled = now.saturating_sub(entry_since) > STALLED;
+        let young = now.saturating_sub(entry_since) < Duration::from_secs(2);
         let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
         let target = self.ctx.view().node_status(&migration.to);
         match next_step(Facts { migration, record, target, stalled, young }) {
             Step::Wait => Ok(()),
             Step::Swap => {
                 let record = record.clone();
-                if !may_swap(&record, &self.look(migration).await?) {
+                let waits = now.saturating_sub(entry_since);
+                if !may_swap(&record, &self.look(migration, waits).await?) {
                     debug!(migration = migration.id, "a swap would take something away at the moment");
                     return Ok(());
                 }
@@ -144,20 +148,19 @@ impl Leader {
         }
     }
 
-    async fn look(&self, migration: &MigrationRecord) -> Result<Look> {
-        let ask = |node: NodeId| async move { self.ask_holder(&node, migration.shard).await.ok() };
-        let source = async {
-            match &migration.from {
-                Some(from) => ask(from.clone()).await,
-                None => None,
-            }
+    /// `waits` is since when the target is ready.
+    async fn look(&self, migration: &MigrationRecord, waits: Duration) -> Result<Look> {
+        let source = match &migration.from {
+            Some(from) => self.ask_replica(from, migration.shard).await,
+            None => Ok(None),
         };
-        let source = source.await;
+        let source_has_none = matches!(source, Ok(None)) && waits > OPENS_WITHIN;
+        let source = source.ok().flatten();
         let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
         let log = self.ctx.logs.info(migration.shard).await?.map(facts);
         // Last, so that what it says is not old when the swap is written.
-        let target = ask(migration.to.clone()).await;
-        Ok(Look { target, source, source_lives, log })
+        let target = self.ask_holder(&migration.to, migration.shard).await.ok();
+        Ok(Look { target, source, source_lives, source_has_none, log })
     }
 
     async fn swap(&mut self, migration: &MigrationRecord) -> Result<()> {

@@ -83,7 +83,7 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
             _ = tick.tick() => {
                 // Heartbeats first: whoever has sent one must not be judged silent.
                 for _ in 0..WAITING {
-                    let Some(message) = heartbeats.next().now_or_never() else { break };
+                    let Some(message) = tokio::task::unconstrained(heartbeats.next()).now_or_never() else { break };
                     leader.on_heartbeat(&message.ok_or_else(ended)?).await?;
                 }
                 leader.tick().await?;

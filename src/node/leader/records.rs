@@ -237,6 +237,7 @@ impl Leader {
                 log_id: log.id,
                 log_first_seq: 1,
                 log_base: None,
+                log_before: None,
                 updated_at: wall(),
             };
             match self.write_shard(record).await {
@@ -350,6 +351,8 @@ impl Leader {
                 Verdict::Adopt(log_id) => {
                     let mut record = record;
                     record.log_id = log_id;
+                    record.log_first_seq = record.log_first_seq.max(1);
+                    record.log_before = None;
                     self.write_shard(record).await
                 }
                 Verdict::Rebuild(most, base) => self.rebuild(record, most, base).await,
@@ -395,15 +398,19 @@ impl Leader {
         Ok(reports)
     }
 
-    /// What one node says of its replica.
+    /// What one node says of its replica; it has to have one that is open.
     pub(super) async fn ask_holder(&self, node: &str, shard: ShardId) -> Result<ReplicaReport> {
+        let report = self.ask_replica(node, shard).await?;
+        report.ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
+    }
+
+    /// What one node says of its replica, if it has one that is open.
+    pub(super) async fn ask_replica(&self, node: &str, shard: ShardId) -> Result<Option<ReplicaReport>> {
         let subject = self.ctx.subjects.node(node, "ping");
         let request = PingRequest { shards: vec![shard] };
         let reply: PingReply = self.ctx.control.call(subject, &request, HOLDER).await?;
         let report = reply.replicas.into_iter().find(|report| report.shard == shard);
-        report
-            .filter(ReplicaReport::is_settled)
-            .ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
+        Ok(report.filter(ReplicaReport::is_settled))
     }
 
     /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record says
@@ -420,6 +427,7 @@ impl Leader {
         record.log_id = fresh_id();
         record.log_first_seq = most.saturating_add(1);
         record.log_base = base;
+        record.log_before = None;
         let (id, first) = (record.log_id, record.log_first_seq);
         self.write_shard(record.clone()).await?;
         self.logs_checked.remove(&shard);

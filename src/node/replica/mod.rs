@@ -99,7 +99,7 @@ pub(crate) struct Replica {
     may_serve: watch::Sender<bool>,
     reload: tokio::sync::Notify,
     /// Since when other live holders have not said what they have applied.
-    silent_since: Mutex<Option<Duration>>,
+    silent_since: Mutex<Option<(u64, Duration)>>,
     /// Counts up before the content is thrown away: an answer that was looked up across that is void.
     generation: AtomicU64,
     /// One other replica at a time copies this one to repair itself, so that they do not all throw
@@ -497,7 +497,11 @@ impl Replica {
             return Duration::ZERO;
         }
         let now = self.ctx.clock.now();
-        now.saturating_sub(*since.get_or_insert(now))
+        // What was waited for before a reconnection says nothing of what JetStream has lost in it.
+        let connection = self.ctx.data.nats.health.reconnects.load(Ordering::Relaxed);
+        let known = since.filter(|(waited_on, _)| *waited_on == connection);
+        let (_, start) = *since.insert(known.unwrap_or((connection, now)));
+        now.saturating_sub(start)
     }
 
     /// What the other holders say.
@@ -540,6 +544,8 @@ impl Replica {
         let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
         let goal = last_seq.max(applier.complete_at);
         let Watched { views, connected, writes } = watched;
+        // What was checked before a reconnection is not checked after it.
+        *writes &= !connected.has_changed().unwrap_or(true);
         let ask_again = tokio::time::sleep(if *writes { Duration::MAX } else { ASK_AGAIN });
         tokio::pin!(ask_again);
         // Shards take turns looking, instead of all at once.

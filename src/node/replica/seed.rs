@@ -103,7 +103,8 @@ impl Replica {
             transfer: transfer.to_owned(),
             attempt,
             cursor: resumed.as_ref().and_then(|seed| seed.cursor.clone()),
-            min_seq: resumed.as_ref().map_or(0, |seed| seed.seq),
+            // As new as the newest page: else what operations in between came to would be missing.
+            min_seq: resumed.as_ref().map_or(0, |seed| seed.seq.max(seed.complete_at)),
             chunk_bytes: self.ctx.config.migration_chunk.min(bus.nats.max_body() / 3),
             credits: self.ctx.config.migration_window,
             outcomes: true,
@@ -116,6 +117,10 @@ impl Replica {
         if resumed.is_none() {
             let (seq, checksum) = (reply.seq, reply.checksum.clone());
             applier = blocking(move || applier.begin_seed(log_id, seq, checksum).map(|()| applier)).await?;
+            // What was here is gone: nobody must count on it.
+            self.change(|status| {
+                (status.applied, status.log_id, status.checksum) = (0, uuid::Uuid::nil(), None);
+            });
         }
         let result = self.receive(applier, &mut chunks, &request, &reply).await;
         let _ = chunks.unsubscribe().await;

@@ -201,7 +201,14 @@ impl Replica {
             return Ok(WriteReply { seq: before, deleted: 0 });
         }
         let placed = self.writer.append(op, bytes, deadline - Instant::now()).await;
-        let placed = placed.inspect_err(|_| self.forget(op_id))?;
+        let placed = match placed {
+            Ok(placed) => placed,
+            Err(error) => {
+                drop(outcome);
+                self.forget(op_id);
+                return Err(error);
+            }
+        };
         if contradicts(placed.seq, placed.duplicate, before) {
             self.lose_log(&format!("a write was put at {}, {before} was applied before", placed.seq)).await;
             return Err(Error::Unavailable(format!(
@@ -233,8 +240,15 @@ impl Replica {
         told
     }
 
+    /// Takes away who does not wait any more; another copy of the same operation may be under way.
     fn forget(&self, op_id: crate::model::OpId) {
-        lock(&self.waiting).remove(&op_id);
+        let mut waiting = lock(&self.waiting);
+        if let Some(waiters) = waiting.get_mut(&op_id) {
+            waiters.retain(|waiter| !waiter.is_closed());
+            if waiters.is_empty() {
+                waiting.remove(&op_id);
+            }
+        }
     }
 
     fn check_request(&self, request: &WriteRequest) -> Result<()> {

@@ -102,7 +102,8 @@ impl Sender {
                 // The window is now that of the last page or later, so nothing between the first and it is missing
                 // (but what is too old to be asked again).
                 let (_, _, window) = replica.window().await?;
-                let first = if self.request.cursor.is_some() { self.request.min_seq } else { seq };
+                // A copy that is resumed began at a sequence that we do not know: then all.
+                let first = if self.request.cursor.is_some() { 0 } else { seq };
                 let since = window.into_iter().filter(|(key, _)| *key > first);
                 let mut parts = self.parts(since.map(|(key, note)| (told_note(key), note)));
                 let end = parts.pop().unwrap_or_default();

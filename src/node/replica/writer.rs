@@ -107,6 +107,12 @@ impl Target {
     fn is_open(&self) -> bool {
         self.logs.is_connected() && self.status.borrow().gate.is_none()
     }
+
+    /// Whether the log was found wanting, or is not checked yet: what it acknowledges now may be given up.
+    fn is_doubted(&self) -> bool {
+        let status = self.status.borrow();
+        status.gate.as_ref().is_some_and(|gate| !matches!(gate, Error::Full(_) | Error::Busy(_)))
+    }
 }
 
 async fn run(target: Target, mut queue: mpsc::Receiver<Job>, stop: CancellationToken) {
@@ -193,6 +199,11 @@ async fn persist(target: &Target, body: bytes::Bytes, id: OpId, deadline: Instan
             continue;
         }
         let error = match target.logs.append(target.shard, body.clone(), id, TRY.min(left.max(PAUSE))).await {
+            // The gate was closed meanwhile: it is decided by asking again once it is open.
+            Appended::At { .. } if target.is_doubted() => {
+                unknown = true;
+                Error::Unavailable("the log was found wanting while the write was under way".into())
+            }
             Appended::At { seq, duplicate } => return Ok(Placed { seq, duplicate }),
             Appended::Refused(error @ Error::Unavailable(_)) => error,
             Appended::Refused(error) if !unknown => return Err(error),

@@ -41,7 +41,11 @@ impl Leader {
             let done = match verdict {
                 Verdict::Fine => Ok(()),
                 Verdict::Create => self.recreate(&record).await,
-                Verdict::Adopt(log_id) => self.write_shard(ShardRecord { log_id, ..record }).await,
+                Verdict::Adopt(log_id) => {
+                    let log_first_seq = record.log_first_seq.max(1);
+                    let log_before = None;
+                    self.write_shard(ShardRecord { log_id, log_first_seq, log_before, ..record }).await
+                }
                 Verdict::Rebuild(most, log_base) => {
                     let log_id = self.world.exec.uuid();
                     if let Some(closed) = close(&record, log_id) {
@@ -50,7 +54,8 @@ impl Leader {
                         self.soft(written)?;
                         continue;
                     }
-                    let record = ShardRecord { log_id, log_first_seq: most + 1, log_base, ..record };
+                    let record =
+                        ShardRecord { log_id, log_first_seq: most + 1, log_base, log_before: None, ..record };
                     self.logs_checked.remove(&shard);
                     match self.write_shard(record.clone()).await {
                         Ok(()) => self.recreate(&record).await,

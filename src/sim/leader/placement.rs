@@ -159,6 +159,7 @@ impl Leader {
             log_id,
             log_first_seq: 1,
             log_base: None,
+            log_before: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         self.logs_checked.insert(shard);

@@ -163,7 +163,7 @@ impl State {
                     checksum: None,
                 };
                 let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 1 });
-                let look = Look { target: Some(report), source: None, source_lives: false, log };
+                let look = Look { target: Some(report), source: None, log, ..Look::default() };
                 if may_swap(&record, &look) {
                     self.target.restarted = false;
                     self.doing[leader] = Doing::Asked(Map {
