@@ -18,7 +18,6 @@ use crate::logic::migration::is_close;
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::wire::DigestRequest;
-use crate::mutant::mutant;
 use crate::nats::bucket::Cas;
 use crate::node::context::Context;
 use crate::node::failpoint::pause;
@@ -73,13 +72,9 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
 
 async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {
     pause("migration-prepare").await;
-    let digest = if mutant("cutover-early") {
-        Digest { applied: 0, vectors: 0, hash: 0 }
-    } else {
-        load(ctx, id, replica).await?;
-        pause("migration-catch-up").await;
-        compare(ctx, id, replica).await?
-    };
+    load(ctx, id, replica).await?;
+    pause("migration-catch-up").await;
+    let digest = compare(ctx, id, replica).await?;
     // Serve first, then say so: at no instant does the shard have fewer serving replicas.
     replica.allow_serving();
     let mut status = replica.watch();

@@ -20,7 +20,6 @@ use crate::logic::replica::{
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
 use crate::model::{OpId, ShardId};
-use crate::mutant::mutant;
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
 use crate::node::context::Context;
@@ -223,7 +222,7 @@ impl Replica {
         self.status.send_modify(|status| {
             change(status);
             let condition = Condition {
-                caught_up: status.caught_up || mutant("cutover-early"),
+                caught_up: status.caught_up,
                 may_serve,
                 failed: status.failed,
                 lost: status.lost,
