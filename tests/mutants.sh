@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scenarios=("one_nats_server 1" "three_nats_servers 2" "single_replicas_that_move 1" "single_replicas_that_move 2")
-mutants=(ack-early no-dedup session-early no-fencing chunk-unchecked,corrupt-chunks truncate-far)
+mutants=(ack-early no-dedup session-early no-fencing chunk-unchecked,corrupt-chunks)
 [ $# -eq 0 ] || mutants=("$@")
 
 logs="$(mktemp -d)"

@@ -7,7 +7,6 @@
 use crate::logic::replica::LogFacts;
 use crate::model::events::ReplicaState;
 use crate::model::wire::ReplicaReport;
-use crate::mutant::mutant;
 use uuid::Uuid;
 
 /// Entries that stay although every holder has them, so that a replica that was briefly away finds them.
@@ -50,9 +49,6 @@ pub(crate) fn cut(
     let first = lowest.saturating_sub(margin) + 1 + u64::from(broken!(TruncateOneTooFar));
     if bytes < WORTH_BYTES.min(most / 4) || log.first_seq >= first {
         return None;
-    }
-    if mutant("truncate-far") {
-        return Some(log.last_seq + 1);
     }
     // Truncating beyond the end would hide that the log has lost its tail; another log is not ours to cut.
     (ordered == Some(log.id) && first <= log.last_seq + 1).then_some(first)

@@ -7,7 +7,6 @@ use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest};
-use crate::mutant::mutant;
 use crate::node::context::Context;
 use crate::node::replica::facts;
 use crate::node::replicas::Replicas;
@@ -148,9 +147,7 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                 holders.entry(holder.clone()).or_default().insert(shard);
             }
         }
-        if !mutant("truncate-far") {
-            ask_durable(&ctx, &view, holders, &mut low).await;
-        }
+        ask_durable(&ctx, &view, holders, &mut low).await;
         for (shard, durable) in low {
             match truncate(&ctx, shard, durable).await {
                 // Also when it is not worth it yet: look again when more is on disk.
