@@ -222,7 +222,7 @@ pub(crate) fn body_sum(stamp: &str) -> &str {
 }
 
 /// Whether two stamps are of one entry. Stores of older versions remember the body's checksum alone.
-fn same_entry(a: &str, b: &str) -> bool {
+pub(crate) fn same_entry(a: &str, b: &str) -> bool {
     let plain = !a.contains('-') || !b.contains('-') || broken!(SameBodySameEntry);
     a == b || (plain && body_sum(a) == body_sum(b))
 }

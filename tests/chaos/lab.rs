@@ -250,6 +250,23 @@ impl Lab {
         }
     }
 
+    /// Whether every log takes an entry within `limit`: a linearizable count puts one into each.
+    pub(crate) async fn agrees(&self, limit: Duration) -> bool {
+        let deadline = tokio::time::Instant::now() + limit;
+        while tokio::time::Instant::now() < deadline {
+            let body = json!({"consistency": "linearizable"}).to_string();
+            let reply = self.raw.request("ruvector.api.count", body.into());
+            let counted = tokio::time::timeout(Duration::from_secs(5), reply).await;
+            let body = counted.ok().and_then(Result::ok).map(|message| message.payload);
+            if body.and_then(|body| serde_json::from_slice::<Value>(&body).ok()?["count"].as_u64()).is_some()
+            {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        false
+    }
+
     pub(crate) async fn leader(&self) -> Option<String> {
         let status = self.admin("status", json!({})).await.ok()?;
         status["leader"].as_str().map(str::to_owned)

@@ -86,6 +86,8 @@ const WHOLE: Duration = Duration::from_secs(40);
 /// Two servers of three agree on leaders, and on what the third had acknowledged with one of them alone: RAFT
 /// elects after 4 to 9 s. A store that goes back and votes before that breaks what RAFT stands on.
 const ELECTED: Duration = Duration::from_secs(12);
+/// A busy machine may need longer.
+const AGREED: Duration = Duration::from_secs(40);
 
 impl Nemesis {
     pub(crate) fn new(dice: Dice, most_nodes: usize, recorder: &Recorder) -> Nemesis {
@@ -318,6 +320,7 @@ impl Nemesis {
                 self.kept &= lab.servers.len() == 1 || *fault != Fault::WipeStores;
             }
             Fault::RollBackOne(server) => {
+                self.stores_lost = Some(self.recorder.now());
                 let _ = lab.servers[*server].kill().await;
                 lab.roll_back_store(*server);
             }
@@ -358,10 +361,20 @@ impl Nemesis {
                 }
                 restart_servers(lab).await;
             }
-            Fault::KillServer(_)
-            | Fault::KillTwoServers(_)
-            | Fault::KillAllServers
-            | Fault::RollBackOne(_) => restart_servers(lab).await,
+            Fault::RollBackOne(_) => {
+                let killed = self.stores_lost.take();
+                // Where the others have not agreed, one that lacks entries may be elected with the third's vote.
+                if !lab.agrees(AGREED).await
+                    && let Some(killed) = killed
+                {
+                    self.say("two of three have not agreed: this is a loss");
+                    self.recorder.lost(killed);
+                }
+                restart_servers(lab).await;
+            }
+            Fault::KillServer(_) | Fault::KillTwoServers(_) | Fault::KillAllServers => {
+                restart_servers(lab).await;
+            }
             Fault::HangServer(server) => signal(lab.servers[*server].pid(), "CONT"),
             Fault::Isolate(server, _) => lab.isolate(*server, Link::Pass),
             Fault::SlowDisk(node, _) | Fault::FullDisk(node) | Fault::ClockJump(node, _) => {

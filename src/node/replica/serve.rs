@@ -7,7 +7,7 @@
 use super::apply::Outcome;
 use super::{Replica, blocking, lock};
 use crate::error::{Error, Result};
-use crate::logic::replica::contradicts;
+use crate::logic::replica::{contradicts, same_entry};
 use crate::model::vector::validate_id;
 use crate::model::wire::{
     LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
@@ -216,6 +216,19 @@ impl Replica {
                 self.shard
             )));
         }
+        // JetStream knows the id, but from where? A log that went back in time may have taken it at a place that is
+        // another entry's here, from a replica that was refused for that reason.
+        if placed.duplicate && placed.seq <= before {
+            let whole = tokio::time::timeout_at(deadline, self.log_has_what_was_applied()).await;
+            let late = |_| Error::Unavailable("the log could not be looked at in time".into());
+            if !whole.map_err(late)?? {
+                self.lose_log(&format!("a write is said to be at {}, in another log", placed.seq)).await;
+                return Err(Error::Unavailable(format!(
+                    "the log of shard {} lost data: the write may be lost",
+                    self.shard
+                )));
+            }
+        }
         let deleted = match outcome {
             None => 0,
             Some(outcome) => {
@@ -349,6 +362,28 @@ impl Replica {
                     return Err(Error::Unavailable(format!("the log of shard {} lost data", self.shard)));
                 }
                 self.wait_applied(placed.seq.max(after), until - Instant::now()).await.map(|_| ())
+            }
+        }
+    }
+
+    /// Whether the log still has the last entry that was applied here.
+    async fn log_has_what_was_applied(&self) -> Result<bool> {
+        let (applied, stamp, log_id) = {
+            let status = self.status.borrow();
+            (status.applied, status.checksum.clone(), status.log_id)
+        };
+        let Some(log) = self.ctx.logs.info(self.shard).await?.filter(|log| log.id == log_id) else {
+            return Ok(false);
+        };
+        if log.last_seq < applied {
+            return Ok(false);
+        }
+        match stamp.filter(|_| log.first_seq <= applied) {
+            None => Ok(true),
+            Some(mine) => {
+                let logged = self.ctx.logs.entry_checksum(self.shard, applied).await?;
+                // Truncated meanwhile: then it was there.
+                Ok(logged.is_none_or(|logged| same_entry(&mine, &logged)))
             }
         }
     }
