@@ -253,3 +253,34 @@ async fn every_disk_is_lost_and_the_logs_were_truncated_so_the_cluster_says_so()
     cluster.wait_green().await;
     assert_eq!(count_when_it_answers(&cluster).await, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_whose_record_went_with_the_store_goes_on_to_its_end() {
+    let setup = Setup { replication_factor: 2, pauses: true, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    let before = fill(&cluster, "a").await;
+    let shard = cluster.shard(3).await;
+    let replicas: Vec<&str> =
+        shard["replicas"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let to = ["n1", "n2", "n3"].into_iter().find(|node| !replicas.contains(node)).unwrap();
+    cluster.pause_at("migration-catch-up");
+    eventually("the move starts", || async {
+        let reply = cluster.admin("migrate", json!({"shard": 3, "to": to})).await?;
+        reply["migration"].as_str().map(str::to_owned).ok_or_else(|| reply.to_string())
+    })
+    .await;
+    cluster.wait_reached("migration-catch-up").await;
+    cluster.nats[0].kill().await.unwrap();
+    std::fs::remove_dir_all(cluster.nats[0].dir().join("nats-data")).unwrap();
+    cluster.nats[0].restart().await.unwrap();
+    cluster.resume("migration-catch-up");
+    eventually("the shard has moved and nothing is under way", || async {
+        let shard = cluster.shard(3).await;
+        let status = cluster.admin("status", json!({})).await?;
+        let there = shard["replicas"].as_array().is_some_and(|all| all.iter().any(|node| node == to));
+        (there && status["migrations"] == 0).then_some(()).ok_or_else(|| format!("{status} {shard}"))
+    })
+    .await;
+    cluster.wait_green().await;
+    assert_eq!(count_when_it_answers(&cluster).await, before);
+}

@@ -210,26 +210,44 @@ async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result
     Err(last)
 }
 
+/// The migration's record and its revision. Where NATS has lost the record, our copy of the map has it: a store that
+/// was wiped deletes nothing there. Records are kept for a day after they have ended, so none comes back that was
+/// deleted in order.
+pub(crate) async fn stored(ctx: &Context, id: &str) -> Result<Option<(MigrationRecord, Option<u64>)>> {
+    if let Some(found) = ctx.buckets.migrations.get(id).await? {
+        let record: MigrationRecord = parse(&found.value)?;
+        record.check(id)?;
+        return Ok(Some((record, Some(found.revision))));
+    }
+    Ok(ctx.view().migrations.get(id).map(|(_, record)| (record.clone(), None)))
+}
+
+/// Writes it over that revision, or anew.
+pub(crate) async fn store(ctx: &Context, record: &MigrationRecord, revision: Option<u64>) -> Result<Cas> {
+    let value = serde_json::to_vec(record).map_err(|e| Error::Internal(e.to_string()))?;
+    match revision {
+        Some(revision) => Ok(ctx.buckets.migrations.cas(&record.id, value, revision).await),
+        None => ctx.buckets.migrations.create(&record.id, value).await,
+    }
+}
+
 /// Changes the migration record by compare-and-set, deciding again when somebody else was first. Records
 /// that are over stay as they are.
 pub(crate) async fn update(ctx: &Context, id: &str, change: impl Fn(&mut MigrationRecord)) -> Result<()> {
     for _ in 0..8 {
-        let Some(found) = ctx.buckets.migrations.get(id).await? else {
+        let Some((mut record, revision)) = stored(ctx, id).await? else {
             return Err(Error::NotFound(format!("migration {id} has no record")));
         };
-        let mut record: MigrationRecord = parse(&found.value)?;
-        record.check(id)?;
         if !record.phase.is_running() {
             return Ok(());
         }
         let before = record.clone();
         change(&mut record);
-        if record == before {
+        if record == before && revision.is_some() {
             return Ok(());
         }
         record.updated_at = wall();
-        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
-        match ctx.buckets.migrations.cas(id, value, found.revision).await {
+        match store(ctx, &record, revision).await? {
             Cas::Applied(_) => return Ok(()),
             Cas::Lost => {}
             Cas::Unknown(error) => debug!(migration = id, "{error}"),

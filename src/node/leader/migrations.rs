@@ -17,6 +17,7 @@ use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::failpoint::pause;
+use crate::node::migration::{store, stored};
 use crate::node::replica::facts;
 use crate::view::parse;
 use std::time::Duration;
@@ -222,8 +223,7 @@ impl Leader {
     async fn set_phase(&self, id: &str, phase: MigrationPhase, error: Option<&str>) -> Result<bool> {
         for _ in 0..8 {
             self.check_lease()?;
-            let Some(found) = self.ctx.buckets.migrations.get(id).await? else { return Ok(false) };
-            let mut record: MigrationRecord = parse(&found.value)?;
+            let Some((mut record, revision)) = stored(&self.ctx, id).await? else { return Ok(false) };
             if !record.phase.is_running() {
                 return Ok(false);
             }
@@ -233,8 +233,7 @@ impl Leader {
             if let Some(error) = error {
                 record.error = Some(error.to_owned());
             }
-            let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
-            match self.ctx.buckets.migrations.cas(id, value, found.revision).await {
+            match store(&self.ctx, &record, revision).await? {
                 Cas::Applied(_) => return Ok(true),
                 Cas::Lost => {}
                 Cas::Unknown(error) => debug!(migration = id, "{error}"),
