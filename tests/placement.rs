@@ -138,7 +138,9 @@ async fn several_nodes_leave_at_once_under_load_and_only_what_they_held_is_rebui
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_node_is_replaced_under_load_and_each_replica_moves_once() {
-    let mut cluster = TestCluster::start(setup(3, 12, 2)).await;
+    // A newcomer gets its share after two heartbeats: the drain must come before that, also on a busy machine.
+    let slow = setup(3, 12, 2).arg("--heartbeat-interval", "2s").arg("--failure-timeout", "10s");
+    let mut cluster = TestCluster::start(slow).await;
     let client = cluster.client_with(REQUEST).await;
     fill(&client, VECTORS).await;
     let load = Load::start(&client, 3);
