@@ -284,3 +284,37 @@ async fn a_migration_whose_record_went_with_the_store_goes_on_to_its_end() {
     cluster.wait_green().await;
     assert_eq!(count_when_it_answers(&cluster).await, before);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_missed_the_last_terms_leads_in_a_higher_one_after_nats_was_wiped() {
+    let mut cluster = TestCluster::start(Setup { replication_factor: 2, ..Setup::default() }).await;
+    let before = fill(&cluster, "a").await;
+    // Who leads first stops first, so it does not know the terms of those after it.
+    let first = cluster.leader().await;
+    let rest: Vec<&str> = ["n1", "n2", "n3"].into_iter().filter(|id| *id != first).collect();
+    cluster.node(&first).kill().await.unwrap();
+    eventually("every shard is written in a later term", || async {
+        let reply = cluster.admin("shards", json!({})).await?;
+        let shards = reply["shards"].as_array().ok_or("no shards")?;
+        let later = shards.iter().all(|shard| shard["term"].as_u64() > Some(1));
+        later.then_some(()).ok_or_else(|| reply.to_string())
+    })
+    .await;
+    for id in &rest {
+        cluster.node(id).kill().await.unwrap();
+    }
+    cluster.nats[0].kill().await.unwrap();
+    std::fs::remove_dir_all(cluster.nats[0].dir().join("nats-data")).unwrap();
+    cluster.nats[0].restart().await.unwrap();
+    cluster.node(&first).restart().unwrap();
+    eventually("it leads in an old term", || async {
+        let status = cluster.admin("status", json!({})).await?;
+        (status["leader"] == *first).then_some(()).ok_or_else(|| status.to_string())
+    })
+    .await;
+    for id in &rest {
+        cluster.node(id).restart().unwrap();
+    }
+    assert_eq!(count_when_it_answers(&cluster).await, before);
+    cluster.wait_green().await;
+}

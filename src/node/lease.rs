@@ -72,7 +72,11 @@ pub(crate) async fn run(
                 if changed.is_err() { return }
                 if *connected.borrow_and_update() { Event::Tick } else { Event::Disconnected }
             }
-            Some(Order::Resign) = orders.recv() => Event::Resign,
+            Some(Order::Resign) = orders.recv() => {
+                // Why it resigns may be a term that it has just heard of.
+                driver.feed(Event::TermSeen(ctx.saw_term(0))).await;
+                Event::Resign
+            }
             changed = views.changed() => {
                 if changed.is_err() { return }
                 let view = views.borrow_and_update().clone();

@@ -18,6 +18,7 @@ use placement::Placement;
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::logic::fencing::{is_over, is_plausible};
 use crate::logic::lease::PingOutcome;
 use crate::logic::log_loss::Verdict;
 use crate::logic::membership::{Action, Membership};
@@ -179,6 +180,15 @@ impl Leader {
         let actions = self.membership.on_heartbeat(self.ctx.clock.now(), &heartbeat.node, heartbeat.instance);
         match self.ctx.view().node(&heartbeat.node) {
             Some(record) if record.instance == heartbeat.instance => {
+                // After NATS was wiped, whoever restarts first may not know the last term, and the others take nothing of a
+                // lower one: lead anew, in a higher one.
+                if is_over(self.term, heartbeat.term) && is_plausible(self.term, heartbeat.term) {
+                    self.ctx.saw_term(heartbeat.term);
+                    return Err(Error::Fenced(format!(
+                        "{} has seen term {}",
+                        heartbeat.node, heartbeat.term
+                    )));
+                }
                 self.heartbeats.insert(heartbeat.node, wall());
             }
             // Its record may be a moment behind; or somebody uses its name.
