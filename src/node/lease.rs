@@ -58,6 +58,9 @@ pub(crate) async fn run(
     };
     let mut connected = ctx.control.nats.connected();
     let mut views = ctx.views.subscribe();
+    // The map that we kept may name a later term than a lease record that NATS has lost.
+    let kept = views.borrow().term;
+    driver.feed(Event::TermSeen(ctx.saw_term(kept))).await;
     driver.feed(Event::Tick).await;
     let mut stopping = false;
     let mut watched = None;
