@@ -23,7 +23,7 @@ async fn deaf(cluster: &TestCluster, subject: &str) -> TcpStream {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_client_that_asks_for_much_and_reads_nothing_is_cut_off_and_costs_no_more_each_time() {
+async fn a_client_that_asks_for_much_and_reads_nothing_is_cut_off_and_costs_what_is_in_hand() {
     let mut cluster = TestCluster::start(Setup::default()).await;
     let load = Load::start(&cluster.client().await, 2);
     let text = "x".repeat(60_000);
@@ -35,9 +35,8 @@ async fn a_client_that_asks_for_much_and_reads_nothing_is_cut_off_and_costs_no_m
     let everything = deaf(&cluster, ">").await;
     let request = r#"{"vector":[1,2,3,4],"k":12}"#;
     let server = cluster.nats[0].monitor_url().trim_start_matches("http://").to_owned();
-    // What nodes have in hand at a time takes memory, once; it is not kept, or the second time would take as much again.
     let mut used = Vec::new();
-    for _ in 0..2 {
+    for _ in 0..3 {
         let cut_off = slow_consumers(&server).await;
         let mut replies = deaf(&cluster, "_INBOX.deaf.*").await;
         let began = Instant::now();
@@ -55,9 +54,10 @@ async fn a_client_that_asks_for_much_and_reads_nothing_is_cut_off_and_costs_no_m
         used.push(memory(&cluster));
     }
     println!("memory {used:?} MiB");
-    for (once, twice) in used[0].iter().zip(&used[1]) {
-        assert!(*twice < once + 256 && *twice < 1_200, "memory grew: {used:?} MiB");
-    }
+    // Which node answers how many is chance. A node has at most 512 answers of 720 KB in hand, each twice while it is
+    // written down.
+    let most = used.iter().flatten().max().expect("three nodes");
+    assert!(*most < 1_000, "memory grew: {used:?} MiB");
     drop(everything);
     sound(&mut cluster).await;
     unharmed(load).await;
