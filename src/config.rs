@@ -102,7 +102,7 @@ pub struct ClusterConfig {
     pub migrations_per_node: usize,
     /// How long a replica that moved away is kept on disk. Default: 60 s.
     pub retire_after: Duration,
-    /// JetStream replicas of every log and bucket, 1, 3 or 5. `None`: 3 if NATS has 3 servers, else 1.
+    /// JetStream replicas of every log and bucket, 1, 3 or 5. `None`: 3 in a NATS cluster, else 1.
     pub log_replicas: Option<usize>,
     /// Most bytes of one shard's log; when it is full, writes are refused. Default: 1 GiB.
     pub log_max_bytes: u64,

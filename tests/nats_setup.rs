@@ -118,6 +118,29 @@ async fn three_nats_servers_keep_three_copies_and_one_may_die() {
     assert_eq!(outcome.failed_writes, 0, "{outcome:?}");
 }
 
+/// The first node decides for good how many copies NATS keeps, and it may come before the last server does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_is_born_while_a_nats_server_is_down_keeps_three_copies_too() {
+    let mut cluster = TestCluster::start_nats(Setup { nats_cluster: true, ..Setup::default() }).await;
+    cluster.nats[2].kill().await.unwrap();
+    for _ in 0..3 {
+        cluster.add_node();
+    }
+    let log = cluster.nodes[0].log_file();
+    eventually("the node waits for the third server, or does without it", || async {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        if text.contains("not ready yet") || text.contains(" joined ") { Ok(()) } else { Err(text) }
+    })
+    .await;
+    cluster.nats[2].restart().await.unwrap();
+    cluster.wait_green().await;
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    for stream in ["ruvector_log_00000", "KV_ruvector_shards", "KV_ruvector_cluster", "ruvector_events"] {
+        let info = context.get_stream(stream).await.unwrap();
+        assert_eq!(info.cached_info().config.num_replicas, 3, "{stream}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_starts_while_nats_hangs_joins_when_it_answers_again() {
     let mut cluster = TestCluster::start(Setup { pauses: true, ..Setup::default() }).await;

@@ -91,7 +91,7 @@ pub(crate) struct NodeArgs {
     /// Operations per second below which no shard is hot [default: 50].
     #[arg(long, value_name = "OPS_PER_S")]
     hot_min_ops: Option<f64>,
-    /// JetStream replicas of a new cluster's logs [default: 3 if NATS has 3 servers, else 1].
+    /// JetStream replicas of a new cluster's logs [default: 3 in a NATS cluster, else 1].
     #[arg(long)]
     log_replicas: Option<usize>,
     /// Most bytes of one shard's log in a new cluster [default: 1GiB].

@@ -238,8 +238,12 @@ pub(crate) fn creation_error(
     error: &(dyn std::error::Error + 'static),
 ) -> Error {
     match api_code(error) {
-        Some(10_074 | 10_005) => Error::Invalid(format!(
-            "{name} cannot have {replicas} replicas: NATS has fewer JetStream servers; start more, or set log_replicas"
+        Some(10_074) => Error::Invalid(format!(
+            "{name} cannot have {replicas} replicas on a single NATS server: set log_replicas to 1, or give it a NATS cluster"
+        )),
+        // They may still be starting.
+        Some(10_005) => Error::Unavailable(format!(
+            "{name} cannot have {replicas} replicas, fewer JetStream servers are up: start more, or set log_replicas"
         )),
         Some(10_023 | 10_047) => {
             Error::Full(format!("NATS has no room for {name}: raise JetStream's max_file_store"))

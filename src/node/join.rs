@@ -169,27 +169,24 @@ async fn server_facts(control: &Nats) -> Result<ServerFacts> {
 }
 
 /// Creates the buckets; returns how many replicas the cluster's streams get if it is created now.
+///
+/// Any NATS cluster gets three. When it does not have three servers (yet), that is an error and not one replica: what
+/// is decided here holds for as long as the cluster lives, and how many servers we have heard of says little, since
+/// that depends on how far their gossip has come and on `no_advertise`.
 async fn ensure_buckets(
     control: &Nats,
     buckets: &Buckets,
     facts: &ServerFacts,
     wanted: Option<usize>,
 ) -> Result<usize> {
-    let info = control.client.server_info();
-    let clustered = info.cluster.is_some() && info.connect_urls.len() >= 3;
-    let mut replicas = wanted.unwrap_or(if clustered { 3 } else { 1 });
+    let clustered = control.client.server_info().cluster.is_some();
+    let replicas = wanted.unwrap_or(if clustered { 3 } else { 1 });
     facts.allow_replicas(replicas)?;
-    let created = buckets.cluster.ensure(replicas).await;
-    if let (Err(Error::Invalid(text)), None) = (&created, wanted) {
-        warn!("{text}; going on with one replica");
-        replicas = 1;
-        buckets.cluster.ensure(replicas).await?;
-    } else {
-        created
+    for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
+        bucket
+            .ensure(replicas)
+            .await
             .map_err(|error| control.violation().map_or(error, |violation| permission_error(&violation)))?;
-    }
-    for bucket in [&buckets.nodes, &buckets.shards, &buckets.migrations] {
-        bucket.ensure(replicas).await?;
     }
     Ok(replicas)
 }
