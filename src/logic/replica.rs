@@ -95,10 +95,35 @@ pub(crate) fn takes_writes(peers: Peers, waited: Duration) -> bool {
     (!peers.lost && (peers.all_have_said || waited >= SILENT_PEERS)) || broken!(WriteBeforeAsking)
 }
 
-/// Whether an entry was put where this replica had applied one before: then the log has lost its tail.
-/// `applied` was read before the append.
-pub(crate) fn contradicts(seq: u64, duplicate: bool, applied: u64) -> bool {
-    seq <= applied && !duplicate
+/// What the place of an entry that JetStream has acknowledged says about the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// It is where it must be.
+    Fine,
+    /// It was put where this replica has applied another one: the log has lost its end.
+    LogLost,
+    /// JetStream had it before, at this place. In a log that went back in time that may be the place of another entry
+    /// that was applied here: a replica that tried to write it then was refused, and this one must not answer
+    /// for it before it has seen that the log still [has](still_has) what was applied here.
+    Unclear,
+}
+
+/// Judges a place; `applied` was read before the append.
+pub(crate) fn placement(seq: u64, duplicate: bool, applied: u64) -> Placement {
+    match duplicate {
+        _ if seq > applied => Placement::Fine,
+        false => Placement::LogLost,
+        true if broken!(BelieveDuplicates) => Placement::Fine,
+        true => Placement::Unclear,
+    }
+}
+
+/// Whether the log still has the last entry that was applied. `logged` is the checksum of what the log has there; `None`
+/// if it was truncated.
+pub(crate) fn still_has(held: &Held, log: Option<LogFacts>, logged: Option<&str>) -> bool {
+    let same = |mine: &String| logged.is_none_or(|logged| same_entry(mine, logged));
+    log.is_some_and(|log| log.id == held.log_id && log.last_seq >= held.applied)
+        && held.checksum.as_ref().is_none_or(same)
 }
 
 /// What the stream is.
@@ -168,6 +193,10 @@ pub(crate) fn course(
         }
         return Course::Wait;
     };
+    if held.log_id != ordered.log_id && peers > Some(log.last_seq) && !broken!(FreshInALostLog) {
+        // What the log has lost is not ours to miss, but a write that took its place would go with the log.
+        return Course::Wait;
+    }
     if held.log_id == ordered.log_id {
         let known = held.applied.max(peers.unwrap_or(0));
         if log.last_seq < known && !broken!(IgnoreLostTail) {
@@ -312,10 +341,38 @@ mod tests {
     }
 
     #[test]
+    fn a_replica_without_a_disk_does_not_follow_a_log_that_has_less_than_the_others() {
+        let fresh = |last, peers| course(&Held::default(), &ordered(A, 1), log(A, 1, last), None, peers);
+        assert_eq!(fresh(7, Some(8)), Course::Wait);
+        assert_eq!(fresh(8, Some(8)), Course::Follow);
+        let base = |last| course(&held(A, 30), &ordered(B, 31), log(B, 31, last), None, Some(33));
+        assert_eq!(base(32), Course::Wait);
+        assert_eq!(base(33), Course::Follow);
+    }
+
+    #[test]
     fn a_replica_follows_its_log_as_far_as_it_reaches_back() {
         assert_eq!(course(&held(A, 30), &ordered(A, 1), log(A, 31, 50), None, None), Course::Follow);
         assert_eq!(course(&held(A, 30), &ordered(A, 1), log(A, 32, 50), None, None), Course::Snapshot);
         assert_eq!(course(&held(A, 30), &ordered(A, 1), log(A, 31, 30), None, None), Course::Follow);
+    }
+
+    /// A copy that another replica wrote and was refused for is known to JetStream at the place of an entry
+    /// that was applied here.
+    #[test]
+    fn a_duplicate_in_a_log_that_went_back_in_time_is_not_believed() {
+        assert_eq!(placement(31, false, 30), Placement::Fine);
+        assert_eq!(placement(31, true, 30), Placement::Fine);
+        assert_eq!(placement(30, false, 30), Placement::LogLost);
+        assert_eq!(placement(30, true, 30), Placement::Unclear);
+        let has = |held: &Held, log, logged| still_has(held, log, logged);
+        assert!(has(&held(A, 30), log(A, 1, 30), Some("sum30")));
+        assert!(has(&held(A, 30), log(A, 31, 40), None), "truncated");
+        assert!(has(&held(A, 0), log(A, 1, 0), None), "nothing was applied");
+        assert!(!has(&held(A, 30), log(A, 1, 30), Some("other")));
+        assert!(!has(&held(A, 30), log(A, 1, 29), None));
+        assert!(!has(&held(A, 30), log(B, 1, 40), Some("sum30")));
+        assert!(!has(&held(A, 30), None, None));
     }
 
     #[test]

@@ -189,6 +189,20 @@ fn wipe_disk(world: &World, at: usize) {
 /// NATS is away for a moment; its disk may have lost the end of a log, or all of it.
 async fn restart_nats(world: &World) {
     let (exec, count) = (&world.exec, world.nodes.borrow().len());
+    let shard = ShardId(exec.below(u64::from(world.settings.shards)) as u32);
+    if exec.chance(700) {
+        // Copies of one write are on their way: what nodes have sent then arrives when NATS is back.
+        let (op_id, own) = (exec.uuid(), format!("w-{}", exec.now().as_micros()));
+        let op = WriteOp::Upsert(vec![VectorEntry::new(own.clone(), vec![1.0, 2.0])]);
+        let holders = world.shard(shard).map(|r| r.replicas).unwrap_or_default();
+        for to in holders.iter().filter_map(|n| world.node_at(n)) {
+            let copy = try_write(world.clone(), shard, to, (op_id, op.clone()), own.clone());
+            exec.spawn(OUTSIDE, async move {
+                copy.await;
+            });
+        }
+        exec.sleep(OUTSIDE, Duration::from_micros(exec.below(10_000))).await;
+    }
     exec.note(|| "NATS is away".into());
     world.away.set(true);
     world.epoch.set(world.epoch.get() + 1);
@@ -196,7 +210,6 @@ async fn restart_nats(world: &World) {
         node::connect(world, at, false);
     }
     exec.sleep(OUTSIDE, Duration::from_millis(exec.below(2_000))).await;
-    let shard = ShardId(exec.below(u64::from(world.settings.shards)) as u32);
     // Whoever loses every copy and the log has lost the data.
     let copies = {
         let nodes = world.nodes.borrow();
@@ -250,47 +263,66 @@ async fn write_and_read(world: World, client: u64) {
     }
 }
 
-/// With retries, under one operation id.
+/// With retries, under one operation id, and as clients do it: sometimes a second copy is sent to another holder
+/// before the first is answered.
 async fn write(world: &World, shard: ShardId, op: WriteOp, own: String) {
     let exec = &world.exec;
     let op_id: OpId = exec.uuid();
-    let upsert = matches!(op, WriteOp::Upsert(_));
     let until = exec.now() + Duration::from_secs(12);
-    let epoch = world.epoch.get();
     while exec.now() < until {
-        let (holders, op) = (world.shard(shard).map(|r| r.replicas).unwrap_or_default(), op.clone());
-        let Some(to) = exec.pick(&holders).and_then(|n| world.node_at(n)) else {
+        let holders = world.shard(shard).map(|r| r.replicas).unwrap_or_default();
+        let pick = || exec.pick(&holders).and_then(|n| world.node_at(n));
+        let Some(to) = pick() else {
             exec.sleep(OUTSIDE, Duration::from_millis(500)).await;
             continue;
         };
-        let limit = Duration::from_millis(2_000);
-        let asked = world.ask::<bool>(OUTSIDE, to, limit, move |world, node, reply| {
-            let Some(replica) = node.state.replicas.borrow().get(&shard).cloned() else {
-                return reply.set(false);
-            };
-            let (w, proc) = (world.clone(), node.proc);
-            world.exec.spawn(proc, async move {
-                let op = LogOp::Write { op_id, op };
-                reply.set(replica.write(&w, op_id, op).await.is_ok());
+        let copy = |to| try_write(world.clone(), shard, to, (op_id, op.clone()), own.clone());
+        if let Some(second) = pick().filter(|second| *second != to && exec.chance(300)) {
+            let copy = copy(second);
+            exec.spawn(OUTSIDE, async move {
+                copy.await;
             });
-        });
-        if asked.await == Ok(true) {
-            {
-                let mut checks = world.checks.borrow_mut();
-                checks.count("acknowledged");
-                if upsert {
-                    checks.acked.insert(op_id, (shard, own));
-                }
-                checks.dirty = true;
-            }
-            // The acknowledgement was on its way when JetStream lost the entry.
-            if world.epoch.get() != epoch && world.checks.borrow().tail_lost {
-                check::forgive_what_nobody_has(world, Some(shard));
-            }
+        }
+        if copy(to).await {
             return;
         }
         exec.sleep(OUTSIDE, Duration::from_millis(100 + exec.below(400))).await;
     }
+}
+
+/// One copy of a write; whether it was acknowledged.
+async fn try_write(
+    world: World,
+    shard: ShardId,
+    to: usize,
+    (op_id, op): (OpId, WriteOp),
+    own: String,
+) -> bool {
+    let (limit, upsert) = (Duration::from_millis(2_000), matches!(op, WriteOp::Upsert(_)));
+    let asked = world.ask::<Option<u64>>(OUTSIDE, to, limit, move |world, node, reply| {
+        let Some(replica) = node.state.replicas.borrow().get(&shard).cloned() else {
+            return reply.set(None);
+        };
+        let (w, proc) = (world.clone(), node.proc);
+        world.exec.spawn(proc, async move {
+            let op = LogOp::Write { op_id, op };
+            reply.set(replica.write(&w, op_id, op).await.ok());
+        });
+    });
+    let Ok(Some(epoch)) = asked.await else { return false };
+    {
+        let mut checks = world.checks.borrow_mut();
+        checks.count("acknowledged");
+        if upsert {
+            checks.acked.insert(op_id, (shard, own));
+        }
+        checks.dirty = true;
+    }
+    // JetStream's acknowledgement was on its way when it lost the entry.
+    if world.epoch.get() != epoch && world.checks.borrow().tail_lost {
+        check::forgive_what_nobody_has(&world, Some(shard));
+    }
+    true
 }
 
 /// Linearizable: what was acknowledged before must be there.

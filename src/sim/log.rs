@@ -41,10 +41,19 @@ impl Stream {
     }
 }
 
+/// What JetStream says of an entry that it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ack {
+    pub(crate) seq: u64,
+    pub(crate) duplicate: bool,
+    /// How often NATS had gone away before it said so.
+    pub(crate) epoch: u64,
+}
+
 /// What became of an append.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Appended {
-    At { seq: u64, duplicate: bool },
+    At(Ack),
     Refused,
     Unknown,
 }
@@ -58,26 +67,25 @@ impl World {
         message: OpId,
         limit: Duration,
     ) -> Appended {
-        // What was on its way when NATS went away is gone.
-        let epoch = self.epoch.get();
-        let serve = move |world: &World| {
-            (world.epoch.get() == epoch).then(|| world.append_now(shard, entry, message)).flatten()
-        };
+        let serve = move |world: &World| world.append_now(shard, entry, message);
         match self.request(proc, limit, serve).await {
-            Some(Some((seq, duplicate))) => Appended::At { seq, duplicate },
+            Some(Some(ack)) => Appended::At(ack),
             Some(None) => Appended::Refused,
             None => Appended::Unknown,
         }
     }
 
-    fn append_now(&self, shard: ShardId, entry: Rc<LogEntry>, message: OpId) -> Option<(u64, bool)> {
+    fn append_now(&self, shard: ShardId, entry: Rc<LogEntry>, message: OpId) -> Option<Ack> {
+        let epoch = self.epoch.get();
         let time_ms = self.exec.now().as_millis() as u64;
         let hole = self.exec.chance(self.weather.get().dedup_hole);
         let (id, seq) = {
             let mut logs = self.logs.borrow_mut();
             let stream = logs.get_mut(&shard)?;
             match stream.messages.get(&message) {
-                Some((seq, at)) if !hole && time_ms < at + 120_000 => return Some((*seq, true)),
+                Some((seq, at)) if !hole && time_ms < at + 120_000 => {
+                    return Some(Ack { seq: *seq, duplicate: true, epoch });
+                }
                 _ => {}
             }
             stream.last += 1;
@@ -91,7 +99,7 @@ impl World {
         self.exec.note(|| format!("log {} {seq}: {:?}", &id.simple().to_string()[..4], entry.ops));
         self.checks.borrow_mut().on_append(shard, id, seq, &entry);
         self.log_signal.raise();
-        Some((seq, false))
+        Some(Ack { seq, duplicate: false, epoch })
     }
 
     pub(crate) async fn log_info(&self, proc: ProcId, shard: ShardId) -> Option<Option<LogFacts>> {
@@ -110,7 +118,8 @@ impl World {
         self.request(proc, API, serve).await
     }
 
-    /// Entries from `first` on; `None` if there is no such stream. A consumer may begin too early.
+    /// Entries from `first` on; `None` if there is no such stream. A consumer may begin too early, and does not
+    /// outlive the server.
     pub(crate) async fn log_read(
         &self,
         proc: ProcId,
@@ -119,9 +128,10 @@ impl World {
         first: u64,
     ) -> Option<Option<Vec<Read>>> {
         let from = if self.weather.get().late > 0 && self.exec.chance(30) { 1 } else { first };
+        let epoch = self.epoch.get();
         let serve = move |w: &World| {
             let logs = w.logs.borrow();
-            let stream = logs.get(&shard).filter(|stream| stream.id == id)?;
+            let stream = logs.get(&shard).filter(|stream| stream.id == id && w.epoch.get() == epoch)?;
             let read = |(seq, entry): (&u64, &Entry)| Read {
                 seq: *seq,
                 time_ms: entry.time_ms,

@@ -48,6 +48,10 @@ pub(crate) enum Mutant {
     KeepLeftovers,
     /// What a delete finds while the log is replayed over newer pages is what it came to.
     OutcomeOfMixedAge,
+    /// A write is answered because JetStream knows its id, wherever that was put.
+    BelieveDuplicates,
+    /// A replica that begins follows a log that has lost what the others have.
+    FreshInALostLog,
 }
 
 impl Mutant {
@@ -69,7 +73,7 @@ impl Mutant {
 
     /// Faults must meet at the right moment: noticed within some thousand, the last four within some ten thousand
     /// seeds, too many for every day.
-    pub(crate) const RARE: [Mutant; 8] = [
+    pub(crate) const RARE: [Mutant; 10] = [
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
         Mutant::WriteBeforeAsking,
@@ -78,6 +82,8 @@ impl Mutant {
         Mutant::SameBodySameEntry,
         Mutant::TruncateBeforeLooking,
         Mutant::SwapOffDamagedLog,
+        Mutant::BelieveDuplicates,
+        Mutant::FreshInALostLog,
     ];
 
     /// Breaks the product on this thread, until what is returned is dropped.

@@ -1,13 +1,14 @@
 //! A replica in the simulated world: as `node::replica`, round by round.
 
 use super::exec::{ProcId, Signal, either};
-use super::log::Appended;
+use super::log::{Ack, Appended};
 use super::node::State;
 use super::store::SimStore;
 use super::world::{World, name};
 use crate::logic::broken;
 use crate::logic::replica::{
-    Condition, Course, Ordered, Peers, contradicts, course, course_of_joining, takes_writes,
+    Condition, Course, Held, Ordered, Peers, Placement, course, course_of_joining, placement, still_has,
+    takes_writes,
 };
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
@@ -398,7 +399,7 @@ impl Replica {
         op: LogOp,
         message: OpId,
         limit: Duration,
-    ) -> Tried<(u64, bool)> {
+    ) -> Tried<Ack> {
         let until = world.exec.local(self.proc) + limit;
         let entry = Rc::new(LogEntry { ops: vec![op] });
         loop {
@@ -409,28 +410,42 @@ impl Replica {
             if world.connected(self.proc) && self.gate.get() {
                 let patience = Duration::from_millis(1_500).min(until - now);
                 let tried = world.append(self.proc, self.shard, entry.clone(), message, patience).await;
-                if let Appended::At { seq, duplicate } = tried {
-                    return Ok((seq, duplicate));
+                if let Appended::At(ack) = tried {
+                    return Ok(ack);
                 }
             }
             world.exec.sleep(self.proc, Duration::from_millis(50)).await;
         }
     }
 
+    /// Says in which epoch JetStream has acknowledged it.
     pub(crate) async fn write(&self, world: &World, op_id: OpId, op: LogOp) -> Tried<u64> {
         if !self.serves() || !self.gate.get() {
             return Err("not now");
         }
         let before = self.applied.get();
         if broken!(AckBeforeLog) {
-            return Ok(before + 1);
+            return Ok(world.epoch.get());
         }
-        let (seq, duplicate) = self.append(world, op, op_id, Duration::from_secs(4)).await?;
-        if contradicts(seq, duplicate, before) {
+        let ack = self.append(world, op, op_id, Duration::from_secs(4)).await?;
+        let whole = match placement(ack.seq, ack.duplicate, before) {
+            Placement::Fine => true,
+            Placement::LogLost => false,
+            Placement::Unclear => self.log_has_what_was_applied(world).await?,
+        };
+        if !whole {
             self.lose_log(world, "a write was put too early");
             return Err("the log lost data");
         }
-        Ok(seq)
+        Ok(ack.epoch)
+    }
+
+    async fn log_has_what_was_applied(&self, world: &World) -> Tried<bool> {
+        let (log_id, applied) = (self.condition.get().log_id, self.applied.get());
+        let held = Held { log_id, applied, checksum: self.checksum.borrow().clone() };
+        let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
+        let logged = world.log_checksum(self.proc, self.shard, applied).await.ok_or("no checksum")?;
+        Ok(still_has(&held, log, logged.as_deref()))
     }
 
     /// A linearizable read.
@@ -440,8 +455,8 @@ impl Replica {
         }
         let before = self.applied.get();
         let limit = Duration::from_secs(3);
-        let (seq, _) = self.append(world, LogOp::Barrier, world.exec.uuid(), limit).await?;
-        if contradicts(seq, false, before) {
+        let Ack { seq, .. } = self.append(world, LogOp::Barrier, world.exec.uuid(), limit).await?;
+        if placement(seq, false, before) != Placement::Fine {
             self.lose_log(world, "a barrier was put too early");
             return Err("the log lost data");
         }

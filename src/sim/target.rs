@@ -1,5 +1,6 @@
 //! A migration's target: as `node::migration::drive`.
 
+use super::log::Ack;
 use super::node::State;
 use super::replica::Replica;
 use super::world::{Key, Value, World};
@@ -58,7 +59,7 @@ async fn steps(world: &World, state: &State, id: &str, replica: &Rc<Replica>) ->
 
 async fn compare(world: &World, state: &State, replica: &Rc<Replica>) -> Result<(), ()> {
     let (id, limit) = (world.exec.uuid(), Duration::from_secs(5));
-    let (seq, _) =
+    let Ack { seq, .. } =
         replica.append(world, LogOp::Checkpoint(id), world.exec.uuid(), limit).await.map_err(drop)?;
     replica.wait_applied(world, seq).await.map_err(drop)?;
     let mine = replica.digest_at(id).ok_or(())?;

@@ -36,6 +36,8 @@ const LEAST_RATE: f64 = 10.0;
 /// Nothing here gets so far; a search without end would be a bug of the test.
 const LAST_RATE: f64 = 50_000.0;
 const OVERLOAD: f64 = 3.0;
+/// Refused or late of what is offered, before we call it overload: the rate is doubled until it is.
+const OVERLOADED_SHARE: f64 = 0.05;
 /// Of a node under overload: its queues have sizes.
 const MOST_MEMORY: f64 = 768.0 * 1_048_576.0;
 
@@ -199,9 +201,8 @@ async fn overload(lab: &mut Lab, form: &Form, rate: f64) {
     let outcome = loop {
         let outcome = lab.offer(offered, form.overload).await;
         println!("overload, {offered:.0}/s for {:?}: {}", form.overload, outcome.figures());
-        // Work must pile up, or refusals are not seen at all: the machine may have had something else to do
-        // when the rate was sought.
-        if outcome.failed() > 0 || outcome.quantile(0.99) > TIMEOUT / 3 {
+        // A few refusals are no overload: the machine may have had something else to do when the rate was sought.
+        if outcome.failed() as f64 >= outcome.offered as f64 * OVERLOADED_SHARE {
             break outcome;
         }
         offered *= 2.0;

@@ -15,7 +15,7 @@ pub(crate) use source::stream_snapshot;
 use crate::error::{Error, Result, shortened};
 use crate::logic::lease::PingOutcome;
 use crate::logic::replica::{
-    Condition, Course, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, takes_writes,
+    Condition, Course, Held, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, takes_writes,
 };
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
@@ -403,20 +403,11 @@ impl Replica {
         }
         // Others first, the log after: while writes go on it is then never behind what they said.
         let peers = self.peers(ordered.log_id).await;
-        let log = self.ctx.logs.info(self.shard).await?;
         let held = &applier.held;
-        let logged = match &log {
-            Some(info)
-                if held.checksum.is_some() && (info.first_seq..=info.last_seq).contains(&held.applied) =>
-            {
-                self.ctx.logs.entry_checksum(self.shard, held.applied).await?
-            }
-            _ => None,
-        };
-        let log_facts = log.map(facts);
-        let mut course = course(held, &ordered, log_facts, logged.as_deref(), peers.applied);
+        let (log, logged) = self.look_at_log(held).await?;
+        let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
         if self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node)) {
-            course = course_of_joining(course, log_facts, peers);
+            course = course_of_joining(course, log, peers);
         }
         if is_nowhere(&course, held, peers) {
             return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
@@ -443,6 +434,17 @@ impl Replica {
                 Ok(())
             }
         }
+    }
+
+    /// The log, and the checksum that it has for the last entry that was applied.
+    async fn look_at_log(&self, held: &Held) -> Result<(Option<LogFacts>, Option<String>)> {
+        let log = self.ctx.logs.info(self.shard).await?.map(facts);
+        let there = log.is_some_and(|log| (log.first_seq..=log.last_seq).contains(&held.applied));
+        let logged = match there && held.checksum.is_some() {
+            true => self.ctx.logs.entry_checksum(self.shard, held.applied).await?,
+            false => None,
+        };
+        Ok((log, logged))
     }
 
     async fn lose_log(&self, why: &str) {

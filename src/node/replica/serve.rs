@@ -7,7 +7,7 @@
 use super::apply::Outcome;
 use super::{Replica, blocking, lock};
 use crate::error::{Error, Result};
-use crate::logic::replica::{contradicts, same_entry};
+use crate::logic::replica::{Held, Placement, placement, still_has};
 use crate::model::vector::validate_id;
 use crate::model::wire::{
     LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
@@ -209,24 +209,19 @@ impl Replica {
                 return Err(error);
             }
         };
-        if contradicts(placed.seq, placed.duplicate, before) {
-            self.lose_log(&format!("a write was put at {}, {before} was applied before", placed.seq)).await;
-            return Err(Error::Unavailable(format!(
-                "the log of shard {} lost data: the write may be lost",
-                self.shard
-            )));
-        }
-        // JetStream knows the id, but from where? A log that went back in time may have taken it at a place that is
-        // another entry's here, from a replica that was refused for that reason.
-        if placed.duplicate && placed.seq <= before {
-            let whole = tokio::time::timeout_at(deadline, self.log_has_what_was_applied()).await;
-            let late = |_| Error::Unavailable("the log could not be looked at in time".into());
-            if !whole.map_err(late)?? {
-                self.lose_log(&format!("a write is said to be at {}, in another log", placed.seq)).await;
-                return Err(Error::Unavailable(format!(
-                    "the log of shard {} lost data: the write may be lost",
-                    self.shard
-                )));
+        match placement(placed.seq, placed.duplicate, before) {
+            Placement::Fine => {}
+            Placement::LogLost => {
+                let why = format!("a write was put at {}, {before} was applied before", placed.seq);
+                return Err(self.lost_write(&why).await);
+            }
+            Placement::Unclear => {
+                let whole = tokio::time::timeout_at(deadline, self.log_has_what_was_applied()).await;
+                let late = |_| Error::Unavailable("the log could not be looked at in time".into());
+                if !whole.map_err(late)?? {
+                    let why = format!("a write is said to be at {}, in another log", placed.seq);
+                    return Err(self.lost_write(&why).await);
+                }
             }
         }
         let deleted = match outcome {
@@ -240,6 +235,12 @@ impl Replica {
             }
         };
         Ok(WriteReply { seq: placed.seq, deleted: deleted.into() })
+    }
+
+    /// Says that the log is lost, and what to answer for a write that may have gone with it.
+    async fn lost_write(&self, why: &str) -> Error {
+        self.lose_log(why).await;
+        Error::Unavailable(format!("the log of shard {} lost data: the write may be lost", self.shard))
     }
 
     fn expect(&self, op_id: crate::model::OpId) -> oneshot::Receiver<Outcome> {
@@ -353,7 +354,7 @@ impl Replica {
                 // Every write acknowledged before now has a lower sequence than this barrier.
                 let until = Instant::now() + timeout;
                 let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
-                if contradicts(placed.seq, false, before) {
+                if placement(placed.seq, false, before) != Placement::Fine {
                     self.lose_log(&format!(
                         "a barrier was put at {}, {before} was applied before",
                         placed.seq
@@ -368,24 +369,13 @@ impl Replica {
 
     /// Whether the log still has the last entry that was applied here.
     async fn log_has_what_was_applied(&self) -> Result<bool> {
-        let (applied, stamp, log_id) = {
+        let held = {
             let status = self.status.borrow();
-            (status.applied, status.checksum.clone(), status.log_id)
+            let (log_id, applied) = (status.log_id, status.applied);
+            Held { log_id, applied, checksum: status.checksum.clone() }
         };
-        let Some(log) = self.ctx.logs.info(self.shard).await?.filter(|log| log.id == log_id) else {
-            return Ok(false);
-        };
-        if log.last_seq < applied {
-            return Ok(false);
-        }
-        match stamp.filter(|_| log.first_seq <= applied) {
-            None => Ok(true),
-            Some(mine) => {
-                let logged = self.ctx.logs.entry_checksum(self.shard, applied).await?;
-                // Truncated meanwhile: then it was there.
-                Ok(logged.is_none_or(|logged| same_entry(&mine, &logged)))
-            }
-        }
+        let (log, logged) = self.look_at_log(&held).await?;
+        Ok(still_has(&held, log, logged.as_deref()))
     }
 
     /// Whether a session waits for what went with a log that JetStream has lost: the log has been rebuilt, is
