@@ -118,20 +118,29 @@ async fn three_nats_servers_keep_three_copies_and_one_may_die() {
     assert_eq!(outcome.failed_writes, 0, "{outcome:?}");
 }
 
-/// The first node decides for good how many copies NATS keeps, and it may come before the last server does.
+/// JetStream without a majority says that it is not available; and the first node decides for good how many copies
+/// NATS keeps, although it may come before the last server does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cluster_that_is_born_while_a_nats_server_is_down_keeps_three_copies_too() {
+async fn a_cluster_that_is_born_while_nats_has_no_majority_waits_and_keeps_three_copies() {
     let mut cluster = TestCluster::start_nats(Setup { nats_cluster: true, ..Setup::default() }).await;
-    cluster.nats[2].kill().await.unwrap();
+    for server in [1, 2] {
+        cluster.nats[server].kill().await.unwrap();
+    }
     for _ in 0..3 {
         cluster.add_node();
     }
     let log = cluster.nodes[0].log_file();
-    eventually("the node waits for the third server, or does without it", || async {
-        let text = std::fs::read_to_string(&log).unwrap_or_default();
-        if text.contains("not ready yet") || text.contains(" joined ") { Ok(()) } else { Err(text) }
-    })
-    .await;
+    let says = |text: &str, times: usize| {
+        let (log, text) = (log.clone(), text.to_owned());
+        async move {
+            let all = std::fs::read_to_string(&log).unwrap_or_default();
+            if all.matches(&text).count() >= times { Ok(()) } else { Err(all) }
+        }
+    };
+    eventually("the node goes on waiting", || says("not ready yet", 15)).await;
+    cluster.nats[1].restart().await.unwrap();
+    let begun = || async { says(" joined ", 1).await.or(says("cannot have 3 replicas", 1).await) };
+    eventually("the node waits for the third server, or does without it", begun).await;
     cluster.nats[2].restart().await.unwrap();
     cluster.wait_green().await;
     let context = async_nats::jetstream::new(cluster.raw.clone());

@@ -67,7 +67,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         async move { Nats::connect(&options, &name, Patience::Forever).await }
     };
     let control = connect("control").await?;
-    let facts = server_facts(&control).await?;
+    let facts = patiently(|| control.check_server()).await?;
     let buckets = Buckets::new(&control, &subjects);
     let replicas = patiently(|| ensure_buckets(&control, &buckets, &facts, config.log_replicas)).await?;
     let settings = |dir: &DataDir| dir.settings(&config.node_id, &config.namespace);
@@ -146,21 +146,6 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T>>>(mut step: impl F
         match step().await {
             Err(Error::Unavailable(text)) if tokio::time::Instant::now() < deadline => {
                 info!("JetStream is not ready yet ({text}), trying again");
-                tokio::time::sleep(Duration::from_millis(500)).await;
-            }
-            other => return other,
-        }
-    }
-}
-
-/// JetStream may still be electing its leader: tries for a while.
-async fn server_facts(control: &Nats) -> Result<ServerFacts> {
-    let mut tries = 0;
-    loop {
-        match control.check_server().await {
-            Err(Error::Unavailable(text)) if tries < 10 => {
-                tries += 1;
-                info!("waiting for JetStream: {text}");
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
             other => return other,
