@@ -4,6 +4,7 @@
 //! What must be there at the end is then known: the last acknowledged version or a newer one. A write of
 //! unknown outcome may take effect late, over a newer one; for its key that version is allowed too.
 
+use crate::harness::eventually;
 use futures::StreamExt;
 use ruvector_cluster::{Client, Consistency, Error, SearchQuery, VectorEntry};
 use serde_json::json;
@@ -78,9 +79,14 @@ impl Mix {
 
     /// Writes every key once, so that the content has its size from the start.
     pub(crate) async fn fill(&self, client: &Client) {
-        let writes = futures::stream::iter((0..self.keys.len()).map(|n| self.write(client, n)));
-        let written: Vec<_> = writes.buffer_unordered(64).collect().await;
-        written.into_iter().for_each(|result| result.expect("filling"));
+        // A machine that has much else to do may be busy.
+        let written = |n| {
+            eventually("a key is filled", move || async move {
+                self.write(client, n).await.map_err(|error| error.to_string())
+            })
+        };
+        let writes = futures::stream::iter((0..self.keys.len()).map(written));
+        writes.buffer_unordered(16).collect::<Vec<()>>().await;
     }
 
     /// One operation, drawn by chance.
