@@ -47,7 +47,7 @@ impl Condition {
 pub(crate) const SILENT_PEERS: Duration = Duration::from_secs(10);
 
 /// What the other holders of a shard say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Peers {
     /// Highest sequence that one of them has applied in the same log.
     pub(crate) applied: Option<u64>,
@@ -57,11 +57,14 @@ pub(crate) struct Peers {
     pub(crate) lost: bool,
     /// Every one has answered, and none has anything.
     pub(crate) empty: bool,
+    /// Last sequences that they have applied in the same log, and the checksums of the entries there.
+    pub(crate) held: Vec<(u64, String)>,
 }
 
 impl Peers {
     /// Before anybody has answered.
-    pub(crate) const NONE: Peers = Peers { applied: None, all_have_said: true, lost: false, empty: true };
+    pub(crate) const NONE: Peers =
+        Peers { applied: None, all_have_said: true, lost: false, empty: true, held: Vec::new() };
 
     /// Takes in one answer about a replica.
     pub(crate) fn said(&mut self, report: Option<&ReplicaReport>, log_id: Uuid) {
@@ -70,7 +73,24 @@ impl Peers {
         if let Some(report) = report.filter(|report| report.log_id == log_id) {
             self.applied = self.applied.max(Some(report.applied));
             self.lost |= report.state == ReplicaState::LogLost;
+            let last = report.checksum.clone().map(|sum| (report.applied, sum));
+            if let Some(last) = last.filter(|last| !self.held.contains(last)) {
+                self.held.push(last);
+            }
         }
+    }
+
+    /// What they hold that this log should have, to be [compared](Self::compare): they may not have noticed yet that
+    /// the log has lost it, and that another entry has taken its place.
+    pub(crate) fn to_compare(&self, log: Option<LogFacts>) -> Vec<(u64, String)> {
+        let there = |seq| log.is_some_and(|log| (log.first_seq..=log.last_seq).contains(&seq));
+        self.held.iter().filter(|(seq, _)| there(*seq)).cloned().collect()
+    }
+
+    /// Takes in what the log has where one of them has applied `mine`; `None` if it was truncated meanwhile.
+    pub(crate) fn compare(&mut self, mine: &str, logged: Option<&str>) {
+        let other = logged.is_some_and(|logged| !same_entry(mine, logged));
+        self.lost |= other && !broken!(TrustWhatPeersHold);
     }
 
     /// Takes in that one did not answer. One that is not connected, and that the cluster has given up, is not
@@ -84,15 +104,16 @@ impl Peers {
 
 /// Whether what came before the log's first entry is nowhere any more: a copy is needed, and no holder has one.
 /// Then there is nothing to serve, and waiting for it in silence would look like a slow start.
-pub(crate) fn is_nowhere(course: &Course, held: &Held, peers: Peers) -> bool {
+pub(crate) fn is_nowhere(course: &Course, held: &Held, peers: &Peers) -> bool {
     *course == Course::Snapshot && held.applied == 0 && peers.empty
 }
 
-/// Whether a replica that follows its log may take writes. Only the other holders know whether JetStream has
-/// lost entries that they have applied and we have not: a write that took the place of one of those would be
-/// acknowledged, and given up when the log is rebuilt. `waited` is since when somebody has not answered.
-pub(crate) fn takes_writes(peers: Peers, waited: Duration) -> bool {
-    (!peers.lost && (peers.all_have_said || waited >= SILENT_PEERS)) || broken!(WriteBeforeAsking)
+/// Whether a replica whose own entries are in its log may go on there: apply more, and take writes. Only the other
+/// holders know whether JetStream has lost entries that they have applied and we have not: a write that took the
+/// place of one of those would be acknowledged, and given up when the log is rebuilt; and a replica that applied it
+/// would stand beside them as one that has as much. `waited` is since when somebody has not answered.
+pub(crate) fn may_go_on(peers: &Peers, waited: Duration) -> bool {
+    (!peers.lost && (peers.all_have_said || waited >= SILENT_PEERS)) || broken!(GoOnBeforeAsking)
 }
 
 /// What the place of an entry that JetStream has acknowledged says about the log.
@@ -236,7 +257,7 @@ pub(crate) fn course(
 
 /// The same for a node that only builds a replica: when every replica has said that the log is whole, what is
 /// left here of earlier times is what is wrong, and nobody counts on it.
-pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: Peers) -> Course {
+pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: &Peers) -> Course {
     let whole =
         peers.all_have_said && !peers.lost && log.is_some_and(|log| peers.applied <= Some(log.last_seq));
     match course {
@@ -282,12 +303,42 @@ mod tests {
     #[test]
     fn no_writes_before_every_live_holder_has_said_what_it_has_applied() {
         let mut silent = Peers::NONE;
-        assert!(takes_writes(silent, Duration::ZERO));
+        assert!(may_go_on(&silent, Duration::ZERO));
         silent.silent(false, false);
-        assert!(takes_writes(silent, Duration::ZERO), "it was given up");
+        assert!(may_go_on(&silent, Duration::ZERO), "it was given up");
         silent.silent(true, false);
-        assert!(!takes_writes(silent, Duration::from_secs(9)));
-        assert!(takes_writes(silent, SILENT_PEERS), "one that never answers does not stop the shard");
+        assert!(!may_go_on(&silent, Duration::from_secs(9)));
+        assert!(may_go_on(&silent, SILENT_PEERS), "one that never answers does not stop the shard");
+    }
+
+    /// It is behind, so nothing of its own is missing; a write of another one that was refused came late.
+    #[test]
+    fn a_replica_that_is_behind_does_not_go_on_where_another_entry_is_than_others_hold() {
+        let report = |applied, sum: &str| ReplicaReport {
+            shard: crate::model::ShardId(1),
+            state: ReplicaState::Serving,
+            applied,
+            durable: applied,
+            vectors: 0,
+            bytes: 0,
+            log_id: A,
+            checksum: Some(sum.into()),
+        };
+        let mut peers = Peers::NONE;
+        peers.said(Some(&report(30, "x-1")), A);
+        peers.said(Some(&report(30, "x-1")), A);
+        peers.said(Some(&report(50, "y-1")), A);
+        assert_eq!(
+            peers.to_compare(log(A, 1, 40)),
+            [(30, "x-1".to_owned())],
+            "50 is past the end: see `course`"
+        );
+        assert_eq!(peers.to_compare(log(A, 31, 40)), [], "it was truncated");
+        peers.compare("x-1", None);
+        peers.compare("x-1", Some("x-1"));
+        assert!(may_go_on(&peers, Duration::ZERO));
+        peers.compare("x-1", Some("x-2"));
+        assert!(!may_go_on(&peers, SILENT_PEERS));
     }
 
     #[test]
@@ -304,9 +355,9 @@ mod tests {
         };
         let mut peers = Peers::NONE;
         peers.said(Some(&report), B);
-        assert!(takes_writes(peers, Duration::ZERO), "that was the log before");
+        assert!(may_go_on(&peers, Duration::ZERO), "that was the log before");
         peers.said(Some(&report), A);
-        assert!(!takes_writes(peers, SILENT_PEERS));
+        assert!(!may_go_on(&peers, SILENT_PEERS));
     }
 
     #[test]
@@ -321,16 +372,16 @@ mod tests {
             log_id: if applied > 0 { A } else { Uuid::nil() },
             checksum: None,
         };
-        let nowhere = |peers| is_nowhere(&Course::Snapshot, &Held::default(), peers);
+        let nowhere = |peers: &Peers| is_nowhere(&Course::Snapshot, &Held::default(), peers);
         let mut peers = Peers::NONE;
         peers.said(Some(&report(0)), A);
-        assert!(nowhere(peers));
-        assert!(!is_nowhere(&Course::Follow, &Held::default(), peers), "the log begins at 1");
-        let (mut has, mut absent, mut opening) = (peers, peers, peers);
+        assert!(nowhere(&peers));
+        assert!(!is_nowhere(&Course::Follow, &Held::default(), &peers), "the log begins at 1");
+        let (mut has, mut absent, mut opening) = (peers.clone(), peers.clone(), peers);
         has.said(Some(&report(7)), A);
         absent.silent(false, false);
         opening.said(None, A);
-        assert!(!nowhere(has) && !nowhere(absent) && !nowhere(opening));
+        assert!(!nowhere(&has) && !nowhere(&absent) && !nowhere(&opening));
     }
 
     #[test]
@@ -420,12 +471,16 @@ mod tests {
     fn what_is_left_at_a_target_from_earlier_times_does_not_hold_its_migration_up() {
         let left = || course(&held(A, 30), &ordered(A, 1), log(A, 1, 40), Some("other"), Some(38));
         let whole = Peers { applied: Some(38), ..Peers::NONE };
-        assert_eq!(course_of_joining(left(), log(A, 1, 40), whole), Course::Snapshot);
+        assert_eq!(course_of_joining(left(), log(A, 1, 40), &whole), Course::Snapshot);
         let lost = |course| matches!(course, Course::LogLost(_));
-        assert!(lost(course_of_joining(left(), log(A, 1, 40), Peers { lost: true, ..whole })));
-        assert!(lost(course_of_joining(left(), log(A, 1, 40), Peers { all_have_said: false, ..whole })));
-        assert!(lost(course_of_joining(left(), log(A, 1, 37), whole)), "the replicas will see that, too");
-        assert!(lost(course_of_joining(left(), None, whole)));
+        assert!(lost(course_of_joining(left(), log(A, 1, 40), &Peers { lost: true, ..whole.clone() })));
+        assert!(lost(course_of_joining(
+            left(),
+            log(A, 1, 40),
+            &Peers { all_have_said: false, ..whole.clone() }
+        )));
+        assert!(lost(course_of_joining(left(), log(A, 1, 37), &whole)), "the replicas will see that, too");
+        assert!(lost(course_of_joining(left(), None, &whole)));
     }
 
     #[test]

@@ -40,8 +40,8 @@ pub(crate) enum Mutant {
     TruncateBeforeLooking,
     /// A source is retired although it has what the log has lost.
     SwapOffDamagedLog,
-    /// A replica takes writes before the others have said what they have applied.
-    WriteBeforeAsking,
+    /// A replica goes on before the others have said what they have applied.
+    GoOnBeforeAsking,
     /// A leader that has sent its release still leads.
     LeadWhileResigning,
     /// A migration's target waits for a log to be rebuilt that is whole.
@@ -52,6 +52,8 @@ pub(crate) enum Mutant {
     BelieveDuplicates,
     /// A replica that begins follows a log that has lost what the others have.
     FreshInALostLog,
+    /// Entries of the others are not looked for in the log.
+    TrustWhatPeersHold,
 }
 
 impl Mutant {
@@ -73,10 +75,10 @@ impl Mutant {
 
     /// Faults must meet at the right moment: noticed within some thousand, the last four within some ten thousand
     /// seeds, too many for every day.
-    pub(crate) const RARE: [Mutant; 10] = [
+    pub(crate) const RARE: [Mutant; 11] = [
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
-        Mutant::WriteBeforeAsking,
+        Mutant::GoOnBeforeAsking,
         Mutant::KeepLeftovers,
         Mutant::DigestOfMixedAge,
         Mutant::SameBodySameEntry,
@@ -84,6 +86,7 @@ impl Mutant {
         Mutant::SwapOffDamagedLog,
         Mutant::BelieveDuplicates,
         Mutant::FreshInALostLog,
+        Mutant::TrustWhatPeersHold,
     ];
 
     /// Breaks the product on this thread, until what is returned is dropped.

@@ -7,8 +7,8 @@ use super::store::SimStore;
 use super::world::{World, name};
 use crate::logic::broken;
 use crate::logic::replica::{
-    Condition, Course, Held, Ordered, Peers, Placement, course, course_of_joining, placement, still_has,
-    takes_writes,
+    Condition, Course, Held, Ordered, Peers, Placement, course, course_of_joining, may_go_on, placement,
+    still_has,
 };
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
@@ -168,7 +168,7 @@ impl Replica {
         if applier.seed.is_some() {
             return self.load_snapshot(world, applier).await;
         }
-        let peers = self.peers(world, ordered.log_id).await;
+        let mut peers = self.peers(world, ordered.log_id).await;
         let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
         let held = &applier.held;
         let logged = match log {
@@ -179,9 +179,13 @@ impl Replica {
             }
             _ => None,
         };
+        for (seq, sum) in peers.to_compare(log.filter(|log| log.id == ordered.log_id)) {
+            let logged = world.log_checksum(self.proc, self.shard, seq).await.ok_or("no checksum")?;
+            peers.compare(&sum, logged.as_deref());
+        }
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
         if self.record().is_some_and(|record| record.is_joining(&name(self.state.at))) {
-            course = course_of_joining(course, log, peers);
+            course = course_of_joining(course, log, &peers);
         }
         match course {
             Course::Follow => {
@@ -195,8 +199,13 @@ impl Replica {
                 if !peers.all_have_said {
                     self.silent_since.set(Some((connection, since)));
                 }
-                let writes = takes_writes(peers, now.saturating_sub(since));
-                self.follow(world, applier, ordered, last, (connection, writes)).await
+                if !may_go_on(&peers, now.saturating_sub(since)) {
+                    self.gate.set(false);
+                    self.change(|c| c.lost = None);
+                    self.pause(world, 200).await;
+                    return Ok(());
+                }
+                self.follow(world, applier, ordered, last, connection).await
             }
             Course::Snapshot => self.load_snapshot(world, applier).await,
             Course::Wait => {
@@ -247,13 +256,16 @@ impl Replica {
         mut applier: Applier,
         ordered: Ordered,
         last: u64,
-        (connection, writes): (u64, bool),
+        connection: u64,
     ) -> Tried<()> {
+        if connection != self.state.reconnected.get() {
+            return Ok(());
+        }
         let log_id = ordered.log_id;
         let ordered = Some(ordered);
         applier.adopt(log_id).map_err(|_| "adopt")?;
         let goal = last.max(applier.complete_at);
-        self.gate.set(writes && connection == self.state.reconnected.get());
+        self.gate.set(true);
         self.loading.set(false);
         self.checked.set(true);
         self.lag.set(goal.saturating_sub(applier.held.applied));
@@ -262,13 +274,9 @@ impl Replica {
             c.caught_up = applier.held.applied >= goal;
         });
         let (mut looked, mut idle) = (applier.held.applied, 0);
-        let ask_again = world.exec.local(self.proc) + Duration::from_millis(200);
         loop {
             if self.ordered() != ordered || connection != self.state.reconnected.get() {
                 self.gate.set(false);
-                return Ok(());
-            }
-            if !writes && world.exec.local(self.proc) >= ask_again {
                 return Ok(());
             }
             if self.reload.replace(false) {
@@ -283,7 +291,7 @@ impl Replica {
                 .ok_or("read")?;
             let reads = reads.ok_or("no such stream")?;
             if reads.iter().all(|read| read.seq <= applier.held.applied) {
-                let limit = Duration::from_millis(if writes { 8_000 } else { 200 });
+                let limit = Duration::from_millis(8_000);
                 let log = world.log_signal.changed(self.proc, seen, limit);
                 either(log, self.state.changed.changed(self.proc, viewed, limit)).await;
                 idle += 1;
@@ -410,7 +418,8 @@ impl Replica {
             if world.connected(self.proc) && self.gate.get() {
                 let patience = Duration::from_millis(1_500).min(until - now);
                 let tried = world.append(self.proc, self.shard, entry.clone(), message, patience).await;
-                if let Appended::At(ack) = tried {
+                // A gate that was closed meanwhile: asked again once it is open.
+                if let (Appended::At(ack), true) = (tried, self.gate.get()) {
                     return Ok(ack);
                 }
             }

@@ -15,7 +15,7 @@ pub(crate) use source::stream_snapshot;
 use crate::error::{Error, Result, shortened};
 use crate::logic::lease::PingOutcome;
 use crate::logic::replica::{
-    Condition, Course, Held, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, takes_writes,
+    Condition, Course, Held, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, may_go_on,
 };
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
@@ -121,8 +121,6 @@ pub(crate) type Window = (u64, Option<String>, Vec<(u64, Vec<u8>)>);
 struct Watched {
     views: watch::Receiver<Arc<View>>,
     connected: watch::Receiver<bool>,
-    /// The log may be written to.
-    writes: bool,
 }
 
 type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
@@ -380,11 +378,8 @@ impl Replica {
         let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
         let applier = blocking(move || Applier::load(store, &cluster)).await?;
         // Before looking, so that nothing that changes meanwhile is missed.
-        let mut watched = Watched {
-            views: self.ctx.views.subscribe(),
-            connected: self.ctx.data.nats.connected(),
-            writes: false,
-        };
+        let mut watched =
+            Watched { views: self.ctx.views.subscribe(), connected: self.ctx.data.nats.connected() };
         watched.connected.mark_unchanged();
         let views = &mut watched.views;
         let Some(ordered) = self.ordered() else {
@@ -402,22 +397,36 @@ impl Replica {
             return self.load_snapshot(applier).await;
         }
         // Others first, the log after: while writes go on it is then never behind what they said.
-        let peers = self.peers(ordered.log_id).await;
+        let mut peers = self.peers(ordered.log_id).await;
         let held = &applier.held;
         let (log, logged) = self.look_at_log(held).await?;
+        for (seq, sum) in peers.to_compare(log.filter(|log| log.id == ordered.log_id)) {
+            peers.compare(&sum, self.ctx.logs.entry_checksum(self.shard, seq).await?.as_deref());
+        }
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
         if self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node)) {
-            course = course_of_joining(course, log, peers);
+            course = course_of_joining(course, log, &peers);
         }
-        if is_nowhere(&course, held, peers) {
+        if is_nowhere(&course, held, &peers) {
             return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
         }
         self.change(|status| status.failed = false);
         match course {
-            Course::Follow => {
+            Course::Follow if may_go_on(&peers, self.waited_for_peers(peers.all_have_said)) => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
-                watched.writes = takes_writes(peers, self.waited_for_peers(peers.all_have_said));
                 self.follow(applier, ordered, last_seq, asks, &mut watched).await.inspect(|()| *failures = 0)
+            }
+            Course::Follow => {
+                self.change(|status| {
+                    let shard = self.shard;
+                    let wait =
+                        format!("other replicas of shard {shard} have not said yet that its log is whole");
+                    status.gate = Some(Error::Unavailable(wait));
+                    status.lost = None;
+                });
+                let _ = tokio::time::timeout(ASK_AGAIN, views.changed()).await;
+                *failures = 0;
+                Ok(())
             }
             Course::Snapshot => self.load_snapshot(applier).await,
             Course::Wait => {
@@ -544,20 +553,18 @@ impl Replica {
         applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
         let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
         let goal = last_seq.max(applier.complete_at);
-        let Watched { views, connected, writes } = watched;
-        // What was checked before a reconnection is not checked after it.
-        *writes &= !connected.has_changed().unwrap_or(true);
-        let ask_again = tokio::time::sleep(if *writes { Duration::MAX } else { ASK_AGAIN });
-        tokio::pin!(ask_again);
+        let Watched { views, connected } = watched;
+        // What was checked before a reconnection is not checked after it; later ones end the reader.
+        if connected.has_changed().unwrap_or(true) {
+            return Ok(());
+        }
         // Shards take turns looking, instead of all at once.
         let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
         let mut looked_at = applier.held.applied;
         self.change(|status| {
             status.log_id = log_id;
-            let wait =
-                || format!("other replicas of shard {} have not said yet that its log is whole", self.shard);
-            status.gate = (!*writes).then(|| Error::Unavailable(wait()));
+            status.gate = None;
             status.lost = None;
             status.checked = true;
             status.progress.loading = false;
@@ -589,7 +596,6 @@ impl Replica {
                     }
                     looked_at = applied;
                 }
-                () = &mut ask_again, if !*writes => return Ok(()),
                 () = self.reload.notified() => {
                     self.void_answers();
                     blocking(move || applier.begin_seed(log_id, 0, None)).await?;
