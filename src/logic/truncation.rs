@@ -6,6 +6,7 @@
 
 use crate::logic::replica::LogFacts;
 use crate::model::events::ReplicaState;
+use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
 use uuid::Uuid;
 
@@ -35,6 +36,14 @@ pub(crate) fn lowest<'a>(
     })
 }
 
+/// Whether those that were asked are still all of them: `asked` may have come from an old copy of the map, and whoever
+/// joined since then counts, too.
+pub(crate) fn is_current(asked: &ShardRecord, stored: Option<&ShardRecord>) -> bool {
+    stored.is_some_and(|stored| {
+        stored.log_id == asked.log_id && stored.holders().all(|node| asked.holders().any(|n| n == node))
+    })
+}
+
 /// The first sequence that stays, if truncating frees enough. `lowest` is on every holder's disk; a log that
 /// is filling up gives all of what may go.
 pub(crate) fn cut(
@@ -58,6 +67,7 @@ pub(crate) fn cut(
 mod tests {
     use super::*;
     use crate::model::ShardId;
+    use crate::model::records::tests::shard;
 
     const A: Uuid = Uuid::from_u128(1);
     const B: Uuid = Uuid::from_u128(2);
@@ -104,5 +114,16 @@ mod tests {
         let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
         assert_eq!(cut(1_001, log, 600 << 20, 1 << 30, Some(A)), None);
         assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(B)), None);
+    }
+
+    #[test]
+    fn whoever_joined_after_the_others_were_asked_holds_everything_back() {
+        let asked = shard("n1", &["n2", "n3"]);
+        assert!(is_current(&asked, Some(&asked)));
+        assert!(is_current(&asked, Some(&shard("n2", &["n1"]))), "one has left");
+        assert!(!is_current(&asked, Some(&ShardRecord { joining: vec!["n4".into()], ..asked.clone() })));
+        assert!(!is_current(&asked, Some(&shard("n1", &["n2", "n4"]))));
+        assert!(!is_current(&asked, Some(&ShardRecord { log_id: A, ..asked.clone() })));
+        assert!(!is_current(&asked, None), "the bucket has no such record");
     }
 }

@@ -625,7 +625,7 @@ impl MigrationRecord {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn shard(primary: &str, others: &[&str]) -> ShardRecord {

@@ -2,14 +2,15 @@
 
 use crate::clock::wall;
 use crate::error::Result;
-use crate::logic::truncation::{cut, is_worth_a_look, lowest};
+use crate::logic::truncation::{cut, is_current, is_worth_a_look, lowest};
 use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
-use crate::model::records::{MigrationPhase, NodeStatus, ShardStatus};
+use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest};
 use crate::node::context::Context;
 use crate::node::replica::facts;
 use crate::node::replicas::Replicas;
+use crate::view::parse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -116,7 +117,8 @@ pub(crate) async fn throttle(ctx: Arc<Context>) {
 /// Truncates the logs of shards whose primary is here, up to what every holder has on disk.
 ///
 /// Safe at any moment: `durable` never goes down while a store lives, a holder that does not answer
-/// holds everything back, and one that joins just now and finds the log too short takes a snapshot.
+/// holds everything back, and so does one that joined after we looked at the map. One that joins just then and finds
+/// the log too short takes a snapshot.
 pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut tick = tokio::time::interval(TRUNCATE);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -149,7 +151,8 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         }
         ask_durable(&ctx, &view, holders, &mut low).await;
         for (shard, durable) in low {
-            match truncate(&ctx, shard, durable).await {
+            let Some(asked) = view.shard(shard) else { continue };
+            match truncate(&ctx, asked, durable).await {
                 // Also when it is not worth it yet: look again when more is on disk.
                 Ok(()) => drop(done.insert(shard, durable)),
                 Err(error) => debug!(%shard, "{error}"),
@@ -159,12 +162,17 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
 }
 
 /// Truncates one log if that frees enough; all of what may go when the log is filling up.
-async fn truncate(ctx: &Context, shard: ShardId, durable: u64) -> Result<()> {
+async fn truncate(ctx: &Context, asked: &ShardRecord, durable: u64) -> Result<()> {
+    let shard = asked.shard;
     let Some(info) = ctx.logs.info(shard).await? else { return Ok(()) };
-    let view = ctx.view();
-    let ordered = view.shard(shard).map(|record| record.log_id);
     let most = ctx.cluster.log_max_bytes.max(1) as u64;
-    let Some(first) = cut(durable, facts(info), info.bytes, most, ordered) else { return Ok(()) };
+    let Some(first) = cut(durable, facts(info), info.bytes, most, Some(asked.log_id)) else { return Ok(()) };
+    let key = shard.token();
+    let found = ctx.buckets.shards.get(&key).await?;
+    let stored = found.and_then(|found| parse::<ShardRecord>(&found.value).ok());
+    if !is_current(asked, stored.filter(|record| record.check(&key).is_ok()).as_ref()) {
+        return Ok(());
+    }
     let purged = ctx.logs.truncate(shard, first).await?;
     info!(%shard, first, purged, "the log is truncated");
     Ok(())

@@ -65,6 +65,7 @@ pub(crate) struct Checks {
     /// Logs that have lost their end and are not rebuilt yet, and whether a holder could not be asked meanwhile:
     /// then two faults have met, and what is acknowledged until the log is rebuilt is not promised.
     lost: BTreeMap<ShardId, bool>,
+    lost_at: BTreeMap<ShardId, Duration>,
     fenced: BTreeMap<ShardId, Term>,
     holder: BTreeMap<Term, InstanceId>,
     changed: BTreeMap<ShardId, Duration>,
@@ -243,6 +244,11 @@ fn on_shard(
         if checks.lost.remove(&shard) == Some(true) {
             checks.acked.retain(|_, (of, _)| *of != shard);
         }
+    }
+    let left = before.replicas.iter().any(|n| !now.has_replica(n));
+    if left && checks.lost.contains_key(&shard) && checks.lost_at.get(&shard) > Some(&decided) {
+        // The write was on its way when JetStream lost what only that replica may have.
+        checks.lost.insert(shard, true);
     }
     let arrived: Vec<&String> = now.replicas.iter().filter(|n| !before.has_replica(n)).collect();
     if arrived.is_empty() {
@@ -439,6 +445,7 @@ pub(crate) fn on_tail_lost(world: &World, shard: ShardId) {
         // The second time before it is rebuilt: two faults again.
         let again = checks.lost.contains_key(&shard);
         checks.lost.insert(shard, !all || again);
+        checks.lost_at.insert(shard, world.exec.now());
     }
     forgive_what_nobody_has(world, Some(shard));
 }

@@ -117,10 +117,16 @@ pub(crate) async fn truncate(world: World, state: State) {
             let others = others.iter().map(Option::as_ref);
             let Some(low) = truncation::lowest(report.durable, record.log_id, others) else { continue };
             let Some(Some(log)) = world.log_info(state.proc, shard).await else { continue };
-            let ordered = state.view.borrow().shard(shard).map(|record| record.log_id);
             // An entry counts as one byte of a log that holds forty.
             let bytes = log.last_seq + 1 - log.first_seq;
-            if let Some(first) = truncation::cut(low, log, bytes, 40, ordered) {
+            if let Some(first) = truncation::cut(low, log, bytes, 40, Some(record.log_id)) {
+                let stored = match world.get(state.proc, Key::Shard(shard)).await {
+                    Some(Some((_, Value::Shard(stored)))) => Some(stored),
+                    _ => None,
+                };
+                if !truncation::is_current(&record, stored.as_ref()) {
+                    continue;
+                }
                 world.log_truncate(state.proc, shard, log.id, first).await;
             }
             done.insert(shard, low);
