@@ -73,7 +73,7 @@ async fn forge(client: async_nats::Client, tries: Arc<AtomicUsize>) -> JoinHandl
                 .await;
             }
             let own = request.attempt;
-            match tries.fetch_add(1, Ordering::SeqCst) {
+            match tries.load(Ordering::SeqCst) {
                 // Of a sequence that the log never reaches, and the end of it all.
                 0 => send(&client, &chunks, &chunk(own, 0, u64::MAX, true), true).await,
                 // Out of order.
@@ -88,6 +88,7 @@ async fn forge(client: async_nats::Client, tries: Arc<AtomicUsize>) -> JoinHandl
                 _ => {}
             }
             client.flush().await.unwrap();
+            tries.fetch_add(1, Ordering::SeqCst);
         }
     })
 }
@@ -108,7 +109,17 @@ async fn chunks_of_somebody_else_get_into_no_replica_that_serves() {
     let load = Load::start(&client, 1);
     let tries = Arc::new(AtomicUsize::new(0));
     let forger = forge(async_nats::connect(cluster.url()).await.unwrap(), tries.clone()).await;
+    // What is forged is there before the first chunk of the source.
+    cluster.pause_at("migration-sending");
     let (id, target) = start_move(&cluster).await;
+    eventually("the first forgery", || async {
+        match tries.load(Ordering::SeqCst) {
+            0 => Err("nobody asked for a snapshot".into()),
+            _ => Ok(()),
+        }
+    })
+    .await;
+    cluster.resume("migration-sending");
     let record = cluster.migrated(&id).await;
     assert!(record["phase"] == "cleanup" || record["phase"] == "completed", "{record}");
     let tries = tries.load(Ordering::SeqCst);

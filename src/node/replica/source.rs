@@ -10,6 +10,7 @@ use crate::model::wire::{Chunk, ChunkAck, ChunkBody, SnapshotReply, SnapshotRequ
 use crate::nats::bus::{Subscriber, verify_checksum};
 use crate::nats::unavailable;
 use crate::node::context::Context;
+use crate::node::failpoint::pause;
 use futures::StreamExt;
 use serde_bytes::ByteBuf;
 use std::sync::Arc;
@@ -85,6 +86,7 @@ struct Sender {
 
 impl Sender {
     async fn run(&mut self, replica: &Arc<Replica>, seq: u64, window: Vec<(u64, Vec<u8>)>) -> Result<()> {
+        pause("migration-sending").await;
         for part in self.parts(window) {
             self.send(seq, ChunkBody::Window(part), false).await?;
         }
