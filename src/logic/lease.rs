@@ -14,7 +14,8 @@
 //! - A compare-and-set is lost or doubled: it applies at most at one revision; a doubled one fails.
 //! - Its answer never comes: the outcome is *unknown*. The record is read again from the stream's leader:
 //!   our instance and term in it mean that it landed. Until then the earlier renewal counts.
-//! - It lands late, after we have given up: it renews a lease that nobody uses, and costs one ttl.
+//! - It lands late, after we have given up: it renews a lease that nobody uses, and costs one ttl. If it was sent again
+//!   meanwhile, at the same revision, nobody can tell which of the two has landed: validity counts from the first.
 
 use crate::model::{InstanceId, NodeId, Term, records::LeaderRecord};
 use std::time::Duration;
@@ -146,6 +147,8 @@ pub(crate) struct Lease {
     pending: Option<Pending>,
     /// A compare-and-set whose outcome is unknown; resolved by the next read.
     unknown: Option<Pending>,
+    /// When the first one of unknown outcome was sent at this revision: it may land as long as the revision stands.
+    first_try: Option<(u64, Duration)>,
     reading: bool,
     /// The record has been read since the start or the last disconnection: only then do we contend.
     fresh: bool,
@@ -165,6 +168,7 @@ impl Lease {
             role: Role::Follower { misses: 0, next_ping: Duration::ZERO },
             pending: None,
             unknown: None,
+            first_try: None,
             reading: false,
             fresh: false,
             next_read: now,
@@ -294,6 +298,8 @@ impl Lease {
         if let Some(unknown) = self.unknown.take() {
             let landed = revision > unknown.expected && record.term == unknown.term;
             match unknown.claim {
+                // Too late to lead in it: the record is ours, so it is free.
+                Claim::Acquire if now >= unknown.sent + self.valid_for() => {}
                 Claim::Acquire | Claim::Renew if landed && mine => self.won(unknown, revision, out),
                 Claim::Release if landed && record.node.is_none() => self.step_down("released", out),
                 Claim::Acquire | Claim::Renew | Claim::Release => {}
@@ -344,6 +350,12 @@ impl Lease {
             (CasOutcome::Applied(_), Claim::Release) => self.step_down("released", out),
             // Refused may also mean: an earlier one of ours, of unknown outcome, has landed. Look.
             (CasOutcome::Lost | CasOutcome::Unknown, _) => {
+                let first = self.first_try.filter(|(expected, _)| *expected == claim.expected);
+                if let Some((_, sent)) = first.filter(|_| !broken!(LateClaimCountsAnew)) {
+                    claim.sent = sent;
+                } else if outcome == CasOutcome::Unknown {
+                    self.first_try = Some((claim.expected, claim.sent));
+                }
                 self.unknown = Some(claim);
                 self.next_read = now;
             }
@@ -515,6 +527,30 @@ mod tests {
         a.on_event(ms(2_600), Event::Tick);
         a.on_event(ms(4_600), Event::Cas(CasOutcome::Unknown));
         assert_eq!(a.on_event(ms(4_700), Event::Seen(Some((1, record(Some("a"), 1))))), [renew(1, 1)]);
+    }
+
+    /// The first one is on its way for longer than anybody waits for it, and looks like the second when it lands.
+    #[test]
+    fn a_claim_that_lands_late_does_not_make_a_later_one_at_its_revision_last_longer() {
+        for outcome in [CasOutcome::Lost, CasOutcome::Unknown] {
+            let mut a = leader();
+            a.on_event(ms(2_600), Event::Tick);
+            a.on_event(ms(4_600), Event::Cas(CasOutcome::Unknown));
+            assert_eq!(a.on_event(ms(4_700), Event::Seen(Some((1, record(Some("a"), 1))))), [renew(1, 1)]);
+            assert_eq!(a.on_event(ms(6_700), Event::Cas(outcome)), [Action::Read]);
+            a.on_event(ms(6_800), Event::Seen(Some((2, record(Some("a"), 1)))));
+            assert!(a.valid_until() <= Some(ms(2_600 + 7_500)), "others count from when it landed: {a:?}");
+        }
+    }
+
+    #[test]
+    fn a_claim_that_is_found_when_its_time_is_over_is_made_anew() {
+        let mut b = lease("b");
+        b.on_event(ms(0), Event::Tick);
+        assert_eq!(b.on_event(ms(1), Event::Seen(Some((7, record(None, 4))))), [acquire(7, 5)]);
+        assert_eq!(b.on_event(ms(5_000), Event::Cas(CasOutcome::Unknown)), [Action::Read]);
+        let out = b.on_event(ms(7_600), Event::Seen(Some((8, record(Some("b"), 5)))));
+        assert_eq!((out.as_slice(), b.leading(ms(7_600))), (&[acquire(8, 6)][..], None));
     }
 
     #[test]

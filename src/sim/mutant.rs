@@ -54,6 +54,10 @@ pub(crate) enum Mutant {
     FreshInALostLog,
     /// Entries of the others are not looked for in the log.
     TrustWhatPeersHold,
+    /// A replica says what it has while it is still applying what an earlier connection has brought.
+    TellWhileApplying,
+    /// A claim that is refused, since an earlier one has landed late, counts from when it was sent itself.
+    LateClaimCountsAnew,
 }
 
 impl Mutant {
@@ -75,7 +79,7 @@ impl Mutant {
 
     /// Faults must meet at the right moment: noticed within some thousand, the last four within some ten thousand
     /// seeds, too many for every day.
-    pub(crate) const RARE: [Mutant; 11] = [
+    pub(crate) const RARE: [Mutant; 13] = [
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
         Mutant::GoOnBeforeAsking,
@@ -87,6 +91,8 @@ impl Mutant {
         Mutant::BelieveDuplicates,
         Mutant::FreshInALostLog,
         Mutant::TrustWhatPeersHold,
+        Mutant::TellWhileApplying,
+        Mutant::LateClaimCountsAnew,
     ];
 
     /// Breaks the product on this thread, until what is returned is dropped.
