@@ -150,6 +150,29 @@ async fn a_cluster_that_is_born_while_nats_has_no_majority_waits_and_keeps_three
     }
 }
 
+/// A cluster that was told to keep one copy is not asked to keep three when NATS has lost its buckets.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_one_copy_begins_again_with_one_copy_after_nats_has_lost_everything() {
+    let setup = Setup { nats_cluster: true, nodes: 1, replication_factor: 1, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--log-replicas", "1")).await;
+    cluster.node("n1").kill().await.unwrap();
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    let streams =
+        ["KV_ruvector_shards", "KV_ruvector_nodes", "KV_ruvector_cluster", "KV_ruvector_migrations"];
+    for stream in streams {
+        context.delete_stream(stream).await.unwrap();
+    }
+    let mut options = cluster.node_options("n1");
+    let at = options.args.iter().position(|arg| arg == "--log-replicas").expect("it was told so");
+    options.args.drain(at..at + 2);
+    let _node = NodeProcess::start(options).unwrap();
+    cluster.wait_green().await;
+    for stream in streams {
+        let info = context.get_stream(stream).await.unwrap();
+        assert_eq!(info.cached_info().config.num_replicas, 1, "{stream}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_starts_while_nats_hangs_joins_when_it_answers_again() {
     let mut cluster = TestCluster::start(Setup { pauses: true, ..Setup::default() }).await;

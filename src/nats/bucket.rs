@@ -58,10 +58,8 @@ impl Bucket {
 
     /// Creates the bucket if it is missing. Idempotent: an existing one is left as it is.
     pub(crate) async fn ensure(&self, replicas: usize) -> Result<()> {
-        match self.store().await {
-            Ok(_) => return Ok(()),
-            Err(Error::NotFound(_)) => {}
-            Err(error) => return Err(error),
+        if self.exists().await? {
+            return Ok(());
         }
         let config = kv::Config {
             bucket: self.name.clone(),
@@ -76,6 +74,14 @@ impl Bucket {
             // Somebody else was faster, perhaps with other replicas.
             Err(_) if self.store().await.is_ok() => Ok(()),
             Err(error) => Err(creation_error(&self.name, replicas, &error)),
+        }
+    }
+
+    pub(crate) async fn exists(&self) -> Result<bool> {
+        match self.store().await {
+            Ok(_) => Ok(true),
+            Err(Error::NotFound(_)) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 

@@ -69,9 +69,12 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let control = connect("control").await?;
     let facts = patiently(|| control.check_server()).await?;
     let buckets = Buckets::new(&control, &subjects);
-    let replicas = patiently(|| ensure_buckets(&control, &buckets, &facts, config.log_replicas)).await?;
     let settings = |dir: &DataDir| dir.settings(&config.node_id, &config.namespace);
     let known = data_dir.as_ref().map(settings).transpose()?.flatten();
+    let known_replicas = known.as_ref().map(|known| known.log_replicas);
+    let ensure = || ensure_buckets(&control, &buckets, &facts, known_replicas, config.log_replicas);
+    let permitted = |error| control.violation().map_or(error, |violation| permission_error(&violation));
+    let replicas = patiently(|| async { ensure().await.map_err(permitted) }).await?;
     let cluster = patiently(|| agree(&buckets, &config, replicas, known.clone())).await?;
     facts.allow_replicas(cluster.log_replicas)?;
     if let Some(dir) = &data_dir {
@@ -153,7 +156,18 @@ pub(super) async fn patiently<T, F: Future<Output = Result<T>>>(mut step: impl F
     }
 }
 
-/// Creates the buckets; returns how many replicas the cluster's streams get if it is created now.
+/// How many copies the cluster keeps, if there is one: that was decided when it was created, by whoever came first.
+async fn decided_replicas(buckets: &Buckets) -> Result<Option<usize>> {
+    if !buckets.cluster.exists().await? {
+        return Ok(None);
+    }
+    let found = buckets.cluster.get(CONFIG_KEY).await?;
+    let record = found.and_then(|found| parse::<ClusterRecord>(&found.value).ok());
+    Ok(record.map(|record| record.log_replicas))
+}
+
+/// Creates the buckets; returns how many replicas the cluster's streams get if it is created now. `known` is what this
+/// node remembers of the cluster, `wanted` what it was told for a new one.
 ///
 /// Any NATS cluster gets three. When it does not have three servers (yet), that is an error and not one replica: what
 /// is decided here holds for as long as the cluster lives, and how many servers we have heard of says little, since
@@ -162,16 +176,18 @@ async fn ensure_buckets(
     control: &Nats,
     buckets: &Buckets,
     facts: &ServerFacts,
+    known: Option<usize>,
     wanted: Option<usize>,
 ) -> Result<usize> {
+    let decided = match known {
+        None => decided_replicas(buckets).await?,
+        known => known,
+    };
     let clustered = control.client.server_info().cluster.is_some();
-    let replicas = wanted.unwrap_or(if clustered { 3 } else { 1 });
+    let replicas = decided.or(wanted).unwrap_or(if clustered { 3 } else { 1 });
     facts.allow_replicas(replicas)?;
     for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
-        bucket
-            .ensure(replicas)
-            .await
-            .map_err(|error| control.violation().map_or(error, |violation| permission_error(&violation)))?;
+        bucket.ensure(replicas).await?;
     }
     Ok(replicas)
 }
