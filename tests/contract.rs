@@ -357,6 +357,34 @@ async fn a_full_log_refuses_writes_and_keeps_everything() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_few_large_entries_have_filled_takes_writes_again() {
+    let setup = Setup { shards: 1, ..Setup::default() }.arg("--log-max-bytes", "1MiB");
+    let cluster = TestCluster::start(setup).await;
+    let text = "x".repeat(60_000);
+    let upsert = |id: String| {
+        let entry = |i| json!({"id": format!("{id}-{i}"), "vector": [1, 2, 3, 4], "payload": {"text": text}});
+        cluster.api("upsert", json!({"entries": (0..3).map(entry).collect::<Vec<_>>()}))
+    };
+    let mut stored = 0;
+    let reply = loop {
+        let reply = upsert(format!("v{stored}")).await;
+        if reply["upserted"] != 3 {
+            break reply;
+        }
+        stored += 1;
+        assert!(stored < 16, "the log never fills up");
+    };
+    assert_eq!(code(&reply), "full", "{reply}");
+    eventually("the log is truncated and takes writes again", || async {
+        let reply = upsert("after".into()).await;
+        if reply["upserted"] == 3 { Ok(()) } else { Err(reply.to_string()) }
+    })
+    .await;
+    let count = cluster.api("count", json!({"consistency": "linearizable"})).await;
+    assert_eq!(count["count"], 3 * (stored + 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_on_every_subject_and_under_every_key_is_counted_and_survived() {
     let mut cluster = TestCluster::start(Setup::default()).await;
     let client = cluster.client().await;

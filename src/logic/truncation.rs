@@ -8,18 +8,22 @@ use crate::logic::replica::LogFacts;
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
+use std::time::Duration;
 use uuid::Uuid;
 
 /// Entries that stay although every holder has them, so that a replica that was briefly away finds them.
 pub(crate) const MARGIN: u64 = 256;
-/// Fewer new entries are not worth a look.
+/// Fewer new entries are not worth a look,
 const LEAST: u64 = 16;
+/// unless the last one was so long ago: a log of few large entries may be full by then.
+const AGAIN: Duration = Duration::from_secs(30);
 /// A log below this is left alone: replaying it is cheaper than a snapshot.
 const WORTH_BYTES: u64 = 4 << 20;
 
-/// Whether the primary should ask the others: `done` is up to where it has looked already.
-pub(crate) fn is_worth_a_look(primary: &ReplicaReport, log_id: Uuid, done: u64) -> bool {
-    primary.state == ReplicaState::Serving && primary.log_id == log_id && primary.durable >= done + LEAST
+/// Whether the primary should ask the others: `done` is up to where it has looked already, `since` when that was.
+pub(crate) fn is_worth_a_look(primary: &ReplicaReport, log_id: Uuid, done: u64, since: Duration) -> bool {
+    let least = if since >= AGAIN { 1 } else { LEAST };
+    primary.state == ReplicaState::Serving && primary.log_id == log_id && primary.durable >= done + least
 }
 
 /// What every holder has on disk; `None` if somebody's answer is missing. `others` has one place for each
@@ -114,6 +118,15 @@ mod tests {
         let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
         assert_eq!(cut(1_001, log, 600 << 20, 1 << 30, Some(A)), None);
         assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(B)), None);
+    }
+
+    #[test]
+    fn a_log_of_few_large_entries_is_looked_at_again_after_a_while() {
+        let primary = said(A, 5);
+        assert!(!is_worth_a_look(&primary, A, 0, AGAIN / 2));
+        assert!(is_worth_a_look(&primary, A, 0, AGAIN));
+        assert!(!is_worth_a_look(&primary, A, 5, AGAIN), "nothing is new");
+        assert!(is_worth_a_look(&said(A, 21), A, 5, Duration::ZERO));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What a node does at intervals: heartbeats, load reports, truncation of its primaries' logs, metrics.
 
 use crate::clock::wall;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::logic::truncation::{cut, is_current, is_worth_a_look, lowest};
 use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
@@ -122,8 +122,8 @@ pub(crate) async fn throttle(ctx: Arc<Context>) {
 pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut tick = tokio::time::interval(TRUNCATE);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    // Up to where we have truncated; a restart only repeats one request.
-    let mut done: BTreeMap<ShardId, u64> = BTreeMap::new();
+    // Up to where we have looked, and when; a restart only repeats one request.
+    let mut done: BTreeMap<ShardId, (u64, Duration)> = BTreeMap::new();
     loop {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
@@ -140,8 +140,8 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let Some(record) = view.shard(shard).filter(|record| record.primary == ctx.node) else {
                 continue;
             };
-            let known = done.get(&shard).copied().unwrap_or(0);
-            if !is_worth_a_look(&report, record.log_id, known) {
+            let (known, since) = done.get(&shard).copied().unwrap_or_default();
+            if !is_worth_a_look(&report, record.log_id, known, ctx.clock.now().saturating_sub(since)) {
                 continue;
             }
             low.insert(shard, report.durable);
@@ -154,7 +154,7 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let Some(asked) = view.shard(shard) else { continue };
             match truncate(&ctx, asked, durable).await {
                 // Also when it is not worth it yet: look again when more is on disk.
-                Ok(()) => drop(done.insert(shard, durable)),
+                Ok(()) => drop(done.insert(shard, (durable, ctx.clock.now()))),
                 Err(error) => debug!(%shard, "{error}"),
             }
         }
@@ -171,7 +171,7 @@ async fn truncate(ctx: &Context, asked: &ShardRecord, durable: u64) -> Result<()
     let found = ctx.buckets.shards.get(&key).await?;
     let stored = found.and_then(|found| parse::<ShardRecord>(&found.value).ok());
     if !is_current(asked, stored.filter(|record| record.check(&key).is_ok()).as_ref()) {
-        return Ok(());
+        return Err(Error::Unavailable("its holders have changed: ask again".into()));
     }
     let purged = ctx.logs.truncate(shard, first).await?;
     info!(%shard, first, purged, "the log is truncated");

@@ -98,15 +98,18 @@ async fn sweep(world: &World, state: &State, unwanted: &mut BTreeMap<ShardId, Du
 
 /// Truncates the logs of the shards whose primary is here.
 pub(crate) async fn truncate(world: World, state: State) {
-    let mut done: BTreeMap<ShardId, u64> = BTreeMap::new();
+    let mut done: BTreeMap<ShardId, (u64, Duration)> = BTreeMap::new();
     loop {
         world.exec.sleep(state.proc, Duration::from_secs(3)).await;
         let open: Vec<Rc<Replica>> = state.replicas.borrow().values().cloned().collect();
         for replica in open {
             let (shard, report) = (replica.shard, replica.report());
             let Some(record) = state.view.borrow().shard(shard).cloned() else { continue };
-            let known = done.get(&shard).copied().unwrap_or(0);
-            if record.primary != state.name() || !truncation::is_worth_a_look(&report, record.log_id, known) {
+            let now = world.exec.local(state.proc);
+            let (known, since) = done.get(&shard).copied().unwrap_or_default();
+            let since = now.saturating_sub(since);
+            let worth = truncation::is_worth_a_look(&report, record.log_id, known, since);
+            if record.primary != state.name() || !worth {
                 continue;
             }
             let mut others = Vec::new();
@@ -129,7 +132,7 @@ pub(crate) async fn truncate(world: World, state: State) {
                 }
                 world.log_truncate(state.proc, shard, log.id, first).await;
             }
-            done.insert(shard, low);
+            done.insert(shard, (low, now));
         }
     }
 }
