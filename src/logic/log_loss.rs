@@ -23,6 +23,16 @@ pub(crate) enum Verdict {
     Rebuild(u64, Option<String>),
 }
 
+impl Verdict {
+    /// Whether a second look confirms the `first`. While a log that has lost entries is not closed, replicas go on
+    /// applying what comes, and what the most advanced one has is another with each look: it is taken down when it is
+    /// closed.
+    pub(crate) fn confirms(&self, first: &Verdict, record: &ShardRecord) -> bool {
+        let rebuild = |verdict: &Verdict| matches!(verdict, Verdict::Rebuild(..));
+        self == first || (rebuild(self) && rebuild(first) && !is_closed(record))
+    }
+}
+
 /// Decides, from what every holder has said and the stream as it was seen afterwards.
 pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
     let counted = counted(record, reports);
@@ -146,6 +156,17 @@ mod tests {
 
     fn log(id: Uuid, last_seq: u64) -> Option<LogFacts> {
         Some(LogFacts { id, first_seq: 1, last_seq })
+    }
+
+    #[test]
+    fn a_damaged_log_is_closed_although_replicas_go_on_applying() {
+        let (open, first) = (record(A, 1), Verdict::Rebuild(30, Some("x".into())));
+        let second = Verdict::Rebuild(34, Some("y".into()));
+        assert!(second.confirms(&first, &open));
+        assert!(!Verdict::Create.confirms(&first, &open));
+        let closed = close(&open, B).unwrap();
+        assert!(!second.confirms(&first, &closed), "nobody applies more of it: somebody has come back");
+        assert!(second.confirms(&second, &closed));
     }
 
     #[test]

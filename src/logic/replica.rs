@@ -59,12 +59,20 @@ pub(crate) struct Peers {
     pub(crate) empty: bool,
     /// Last sequences that they have applied in the same log, and the checksums of the entries there.
     pub(crate) held: Vec<(u64, String)>,
+    /// One of them holds another entry than the log does.
+    pub(crate) differs: bool,
 }
 
 impl Peers {
     /// Before anybody has answered.
-    pub(crate) const NONE: Peers =
-        Peers { applied: None, all_have_said: true, lost: false, empty: true, held: Vec::new() };
+    pub(crate) const NONE: Peers = Peers {
+        applied: None,
+        all_have_said: true,
+        lost: false,
+        empty: true,
+        held: Vec::new(),
+        differs: false,
+    };
 
     /// Takes in one answer about a replica.
     pub(crate) fn said(&mut self, report: Option<&ReplicaReport>, log_id: Uuid) {
@@ -90,7 +98,8 @@ impl Peers {
     /// Takes in what the log has where one of them has applied `mine`; `None` if it was truncated meanwhile.
     pub(crate) fn compare(&mut self, mine: &str, logged: Option<&str>) {
         let other = logged.is_some_and(|logged| !same_entry(mine, logged));
-        self.lost |= other && !broken!(TrustWhatPeersHold);
+        self.differs |= other && !broken!(TrustWhatPeersHold);
+        self.lost |= self.differs;
     }
 
     /// Takes in that one did not answer. One that is not connected, and that the cluster has given up, is not
@@ -266,6 +275,18 @@ pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: &P
     }
 }
 
+/// The same for a replica that has seen that another one holds another entry than their log: that one may not look for
+/// long, on a quiet shard, and when it has applied more its last entry is in the log again. So whoever has seen
+/// it says so.
+pub(crate) fn course_beside(course: Course, held: &Held, ordered: &Ordered, peers: &Peers) -> Course {
+    match course {
+        Course::Follow if peers.differs && held.log_id == ordered.log_id => {
+            Course::LogLost("the log has another entry than another replica".into())
+        }
+        course => course,
+    }
+}
+
 /// The body's part of a stamp.
 pub(crate) fn body_sum(stamp: &str) -> &str {
     stamp.split('-').next().unwrap_or_default()
@@ -339,6 +360,23 @@ mod tests {
         assert!(may_go_on(&peers, Duration::ZERO));
         peers.compare("x-1", Some("x-2"));
         assert!(!may_go_on(&peers, SILENT_PEERS));
+    }
+
+    /// The one that has the other entry may not look before it has applied more, and then nothing is to be seen.
+    #[test]
+    fn whoever_sees_that_another_replica_has_another_entry_says_so() {
+        let beside = |held: &Held, peers: &Peers| course_beside(Course::Follow, held, &ordered(A, 1), peers);
+        assert_eq!(beside(&held(A, 20), &Peers::NONE), Course::Follow);
+        let mut peers = Peers::NONE;
+        peers.compare("x-1", Some("x-2"));
+        assert!(matches!(beside(&held(A, 20), &peers), Course::LogLost(_)));
+        assert_eq!(
+            beside(&Held::default(), &peers),
+            Course::Follow,
+            "nobody counts on what it has: it waits"
+        );
+        let told = Peers { lost: true, ..Peers::NONE };
+        assert_eq!(beside(&held(A, 20), &told), Course::Follow, "that is known: it waits");
     }
 
     #[test]

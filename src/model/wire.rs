@@ -204,9 +204,21 @@ pub struct ReplicaReport {
 }
 
 impl ReplicaReport {
-    /// Whether the replica knows by now what it has: it is not just being opened.
+    /// Whether the replica knows by now what it has: it is not just being opened, nor still applying what came before
+    /// a reconnection.
     pub(crate) fn is_settled(&self) -> bool {
         self.applied == 0 || !self.log_id.is_nil()
+    }
+
+    /// The same of a replica that does not know: it has something, and nobody may count on what.
+    pub(crate) fn unsettled(self) -> Self {
+        ReplicaReport {
+            applied: self.applied.max(1),
+            durable: 0,
+            log_id: Uuid::nil(),
+            checksum: None,
+            ..self
+        }
     }
 }
 

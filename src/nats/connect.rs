@@ -2,6 +2,7 @@
 
 use super::{API_TIMEOUT, unavailable};
 use crate::error::{Error, Result};
+use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, ServerError, jetstream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -254,7 +255,18 @@ impl Nats {
     }
 
     pub(crate) fn is_connected(&self) -> bool {
-        *self.health.connected.borrow()
+        self.client.connection_state() == State::Connected
+    }
+
+    /// Which connection this is. Events tell of a new one some time after it was made; this has counted it before
+    /// anything can come through it.
+    pub(crate) fn connection(&self) -> u64 {
+        self.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
+    /// Whether this is still that connection, and there is one.
+    pub(crate) fn is_still(&self, connection: u64) -> bool {
+        self.is_connected() && self.connection() == connection
     }
 
     /// The last permission violation that the server reported.

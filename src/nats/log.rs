@@ -108,8 +108,9 @@ impl Logs {
         Logs { nats: nats.clone(), bus: bus.clone(), subjects: subjects.clone() }
     }
 
-    pub(crate) fn is_connected(&self) -> bool {
-        self.nats.is_connected()
+    /// Whether this is still that [connection](Nats::connection).
+    pub(crate) fn is_still(&self, connection: u64) -> bool {
+        self.nats.is_still(connection)
     }
 
     /// State of the stream as its leader has it; `None` if there is none.

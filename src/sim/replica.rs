@@ -7,8 +7,8 @@ use super::store::SimStore;
 use super::world::{World, name};
 use crate::logic::broken;
 use crate::logic::replica::{
-    Condition, Course, Held, Ordered, Peers, Placement, course, course_of_joining, may_go_on, placement,
-    still_has,
+    Condition, Course, Held, Ordered, Peers, Placement, course, course_beside, course_of_joining, may_go_on,
+    placement, still_has,
 };
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
@@ -38,6 +38,8 @@ pub(crate) struct Replica {
     checked: Cell<bool>,
     reload: Cell<bool>,
     silent_since: Cell<Option<(u64, Duration)>>,
+    /// The connection that brought what is on its way into the store.
+    applying: Cell<Option<u64>>,
     pub(crate) checkpoints: RefCell<VecDeque<(Uuid, Digest)>>,
     pub(crate) changed: Signal,
     tasks: RefCell<Vec<u64>>,
@@ -65,6 +67,7 @@ impl Replica {
             checked: Cell::new(false),
             reload: Cell::new(false),
             silent_since: Cell::new(None),
+            applying: Cell::new(None),
             checkpoints: RefCell::default(),
             changed: Signal::new(&world.exec),
             tasks: RefCell::default(),
@@ -127,9 +130,14 @@ impl Replica {
         self.condition.get().serves()
     }
 
+    /// What it is applying was brought by an earlier connection.
+    pub(crate) fn applies_old(&self) -> bool {
+        self.applying.get().is_some_and(|connection| connection != self.state.reconnected.get())
+    }
+
     pub(crate) fn report(&self) -> ReplicaReport {
         let condition = self.condition.get();
-        ReplicaReport {
+        let report = ReplicaReport {
             shard: self.shard,
             state: condition.state(),
             applied: self.applied.get(),
@@ -138,7 +146,8 @@ impl Replica {
             bytes: 0,
             log_id: condition.log_id,
             checksum: self.checksum.borrow().clone(),
-        }
+        };
+        if self.applies_old() && !broken!(TellWhileApplying) { report.unsettled() } else { report }
     }
 
     fn record(&self) -> Option<ShardRecord> {
@@ -186,6 +195,8 @@ impl Replica {
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
         if self.record().is_some_and(|record| record.is_joining(&name(self.state.at))) {
             course = course_of_joining(course, log, &peers);
+        } else {
+            course = course_beside(course, held, &ordered, &peers);
         }
         match course {
             Course::Follow => {
@@ -290,6 +301,9 @@ impl Replica {
                 .await
                 .ok_or("read")?;
             let reads = reads.ok_or("no such stream")?;
+            if connection != self.state.reconnected.get() {
+                continue;
+            }
             if reads.iter().all(|read| read.seq <= applier.held.applied) {
                 let limit = Duration::from_millis(8_000);
                 let log = world.log_signal.changed(self.proc, seen, limit);
@@ -305,6 +319,11 @@ impl Replica {
                 }
                 continue;
             }
+            // The disk is slow now and then; what is on its way into the store then was sent on this connection.
+            if world.exec.below(8) == 0 {
+                self.applying.set(Some(connection));
+                world.exec.sleep(self.proc, Duration::from_millis(world.exec.below(1_500))).await;
+            }
             let done = applier.apply(reads).map_err(|_| "apply")?;
             self.checkpoints.borrow_mut().extend(done.checkpoints);
             looked = looked.max(applier.held.applied);
@@ -316,6 +335,7 @@ impl Replica {
             }
             self.changed.raise();
             super::check::on_apply(world, self.state.at, self, applier.complete_at, &done.outcomes);
+            self.applying.set(None);
         }
     }
 

@@ -12,8 +12,9 @@ use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::logic::migration::{Facts, Look, Step, joined, may_swap, next_step, released, swapped};
-use crate::model::events::Event;
+use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{MigrationPhase, MigrationRecord};
+use crate::model::wire::ReplicaReport;
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::failpoint::pause;
@@ -155,8 +156,14 @@ impl Leader {
             Some(from) => self.ask_replica(from, migration.shard).await,
             None => Ok(None),
         };
-        let source_has_none = matches!(source, Ok(None)) && waits > OPENS_WITHIN;
-        let source = source.ok().flatten();
+        // One that cannot read what it has is none; one that does not know it yet is asked again.
+        let none = match &source {
+            Ok(None) => true,
+            Ok(Some(report)) => !report.is_settled() && report.state == ReplicaState::Failed,
+            Err(_) => false,
+        };
+        let source_has_none = none && waits > OPENS_WITHIN;
+        let source = source.ok().flatten().filter(ReplicaReport::is_settled);
         let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
         let log = self.ctx.logs.info(migration.shard).await?.map(facts);
         // Last, so that what it says is not old when the swap is written.

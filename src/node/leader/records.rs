@@ -337,7 +337,7 @@ impl Leader {
                 continue;
             }
             let (first, since) = self.log_suspects.entry(shard).or_insert((verdict.clone(), now)).clone();
-            if first != verdict {
+            if !verdict.confirms(&first, &record) {
                 self.log_suspects.insert(shard, (verdict, now));
                 continue;
             }
@@ -400,17 +400,16 @@ impl Leader {
 
     /// What one node says of its replica; it has to have one that is open.
     pub(super) async fn ask_holder(&self, node: &str, shard: ShardId) -> Result<ReplicaReport> {
-        let report = self.ask_replica(node, shard).await?;
+        let report = self.ask_replica(node, shard).await?.filter(ReplicaReport::is_settled);
         report.ok_or_else(|| Error::Unavailable(format!("{node} is opening its replica")))
     }
 
-    /// What one node says of its replica, if it has one that is open.
+    /// What one node says of its replica, if it has one; it may not know itself what it has.
     pub(super) async fn ask_replica(&self, node: &str, shard: ShardId) -> Result<Option<ReplicaReport>> {
         let subject = self.ctx.subjects.node(node, "ping");
         let request = PingRequest { shards: vec![shard] };
         let reply: PingReply = self.ctx.control.call(subject, &request, HOLDER).await?;
-        let report = reply.replicas.into_iter().find(|report| report.shard == shard);
-        Ok(report.filter(ReplicaReport::is_settled))
+        Ok(reply.replicas.into_iter().find(|report| report.shard == shard))
     }
 
     /// The log is gone or damaged: a new one begins where the most advanced replica is. First the record says

@@ -15,7 +15,8 @@ pub(crate) use source::stream_snapshot;
 use crate::error::{Error, Result, shortened};
 use crate::logic::lease::PingOutcome;
 use crate::logic::replica::{
-    Condition, Course, Held, LogFacts, Ordered, Peers, course, course_of_joining, is_nowhere, may_go_on,
+    Condition, Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_nowhere,
+    may_go_on,
 };
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
@@ -61,6 +62,10 @@ pub(crate) struct Status {
     checksum: Option<String>,
     /// What is here has been compared with the log since the start, or since the last reconnection.
     checked: bool,
+    /// The connection on which the log was, or is being, looked at.
+    connection: u64,
+    /// It applies what that connection brings.
+    following: bool,
     /// It has applied all that the log had when it looked.
     pub(crate) caught_up: bool,
     /// It may answer requests.
@@ -146,6 +151,8 @@ impl Replica {
             log_id: Uuid::nil(),
             checksum: None,
             checked: false,
+            connection: 0,
+            following: false,
             caught_up: false,
             serving: false,
             lost: None,
@@ -237,10 +244,18 @@ impl Replica {
         self.generation.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Whether what is here is all that will be here. Until the replica has seen that the connection is another one,
+    /// entries that it was sent before may still be on their way into the store. Whoever asked before they are there would
+    /// take a log that has lost them for whole.
+    fn knows_itself(&self) -> bool {
+        let status = self.status.borrow();
+        !status.following || self.ctx.data.nats.is_still(status.connection)
+    }
+
     pub(crate) fn report(&self) -> ReplicaReport {
         let (status, stats) = (self.status(), self.store.stats());
         let seeding = status.progress.loading;
-        ReplicaReport {
+        let report = ReplicaReport {
             shard: self.shard,
             state: status.state,
             applied: status.applied,
@@ -251,7 +266,8 @@ impl Replica {
             bytes: stats.bytes,
             log_id: status.log_id,
             checksum: status.checksum,
-        }
+        };
+        if self.knows_itself() { report } else { report.unsettled() }
     }
 
     pub(crate) fn load(&self, since: &mut (u64, u64, u64), elapsed: Duration) -> ReplicaLoad {
@@ -375,12 +391,22 @@ impl Replica {
 
     /// Looks, decides and acts once; returns when it is time to look again.
     async fn round(&self, asks: &mut SnapshotAsks, failures: &mut u32) -> Result<()> {
-        let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
-        let applier = blocking(move || Applier::load(store, &cluster)).await?;
         // Before looking, so that nothing that changes meanwhile is missed.
         let mut watched =
             Watched { views: self.ctx.views.subscribe(), connected: self.ctx.data.nats.connected() };
         watched.connected.mark_unchanged();
+        // No entry is on its way into the store here, so what the status says is what there is.
+        let connection = self.ctx.data.nats.connection();
+        self.status.send_modify(|status| {
+            if status.connection != connection {
+                // What was checked on another connection is not checked.
+                let text = format!("the log of shard {} is not checked yet", self.shard);
+                status.gate.get_or_insert(Error::Unavailable(text));
+                (status.connection, status.checked) = (connection, false);
+            }
+        });
+        let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
+        let applier = blocking(move || Applier::load(store, &cluster)).await?;
         let views = &mut watched.views;
         let Some(ordered) = self.ordered() else {
             let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
@@ -404,9 +430,12 @@ impl Replica {
             peers.compare(&sum, self.ctx.logs.entry_checksum(self.shard, seq).await?.as_deref());
         }
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
-        if self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node)) {
-            course = course_of_joining(course, log, &peers);
-        }
+        let joining =
+            self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
+        course = match joining {
+            true => course_of_joining(course, log, &peers),
+            false => course_beside(course, held, &ordered, &peers),
+        };
         if is_nowhere(&course, held, &peers) {
             return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
         }
@@ -414,7 +443,9 @@ impl Replica {
         match course {
             Course::Follow if may_go_on(&peers, self.waited_for_peers(peers.all_have_said)) => {
                 let last_seq = log.map_or(0, |info| info.last_seq);
-                self.follow(applier, ordered, last_seq, asks, &mut watched).await.inspect(|()| *failures = 0)
+                let followed = self.follow(applier, ordered, last_seq, asks, &mut watched).await;
+                self.status.send_modify(|status| status.following = false);
+                followed.inspect(|()| *failures = 0)
             }
             Course::Follow => {
                 self.change(|status| {
@@ -508,7 +539,7 @@ impl Replica {
         }
         let now = self.ctx.clock.now();
         // What was waited for before a reconnection says nothing of what JetStream has lost in it.
-        let connection = self.ctx.data.nats.health.reconnects.load(Ordering::Relaxed);
+        let connection = self.ctx.data.nats.connection();
         let known = since.filter(|(waited_on, _)| *waited_on == connection);
         let (_, start) = *since.insert(known.unwrap_or((connection, now)));
         now.saturating_sub(start)
@@ -567,20 +598,25 @@ impl Replica {
             status.gate = None;
             status.lost = None;
             status.checked = true;
+            status.following = true;
             status.progress.loading = false;
             status.lag = goal.saturating_sub(status.applied);
             status.caught_up = applier.held.applied >= goal;
         });
         loop {
             tokio::select! {
-                reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
-                    let reads = reads?;
-                    let (back, applied) = blocking(move || {
-                        let applied = applier.apply(reads);
-                        Ok((applier, applied))
-                    }).await?;
-                    applier = back;
-                    self.took(&applier, applied?, goal);
+                biased;
+                changed = connected.changed() => {
+                    // JetStream may have lost its tail while we were away: take no writes until checked, and apply
+                    // nothing more of what it had sent, so that what we say we have is all that we will have.
+                    self.close_gate(Error::Unavailable("the connection to NATS was lost".into()));
+                    self.status.send_modify(|status| (status.checked, status.following) = (false, false));
+                    drop(reader);
+                    if changed.is_ok() {
+                        // NATS's events are a hint, that may get lost.
+                        let _ = tokio::time::timeout(LOOK, connected.wait_for(|connected| *connected)).await;
+                    }
+                    return Ok(());
                 }
                 _ = look.tick() => {
                     let log = self.ctx.logs.info(self.shard).await?;
@@ -612,11 +648,18 @@ impl Replica {
                         return Ok(());
                     }
                 }
-                changed = connected.changed() => {
-                    // JetStream may have lost its tail while we were away: take no writes until checked.
-                    self.close_gate(Error::Unavailable("the connection to NATS was lost".into()));
-                    self.status.send_modify(|status| status.checked = false);
-                    if changed.is_err() || *connected.borrow_and_update() { return Ok(()); }
+                reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
+                    let reads = reads?;
+                    if !self.knows_itself() {
+                        // They may be of the log as it came back: look at that first.
+                        return Ok(());
+                    }
+                    let (back, applied) = blocking(move || {
+                        let applied = applier.apply(reads);
+                        Ok((applier, applied))
+                    }).await?;
+                    applier = back;
+                    self.took(&applier, applied?, goal);
                 }
             }
         }

@@ -102,16 +102,19 @@ struct Target {
 
 impl Target {
     /// Not connected: what is published now would wait in a buffer and land long after its client has given
-    /// up. Gate closed: after a reconnection the log may have lost its end, and an entry would take the
-    /// place of one that other replicas have.
+    /// up. Gate closed, or opened on an earlier connection: the log may have lost its end meanwhile, and an entry
+    /// would take the place of one that other replicas have.
     fn is_open(&self) -> bool {
-        self.logs.is_connected() && self.status.borrow().gate.is_none()
+        let status = self.status.borrow();
+        status.gate.is_none() && self.logs.is_still(status.connection)
     }
 
     /// Whether the log was found wanting, or is not checked yet: what it acknowledges now may be given up.
     fn is_doubted(&self) -> bool {
         let status = self.status.borrow();
-        status.gate.as_ref().is_some_and(|gate| !matches!(gate, Error::Full(_) | Error::Busy(_)))
+        let wanting =
+            status.gate.as_ref().is_some_and(|gate| !matches!(gate, Error::Full(_) | Error::Busy(_)));
+        wanting || !self.logs.is_still(status.connection)
     }
 }
 

@@ -29,7 +29,7 @@ impl Leader {
                 continue;
             }
             let (first, since) = self.suspects.entry(shard).or_insert((verdict.clone(), now)).clone();
-            if first != verdict {
+            if !verdict.confirms(&first, &record) {
                 self.suspects.insert(shard, (verdict, now));
                 continue;
             }
@@ -88,7 +88,7 @@ impl Leader {
             }
             let reports = reports(&self.world, self.state.proc, node, Duration::from_millis(800)).await?;
             let report = reports.into_iter().find(|r| r.shard == record.shard)?;
-            if report.applied > 0 && report.log_id.is_nil() {
+            if !report.is_settled() {
                 return None;
             }
             said.push(report);
