@@ -19,6 +19,8 @@ const LEAST: u64 = 16;
 const AGAIN: Duration = Duration::from_secs(30);
 /// A log below this is left alone: replaying it is cheaper than a snapshot.
 const WORTH_BYTES: u64 = 4 << 20;
+/// A log with less room than that is filling up: a single write may need it.
+const ROOM: u64 = 16 << 20;
 
 /// Whether the primary should ask the others: `done` is up to where it has looked already, `since` when that was.
 pub(crate) fn is_worth_a_look(primary: &ReplicaReport, log_id: Uuid, done: u64, since: Duration) -> bool {
@@ -58,9 +60,10 @@ pub(crate) fn cut(
     ordered: Option<Uuid>,
 ) -> Option<u64> {
     let most = log_max_bytes.max(1);
-    let margin = if bytes > most / 2 { 0 } else { MARGIN };
+    let filling = bytes > most / 2 || most.saturating_sub(bytes) < ROOM;
+    let margin = if filling { 0 } else { MARGIN };
     let first = lowest.saturating_sub(margin) + 1 + u64::from(broken!(TruncateOneTooFar));
-    if bytes < WORTH_BYTES.min(most / 4) || log.first_seq >= first {
+    if bytes < WORTH_BYTES.min(most / 16) || log.first_seq >= first {
         return None;
     }
     // Truncating beyond the end would hide that the log has lost its tail; another log is not ours to cut.
@@ -111,6 +114,12 @@ mod tests {
         assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(A)), Some(901));
         assert_eq!(cut(900, log, 1 << 20, 1 << 30, Some(A)), None, "not worth it");
         assert_eq!(cut(1_000, log, 600 << 20, 1 << 30, Some(A)), Some(1_001));
+    }
+
+    #[test]
+    fn a_small_log_makes_room_for_one_large_write() {
+        let log = LogFacts { id: A, first_seq: 1, last_seq: 4 };
+        assert_eq!(cut(4, log, 400 << 10, 1 << 20, Some(A)), Some(5));
     }
 
     #[test]

@@ -161,7 +161,10 @@ async fn decided_replicas(buckets: &Buckets) -> Result<Option<usize>> {
     if !buckets.cluster.exists().await? {
         return Ok(None);
     }
-    let found = buckets.cluster.get(CONFIG_KEY).await?;
+    let found = match buckets.cluster.get(CONFIG_KEY).await {
+        Err(Error::NotFound(_)) => None,
+        found => found?,
+    };
     let record = found.and_then(|found| parse::<ClusterRecord>(&found.value).ok());
     Ok(record.map(|record| record.log_replicas))
 }

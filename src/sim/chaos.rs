@@ -45,6 +45,7 @@ pub(crate) fn run(seed: u64, trace: bool) -> Outcome {
         late: 1 + 8 * stormy,
         watch_silent: 2 * stormy,
         dedup_hole: 500,
+        slow_disk: [0, 50, 500][exec.below(3) as usize],
     };
     let world = World(Rc::new(Inner {
         exec: exec.clone(),

@@ -319,8 +319,7 @@ impl Replica {
                 }
                 continue;
             }
-            // The disk is slow now and then; what is on its way into the store then was sent on this connection.
-            if world.exec.below(8) == 0 {
+            if world.exec.chance(world.weather.get().slow_disk) {
                 self.applying.set(Some(connection));
                 world.exec.sleep(self.proc, Duration::from_millis(world.exec.below(1_500))).await;
             }

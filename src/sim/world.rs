@@ -63,6 +63,8 @@ pub(crate) struct Weather {
     pub(crate) late: u64,
     pub(crate) watch_silent: u64,
     pub(crate) dedup_hole: u64,
+    /// An entry is long on its way into the store.
+    pub(crate) slow_disk: u64,
 }
 
 pub(crate) struct Inner {

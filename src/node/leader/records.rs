@@ -317,6 +317,8 @@ impl Leader {
             lost.chain(unchecked.take(PARALLEL)).chain(stuck.take(PARALLEL)).collect();
         shards.sort();
         shards.dedup();
+        // A second look counts if it comes soon after the first.
+        self.log_suspects.retain(|shard, _| shards.contains(shard));
         let records =
             shards.iter().filter_map(|shard| self.shards.get(shard)).map(|(_, record)| record.clone());
         let this = &*self;

@@ -64,6 +64,8 @@ pub(crate) struct Status {
     checked: bool,
     /// The connection on which the log was, or is being, looked at.
     connection: u64,
+    /// The control connection at that time.
+    control: u64,
     /// It applies what that connection brings.
     following: bool,
     /// It has applied all that the log had when it looked.
@@ -126,6 +128,7 @@ pub(crate) type Window = (u64, Option<String>, Vec<(u64, Vec<u8>)>);
 struct Watched {
     views: watch::Receiver<Arc<View>>,
     connected: watch::Receiver<bool>,
+    control: watch::Receiver<bool>,
 }
 
 type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
@@ -152,6 +155,7 @@ impl Replica {
             checksum: None,
             checked: false,
             connection: 0,
+            control: 0,
             following: false,
             caught_up: false,
             serving: false,
@@ -246,14 +250,18 @@ impl Replica {
 
     /// Whether what is here is all that will be here. Until the replica has seen that the connection is another one,
     /// entries that it was sent before may still be on their way into the store. Whoever asked before they are there would
-    /// take a log that has lost them for whole.
-    fn knows_itself(&self) -> bool {
-        let status = self.status.borrow();
-        !status.following || self.ctx.data.nats.is_still(status.connection)
+    /// take a log that has lost them for whole. Questions come on the control connection, which may find out first that
+    /// NATS was away.
+    fn knows_itself(&self, status: &Status) -> bool {
+        let (data, control) = (&self.ctx.data.nats, &self.ctx.control.nats);
+        !status.following || (data.is_still(status.connection) && control.connection() == status.control)
     }
 
     pub(crate) fn report(&self) -> ReplicaReport {
-        let (status, stats) = (self.status(), self.store.stats());
+        // Judged by the same look, before anything that waits for an apply.
+        let status = self.status();
+        let known = self.knows_itself(&status);
+        let stats = self.store.stats();
         let seeding = status.progress.loading;
         let report = ReplicaReport {
             shard: self.shard,
@@ -267,7 +275,7 @@ impl Replica {
             log_id: status.log_id,
             checksum: status.checksum,
         };
-        if self.knows_itself() { report } else { report.unsettled() }
+        if known { report } else { report.unsettled() }
     }
 
     pub(crate) fn load(&self, since: &mut (u64, u64, u64), elapsed: Duration) -> ReplicaLoad {
@@ -283,7 +291,7 @@ impl Replica {
             searches_per_s: rate(now[2], since.2),
             bytes: report.bytes,
             vectors: report.vectors,
-            applied: report.applied,
+            applied: self.status.borrow().applied,
             durable: report.durable,
             log_id: report.log_id,
         };
@@ -392,12 +400,15 @@ impl Replica {
     /// Looks, decides and acts once; returns when it is time to look again.
     async fn round(&self, asks: &mut SnapshotAsks, failures: &mut u32) -> Result<()> {
         // Before looking, so that nothing that changes meanwhile is missed.
-        let mut watched =
-            Watched { views: self.ctx.views.subscribe(), connected: self.ctx.data.nats.connected() };
+        let (data, control) = (&self.ctx.data.nats, &self.ctx.control.nats);
+        let views = self.ctx.views.subscribe();
+        let mut watched = Watched { views, connected: data.connected(), control: control.connected() };
         watched.connected.mark_unchanged();
+        watched.control.mark_unchanged();
         // No entry is on its way into the store here, so what the status says is what there is.
-        let connection = self.ctx.data.nats.connection();
+        let (connection, control) = (data.connection(), control.connection());
         self.status.send_modify(|status| {
+            status.control = control;
             if status.connection != connection {
                 // What was checked on another connection is not checked.
                 let text = format!("the log of shard {} is not checked yet", self.shard);
@@ -584,7 +595,7 @@ impl Replica {
         applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
         let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
         let goal = last_seq.max(applier.complete_at);
-        let Watched { views, connected } = watched;
+        let Watched { views, connected, control } = watched;
         // What was checked before a reconnection is not checked after it; later ones end the reader.
         if connected.has_changed().unwrap_or(true) {
             return Ok(());
@@ -618,7 +629,12 @@ impl Replica {
                     }
                     return Ok(());
                 }
+                // What we say of ourselves counts for one control connection.
+                _ = control.changed() => return Ok(()),
                 _ = look.tick() => {
+                    if !self.knows_itself(&self.status.borrow()) {
+                        return Ok(());
+                    }
                     let log = self.ctx.logs.info(self.shard).await?;
                     // A log that is not the one, or ends early, is looked at in full by the next round.
                     let last = log.filter(|info| info.id == log_id).map(|info| info.last_seq);
@@ -650,7 +666,7 @@ impl Replica {
                 }
                 reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
                     let reads = reads?;
-                    if !self.knows_itself() {
+                    if !self.knows_itself(&self.status.borrow()) {
                         // They may be of the log as it came back: look at that first.
                         return Ok(());
                     }

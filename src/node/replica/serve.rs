@@ -382,7 +382,10 @@ impl Replica {
     /// whole, and ends before that. The shard may be quiet, so that waiting would never end.
     async fn was_lost(&self, after: u64) -> bool {
         let rebuilt = self.ordered().is_some_and(|ordered| ordered.log_first_seq > 1);
-        let whole = || self.status.borrow().gate.is_none() && self.knows_itself();
+        let whole = || {
+            let status = self.status.borrow();
+            status.gate.is_none() && self.knows_itself(&status)
+        };
         if !rebuilt || !whole() {
             return false;
         }

@@ -20,6 +20,7 @@ impl Leader {
             // In place of load reports: somebody says that its log is lost, or it was never looked at.
             let lost = self.somebody_lost(shard);
             if !lost && self.logs_checked.contains(&shard) {
+                self.suspects.remove(&shard);
                 continue;
             }
             let Some(verdict) = self.look_at_log(&record).await else { continue };
