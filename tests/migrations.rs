@@ -4,7 +4,7 @@ mod harness;
 
 use harness::load::{Load, Outcome};
 use harness::{Setup, TestCluster, eventually};
-use ruvector_cluster::model::wire::{PingReply, PingRequest, Reply};
+use ruvector_cluster::model::wire::{PingReply, PingRequest, ReplicaReport, Reply};
 use ruvector_cluster::{Client, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -16,6 +16,18 @@ const REQUEST: Duration = Duration::from_secs(1);
 /// Three nodes hold two replicas of each shard, so that every shard can move.
 fn setup() -> Setup {
     Setup { replication_factor: 2, dimensions: 32, pauses: true, ..Setup::default() }
+}
+
+/// What a node says of its replica.
+async fn report(cluster: &TestCluster, node: &str) -> Result<Option<ReplicaReport>, String> {
+    let request = PingRequest { shards: vec![ShardId(SHARD)] };
+    let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
+    let reply = cluster.raw.request(format!("ruvector.node.{node}.ping"), request.into());
+    let reply = reply.await.map_err(|e| e.to_string())?;
+    match rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply") {
+        Reply::Ok(reply) => Ok(reply.replicas.into_iter().next()),
+        Reply::Error(error) => Err(format!("{error:?}")),
+    }
 }
 
 /// Enough in the shard that it takes several chunks, and a log that does not begin at 1 any more.
@@ -34,16 +46,7 @@ async fn fill(cluster: &TestCluster, client: &Client) {
         let shard = cluster.shard(SHARD).await;
         let replicas = shard["replicas"].as_array().expect("replicas");
         for node in replicas.iter().filter_map(Value::as_str) {
-            let request = PingRequest { shards: vec![ShardId(SHARD)] };
-            let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
-            let reply = cluster.raw.request(format!("ruvector.node.{node}.ping"), request.into());
-            let reply = reply.await.map_err(|e| e.to_string())?;
-            let Reply::Ok(reply) =
-                rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply")
-            else {
-                return Err("an error".into());
-            };
-            let durable = reply.replicas.first().map_or(0, |replica| replica.durable);
+            let durable = report(cluster, node).await?.map_or(0, |replica| replica.durable);
             if durable < seq {
                 return Err(format!("{node} has {durable} of {seq}"));
             }
@@ -189,6 +192,22 @@ async fn start_move_unless_paused(
     let body = serde_json::to_vec(&request).unwrap();
     cluster.raw.publish("ruvector.admin.migrate", body.into()).await.unwrap();
     None
+}
+
+/// A primary of old may cut the log long after it has asked the holders of its time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_that_is_about_to_say_that_it_is_ready_has_everything_on_its_disk() {
+    let cluster = TestCluster::start(setup()).await;
+    let client = cluster.client_with(Duration::from_secs(5)).await;
+    fill(&cluster, &client).await;
+    let (to, from) = outsider(&cluster).await;
+    cluster.pause_at("migration-serving");
+    let id = start_move(&cluster, &from, &to).await;
+    cluster.wait_reached("migration-serving").await;
+    let report = report(&cluster, &to).await.unwrap().expect("a replica");
+    assert!(report.applied > 0 && report.durable == report.applied, "{report:?}");
+    cluster.resume("migration-serving");
+    cluster.migrated(&id).await;
 }
 
 impl TestCluster {

@@ -2,8 +2,8 @@
 //!
 //! The leader has named this node in the shard record's `joining`, so the log is not truncated under us.
 //! The replica loads and catches up by itself; here its progress is written to the migration record, the
-//! content is compared with a source at one sequence of the log, and then the replica starts to serve
-//! and says so. The leader swaps. Until then the old replicas serve; from before then on this one does.
+//! content is compared with a source at one sequence of the log and put on the disk, and then the replica starts to
+//! serve and says so. The leader swaps. Until then the old replicas serve; from before then on this one does.
 //!
 //! - This process dies: after the restart the record still names us, and the driver starts again from
 //!   what is in the store.
@@ -75,6 +75,9 @@ async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<(
     load(ctx, id, replica).await?;
     pause("migration-catch-up").await;
     let digest = compare(ctx, id, replica).await?;
+    // Who led the shard before may have asked its holders when we were none yet, and cut the log long after: by then
+    // what it cuts must be on our disk.
+    replica.make_durable().await?;
     // Serve first, then say so: at no instant does the shard have fewer serving replicas.
     replica.allow_serving();
     let mut status = replica.watch();

@@ -116,6 +116,10 @@ impl Replica {
         }
     }
 
+    pub(crate) fn flush(&self) {
+        let _ = self.store.flush();
+    }
+
     pub(crate) fn reload(&self) {
         self.reload.set(true);
     }

@@ -53,6 +53,7 @@ async fn steps(world: &World, state: &State, id: &str, replica: &Rc<Replica>) ->
     if !crate::logic::broken!(CutOverBeforeCatchUp) {
         compare(world, state, replica).await?;
     }
+    replica.flush();
     replica.allow_serving();
     update(world, state, id, |record| record.phase = record.phase.max(MigrationPhase::Cutover)).await
 }

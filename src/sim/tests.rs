@@ -30,10 +30,15 @@ fn run_seeds(seeds: u64, mutant: Option<Mutant>, seen: impl Fn(u64, Outcome) -> 
     });
 }
 
-/// `RUVECTOR_SIM_SEEDS`: how many. `RUVECTOR_SIM_SEED`: this one only, told step by step.
+/// `RUVECTOR_SIM_SEEDS`: how many. `RUVECTOR_SIM_SEED`: this one only, told step by step; with `RUVECTOR_SIM_MUTANT`,
+/// as a mutant sees it.
 #[test]
 fn sim_many_bad_days_end_well() {
     if let Some(seed) = number("RUVECTOR_SIM_SEED") {
+        let broken = std::env::var("RUVECTOR_SIM_MUTANT").ok();
+        let mut mutants = Mutant::OFTEN.into_iter().chain(Mutant::RARE);
+        let mutant = broken.map(|name| mutants.find(|m| format!("{m:?}") == name).expect("a mutant"));
+        let _broken = Mutant::here(mutant);
         assert_eq!(chaos::run(seed, true).failure, None, "seed {seed}");
         return;
     }

@@ -377,6 +377,12 @@ impl Replica {
         }
     }
 
+    /// Puts what is applied on the disk.
+    pub(crate) async fn make_durable(&self) -> Result<()> {
+        let store = self.store.clone();
+        blocking(move || store.flush()).await
+    }
+
     /// Makes what is applied durable, beside the applying.
     async fn flush_often(self: Arc<Self>) {
         let mut tick = tokio::time::interval(FLUSH);
@@ -389,8 +395,7 @@ impl Replica {
             if self.store.durable() >= self.store.applied() {
                 continue;
             }
-            let store = self.store.clone();
-            if let Err(error) = blocking(move || store.flush()).await {
+            if let Err(error) = self.make_durable().await {
                 // The next apply meets the same error, closes the gate and says so.
                 debug!(shard = %self.shard, "flushing: {error}");
             }
