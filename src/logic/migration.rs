@@ -3,7 +3,7 @@
 //! Pure: `node::leader` reads the records, asks here, and writes. The swap is one change of one record, so
 //! a shard has its old replicas before it and the new ones after it, and never fewer of them.
 
-use crate::logic::replica::LogFacts;
+use crate::logic::replica::{LogFacts, same_entry};
 use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
@@ -77,11 +77,13 @@ pub(crate) struct Look {
     /// It answers, and has had time to open its replica, but has none: its store does not work.
     pub(crate) source_has_none: bool,
     pub(crate) log: Option<LogFacts>,
+    /// Checksum of the entry that the log has where the source has applied its last one; `None` if it was truncated.
+    pub(crate) logged: Option<String>,
 }
 
 /// Whether a swap takes nothing away. The target may have been restarted since it said that it was ready: then
-/// the shard would have one replica less. And JetStream may have lost entries that only the source has: then
-/// the log is about to be rebuilt from it.
+/// the shard would have one replica less. And JetStream may have lost entries that only the source has, and others may
+/// have taken their place, before the source has noticed: then the log is about to be rebuilt from it.
 pub(crate) fn may_swap(record: &ShardRecord, look: &Look) -> bool {
     let counts = |r: &&ReplicaReport| r.log_id == record.log_id;
     let serves = |r: &ReplicaReport| r.state == ReplicaState::Serving;
@@ -90,7 +92,9 @@ pub(crate) fn may_swap(record: &ShardRecord, look: &Look) -> bool {
         (None, Some(_)) => !look.source_lives || look.source_has_none,
         (Some(source), Some(log)) => {
             let reaches = log.id == record.log_id && source.applied <= log.last_seq;
-            source.log_id != record.log_id || (source.state != ReplicaState::LogLost && reaches)
+            let other = |mine: &String| look.logged.as_ref().is_some_and(|logged| !same_entry(mine, logged));
+            let same = !source.checksum.as_ref().is_some_and(other);
+            source.log_id != record.log_id || (source.state != ReplicaState::LogLost && reaches && same)
         }
     };
     let ready = look.target.as_ref().filter(counts).is_some_and(serves);
@@ -176,7 +180,8 @@ mod tests {
         assert!(!swap(Some(report(ReplicaState::Serving, uuid::Uuid::nil())), serving(), true));
         assert!(!swap(None, serving(), true));
         assert!(!swap(serving(), None, true), "it may have what the log has lost");
-        let broken = Look { target: serving(), source_lives: true, source_has_none: true, log, source: None };
+        let broken =
+            Look { target: serving(), source_lives: true, source_has_none: true, log, ..Look::default() };
         assert!(may_swap(&record, &broken), "a node whose disk is broken can be replaced");
     }
 
@@ -206,6 +211,31 @@ mod tests {
         assert!(!swap(said(ReplicaState::Serving, 10), log));
         assert!(!swap(said(ReplicaState::LogLost, 9), log));
         assert!(!swap(said(ReplicaState::Serving, 9), None), "nobody knows");
+    }
+
+    /// It has not looked yet since NATS is back.
+    #[test]
+    fn a_source_is_not_retired_whose_last_entry_has_been_replaced_in_the_log() {
+        let record = shard_record(1, &["a", "b"]);
+        let report = ReplicaReport {
+            shard: record.shard,
+            state: ReplicaState::Serving,
+            applied: 7,
+            durable: 7,
+            vectors: 0,
+            bytes: 0,
+            log_id: record.log_id,
+            checksum: Some("x-1".into()),
+        };
+        let log = Some(LogFacts { id: record.log_id, first_seq: 1, last_seq: 9 });
+        let swap = |logged: Option<&str>| {
+            let (source, target, logged) =
+                (Some(report.clone()), Some(report.clone()), logged.map(str::to_owned));
+            may_swap(&record, &Look { target, source, source_lives: true, log, logged, ..Look::default() })
+        };
+        assert!(swap(Some("x-1")));
+        assert!(swap(None), "it was truncated, so every holder has it");
+        assert!(!swap(Some("y-1")));
     }
 
     #[test]

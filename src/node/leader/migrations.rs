@@ -166,9 +166,16 @@ impl Leader {
         let source = source.ok().flatten().filter(ReplicaReport::is_settled);
         let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
         let log = self.ctx.logs.info(migration.shard).await?.map(facts);
+        let there = |report: &&ReplicaReport| {
+            log.is_some_and(|log| (log.first_seq..=log.last_seq).contains(&report.applied))
+        };
+        let logged = match source.as_ref().filter(there) {
+            Some(report) => self.ctx.logs.entry_checksum(migration.shard, report.applied).await?,
+            None => None,
+        };
         // Last, so that what it says is not old when the swap is written.
         let target = self.ask_holder(&migration.to, migration.shard).await.ok();
-        Ok(Look { target, source, source_lives, source_has_none, log })
+        Ok(Look { target, source, source_lives, source_has_none, log, logged })
     }
 
     async fn swap(&mut self, migration: &MigrationRecord) -> Result<()> {

@@ -204,6 +204,12 @@ impl Leader {
                     look.source_lives = view.borrow().node_status(from).is_live();
                 }
                 look.log = self.world.log_info(proc, record.shard).await.ok_or("no info")?;
+                if let (Some(source), Some(log)) = (&look.source, look.log)
+                    && (log.first_seq..=log.last_seq).contains(&source.applied)
+                {
+                    let logged = self.world.log_checksum(proc, record.shard, source.applied).await;
+                    look.logged = logged.ok_or("no checksum")?;
+                }
                 look.target = of_shard(reports(&self.world, proc, &migration.to, limit).await);
                 if !may_swap(&record, &look) {
                     return Ok(());
