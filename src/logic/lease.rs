@@ -351,7 +351,7 @@ impl Lease {
             // Refused may also mean: an earlier one of ours, of unknown outcome, has landed. Look.
             (CasOutcome::Lost | CasOutcome::Unknown, _) => {
                 let first = self.first_try.filter(|(expected, _)| *expected == claim.expected);
-                if let Some((_, sent)) = first.filter(|_| !broken!(LateClaimCountsAnew)) {
+                if let Some((_, sent)) = first {
                     claim.sent = sent;
                 } else if outcome == CasOutcome::Unknown {
                     self.first_try = Some((claim.expected, claim.sent));

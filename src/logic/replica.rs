@@ -143,7 +143,6 @@ pub(crate) fn placement(seq: u64, duplicate: bool, applied: u64) -> Placement {
     match duplicate {
         _ if seq > applied => Placement::Fine,
         false => Placement::LogLost,
-        true if broken!(BelieveDuplicates) => Placement::Fine,
         true => Placement::Unclear,
     }
 }
@@ -330,6 +329,28 @@ mod tests {
         silent.silent(true, false);
         assert!(!may_go_on(&silent, Duration::from_secs(9)));
         assert!(may_go_on(&silent, SILENT_PEERS), "one that never answers does not stop the shard");
+    }
+
+    #[test]
+    fn one_that_still_applies_what_an_earlier_connection_has_brought_is_waited_for() {
+        for applied in [0, 30] {
+            let report = ReplicaReport {
+                shard: crate::model::ShardId(1),
+                state: ReplicaState::Serving,
+                applied,
+                durable: applied,
+                vectors: 0,
+                bytes: 0,
+                log_id: A,
+                checksum: None,
+            };
+            let mut peers = Peers::NONE;
+            peers.said(Some(&report), A);
+            assert!(may_go_on(&peers, Duration::ZERO));
+            peers.said(Some(&report.unsettled()), A);
+            assert!(!may_go_on(&peers, Duration::ZERO));
+            assert!(!peers.empty, "nobody may say that nothing is left");
+        }
     }
 
     /// It is behind, so nothing of its own is missing; a write of another one that was refused came late.

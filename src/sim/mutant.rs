@@ -48,16 +48,10 @@ pub(crate) enum Mutant {
     KeepLeftovers,
     /// What a delete finds while the log is replayed over newer pages is what it came to.
     OutcomeOfMixedAge,
-    /// A write is answered because JetStream knows its id, wherever that was put.
-    BelieveDuplicates,
     /// A replica that begins follows a log that has lost what the others have.
     FreshInALostLog,
     /// Entries of the others are not looked for in the log.
     TrustWhatPeersHold,
-    /// A replica says what it has while it is still applying what an earlier connection has brought.
-    TellWhileApplying,
-    /// A claim that is refused, since an earlier one has landed late, counts from when it was sent itself.
-    LateClaimCountsAnew,
 }
 
 impl Mutant {
@@ -77,9 +71,9 @@ impl Mutant {
         Mutant::LeadWhileResigning,
     ];
 
-    /// Faults must meet at the right moment: noticed within some thousand, the last four within some ten thousand
+    /// Faults must meet at the right moment: noticed within some thousand, the last three within some ten thousand
     /// seeds, too many for every day.
-    pub(crate) const RARE: [Mutant; 13] = [
+    pub(crate) const RARE: [Mutant; 10] = [
         Mutant::RebuildFromLeast,
         Mutant::IgnoreLogBase,
         Mutant::GoOnBeforeAsking,
@@ -88,11 +82,8 @@ impl Mutant {
         Mutant::SameBodySameEntry,
         Mutant::TruncateBeforeLooking,
         Mutant::SwapOffDamagedLog,
-        Mutant::BelieveDuplicates,
         Mutant::FreshInALostLog,
         Mutant::TrustWhatPeersHold,
-        Mutant::TellWhileApplying,
-        Mutant::LateClaimCountsAnew,
     ];
 
     /// Breaks the product on this thread, until what is returned is dropped.

@@ -151,7 +151,7 @@ impl Replica {
             log_id: condition.log_id,
             checksum: self.checksum.borrow().clone(),
         };
-        if self.applies_old() && !broken!(TellWhileApplying) { report.unsettled() } else { report }
+        if self.applies_old() { report.unsettled() } else { report }
     }
 
     fn record(&self) -> Option<ShardRecord> {
