@@ -4,6 +4,7 @@ mod harness;
 
 use harness::load::{Load, Outcome};
 use harness::{Setup, TestCluster, eventually};
+use ruvector_cluster::model::events::ReplicaState;
 use ruvector_cluster::model::wire::{PingReply, PingRequest, ReplicaReport, Reply};
 use ruvector_cluster::{Client, ShardId, VectorEntry};
 use serde_json::{Value, json};
@@ -203,9 +204,15 @@ async fn a_target_that_is_about_to_say_that_it_is_ready_has_everything_on_its_di
     let (to, from) = outsider(&cluster).await;
     cluster.pause_at("migration-serving");
     let id = start_move(&cluster, &from, &to).await;
-    cluster.wait_reached("migration-serving").await;
-    let report = report(&cluster, &to).await.unwrap().expect("a replica");
-    assert!(report.applied > 0 && report.durable == report.applied, "{report:?}");
+    // It serves, and waits before it says so; other shards may move, too.
+    let serving = eventually("the target serves", || async {
+        match report(&cluster, &to).await? {
+            Some(report) if report.state == ReplicaState::Serving => Ok(report),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    assert!(serving.applied > 0 && serving.durable == serving.applied, "{serving:?}");
     cluster.resume("migration-serving");
     cluster.migrated(&id).await;
 }
