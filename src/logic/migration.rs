@@ -8,9 +8,12 @@ use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
 use crate::model::wire::ReplicaReport;
+use std::time::Duration;
 
 /// Entries behind that count as "close behind": the target may compare its content with a source.
 pub(crate) const CLOSE: u64 = 64;
+/// How old what the leader saw may be when it writes a swap.
+const LOOK_COUNTS: Duration = Duration::from_secs(1);
 
 /// What the leader knows of a running migration.
 #[derive(Debug, Clone, Copy)]
@@ -79,6 +82,16 @@ pub(crate) struct Look {
     pub(crate) log: Option<LogFacts>,
     /// Checksum of the entry that the log has where the source has applied its last one; `None` if it was truncated.
     pub(crate) logged: Option<String>,
+    /// When the target was asked.
+    pub(crate) asked: Duration,
+}
+
+impl Look {
+    /// Whether it still counts when the swap is about to be written: the leader may have been stopped since, well within
+    /// its lease, and the target may have died.
+    pub(crate) fn is_fresh(&self, now: Duration) -> bool {
+        now.saturating_sub(self.asked) < LOOK_COUNTS
+    }
 }
 
 /// Whether a swap takes nothing away. The target may have been restarted since it said that it was ready: then
@@ -183,6 +196,13 @@ mod tests {
         let broken =
             Look { target: serving(), source_lives: true, source_has_none: true, log, ..Look::default() };
         assert!(may_swap(&record, &broken), "a node whose disk is broken can be replaced");
+    }
+
+    #[test]
+    fn what_a_leader_saw_before_it_was_stopped_does_not_count_after() {
+        let look = Look { asked: Duration::from_secs(100), ..Look::default() };
+        assert!(look.is_fresh(Duration::from_millis(100_900)));
+        assert!(!look.is_fresh(Duration::from_secs(102)));
     }
 
     #[test]

@@ -320,6 +320,19 @@ mod tests {
         Ordered { log_id, log_first_seq, log_base: None }
     }
 
+    fn report(state: ReplicaState, applied: u64, sum: Option<&str>) -> ReplicaReport {
+        ReplicaReport {
+            shard: crate::model::ShardId(1),
+            state,
+            applied,
+            durable: applied,
+            vectors: 0,
+            bytes: 0,
+            log_id: A,
+            checksum: sum.map(str::to_owned),
+        }
+    }
+
     #[test]
     fn no_writes_before_every_live_holder_has_said_what_it_has_applied() {
         let mut silent = Peers::NONE;
@@ -334,16 +347,7 @@ mod tests {
     #[test]
     fn one_that_still_applies_what_an_earlier_connection_has_brought_is_waited_for() {
         for applied in [0, 30] {
-            let report = ReplicaReport {
-                shard: crate::model::ShardId(1),
-                state: ReplicaState::Serving,
-                applied,
-                durable: applied,
-                vectors: 0,
-                bytes: 0,
-                log_id: A,
-                checksum: None,
-            };
+            let report = report(ReplicaState::Serving, applied, None);
             let mut peers = Peers::NONE;
             peers.said(Some(&report), A);
             assert!(may_go_on(&peers, Duration::ZERO));
@@ -356,16 +360,7 @@ mod tests {
     /// It is behind, so nothing of its own is missing; a write of another one that was refused came late.
     #[test]
     fn a_replica_that_is_behind_does_not_go_on_where_another_entry_is_than_others_hold() {
-        let report = |applied, sum: &str| ReplicaReport {
-            shard: crate::model::ShardId(1),
-            state: ReplicaState::Serving,
-            applied,
-            durable: applied,
-            vectors: 0,
-            bytes: 0,
-            log_id: A,
-            checksum: Some(sum.into()),
-        };
+        let report = |applied, sum| report(ReplicaState::Serving, applied, Some(sum));
         let mut peers = Peers::NONE;
         peers.said(Some(&report(30, "x-1")), A);
         peers.said(Some(&report(30, "x-1")), A);
@@ -402,16 +397,7 @@ mod tests {
 
     #[test]
     fn no_writes_into_a_log_that_another_holder_has_found_damaged() {
-        let report = ReplicaReport {
-            shard: crate::model::ShardId(1),
-            state: ReplicaState::LogLost,
-            applied: 30,
-            durable: 30,
-            vectors: 0,
-            bytes: 0,
-            log_id: A,
-            checksum: None,
-        };
+        let report = report(ReplicaState::LogLost, 30, None);
         let mut peers = Peers::NONE;
         peers.said(Some(&report), B);
         assert!(may_go_on(&peers, Duration::ZERO), "that was the log before");

@@ -135,11 +135,15 @@ impl Leader {
             Step::Swap => {
                 let record = record.clone();
                 let waits = now.saturating_sub(entry_since);
-                if !may_swap(&record, &self.look(migration, waits).await?) {
+                let look = self.look(migration, waits).await?;
+                if !may_swap(&record, &look) {
                     debug!(migration = migration.id, "a swap would take something away at the moment");
                     return Ok(());
                 }
                 pause("migration-before-swap").await;
+                if !look.is_fresh(self.ctx.clock.now()) {
+                    return Ok(());
+                }
                 self.swap(migration).await?;
                 pause("migration-after-swap").await;
                 self.finish(migration).await
@@ -174,8 +178,9 @@ impl Leader {
             None => None,
         };
         // Last, so that what it says is not old when the swap is written.
+        let asked = self.ctx.clock.now();
         let target = self.ask_holder(&migration.to, migration.shard).await.ok();
-        Ok(Look { target, source, source_lives, source_has_none, log, logged })
+        Ok(Look { target, source, source_lives, source_has_none, log, logged, asked })
     }
 
     async fn swap(&mut self, migration: &MigrationRecord) -> Result<()> {

@@ -210,8 +210,9 @@ impl Leader {
                     let logged = self.world.log_checksum(proc, record.shard, source.applied).await;
                     look.logged = logged.ok_or("no checksum")?;
                 }
+                look.asked = self.world.exec.local(proc);
                 look.target = of_shard(reports(&self.world, proc, &migration.to, limit).await);
-                if !may_swap(&record, &look) {
+                if !may_swap(&record, &look) || !look.is_fresh(self.world.exec.local(proc)) {
                     return Ok(());
                 }
                 self.write_shard(swapped(&record, migration.from.as_ref(), &migration.to)).await?;
