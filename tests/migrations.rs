@@ -217,6 +217,29 @@ async fn a_target_that_is_about_to_say_that_it_is_ready_has_everything_on_its_di
     cluster.migrated(&id).await;
 }
 
+/// What it saw before does not count: two replicas that serve would be left of three.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_was_held_up_does_not_swap_in_a_target_that_has_died_since() {
+    let mut cluster = TestCluster::start(setup()).await;
+    let client = cluster.client_with(Duration::from_secs(5)).await;
+    fill(&cluster, &client).await;
+    let load = Load::start(&client, 2);
+    let (to, from) = outsider(&cluster).await;
+    cluster.pause_at("migration-before-swap");
+    let id = start_move(&cluster, &from, &to).await;
+    cluster.wait_reached("migration-before-swap").await;
+    cluster.node(&to).kill().await.unwrap();
+    // The length of the fault: a look is good for a second.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    cluster.resume("migration-before-swap");
+    // The leader answers when it has gone on.
+    let replicas = cluster.shard(SHARD).await["replicas"].as_array().cloned().expect("replicas");
+    assert!(replicas.contains(&json!(from)) && !replicas.contains(&json!(to)), "{replicas:?}");
+    cluster.node(&to).restart().unwrap();
+    cluster.migrated(&id).await;
+    check_whole(&cluster, load, &client).await;
+}
+
 impl TestCluster {
     /// Also while the leader waits at a failpoint.
     async fn leader_from_bucket(&self) -> String {

@@ -4,6 +4,7 @@
 //! anything has changed. Nothing here decides where replicas live.
 
 pub(crate) mod apply;
+mod follow;
 mod seed;
 mod serve;
 mod source;
@@ -12,21 +13,17 @@ mod writer;
 pub(crate) use seed::Progress;
 pub(crate) use source::stream_snapshot;
 
-use crate::error::{Error, Result, shortened};
+use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
-use crate::logic::replica::{
-    Condition, Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_nowhere,
-    may_go_on,
-};
-use crate::model::events::{Event, ReplicaLoad, ReplicaState};
-use crate::model::wire::{LogOp, PingReply, PingRequest, ReplicaReport};
+use crate::logic::replica::{Condition, LogFacts};
+use crate::model::events::{ReplicaLoad, ReplicaState};
+use crate::model::wire::{LogOp, PingReply, ReplicaReport};
 use crate::model::{OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
 use crate::node::context::Context;
 use crate::store::{Digest, ShardStore, StoreFactory, StoreSpec};
-use crate::view::View;
-use apply::{Applier, Outcome};
+use apply::Outcome;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -34,21 +31,12 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 use uuid::Uuid;
 use writer::LogWriter;
 
-/// Entries and bytes applied in one transaction, at most.
-const APPLY_ENTRIES: usize = 512;
-const APPLY_BYTES: usize = 8 << 20;
 /// How often what is applied is made durable.
 const FLUSH: Duration = Duration::from_secs(1);
-/// How often the stream is compared with what was applied: readers have been seen to stall.
-const LOOK: Duration = Duration::from_secs(30);
-/// How long to ask other holders what they have applied.
-const PEERS: Duration = Duration::from_millis(500);
-/// Pause before they are asked again, if somebody did not answer.
-const ASK_AGAIN: Duration = Duration::from_millis(200);
 /// Digests of this many checkpoints are remembered.
 const CHECKPOINTS: usize = 16;
 
@@ -124,13 +112,6 @@ pub(crate) struct Replica {
 
 /// Applied sequence, checksum of the entry there, and the window of operation ids there as notes.
 pub(crate) type Window = (u64, Option<String>, Vec<(u64, Vec<u8>)>);
-/// What may change while a replica looks at its log.
-struct Watched {
-    views: watch::Receiver<Arc<View>>,
-    connected: watch::Receiver<bool>,
-    control: watch::Receiver<bool>,
-}
-
 type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
 
 impl Replica {
@@ -399,331 +380,6 @@ impl Replica {
                 // The next apply meets the same error, closes the gate and says so.
                 debug!(shard = %self.shard, "flushing: {error}");
             }
-        }
-    }
-
-    /// Looks, decides and acts once; returns when it is time to look again.
-    async fn round(&self, asks: &mut SnapshotAsks, failures: &mut u32) -> Result<()> {
-        // Before looking, so that nothing that changes meanwhile is missed.
-        let (data, control) = (&self.ctx.data.nats, &self.ctx.control.nats);
-        let views = self.ctx.views.subscribe();
-        let mut watched = Watched { views, connected: data.connected(), control: control.connected() };
-        watched.connected.mark_unchanged();
-        watched.control.mark_unchanged();
-        // No entry is on its way into the store here, so what the status says is what there is.
-        let (connection, control) = (data.connection(), control.connection());
-        self.status.send_modify(|status| {
-            status.control = control;
-            if status.connection != connection {
-                // What was checked on another connection is not checked.
-                let text = format!("the log of shard {} is not checked yet", self.shard);
-                status.gate.get_or_insert(Error::Unavailable(text));
-                (status.connection, status.checked) = (connection, false);
-            }
-        });
-        let (store, cluster) = (self.store.clone(), self.ctx.cluster.clone());
-        let applier = blocking(move || Applier::load(store, &cluster)).await?;
-        let views = &mut watched.views;
-        let Some(ordered) = self.ordered() else {
-            let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
-            return Ok(());
-        };
-        self.change(|status| {
-            status.applied = applier.held.applied;
-            status.checksum.clone_from(&applier.held.checksum);
-            status.log_id = applier.held.log_id;
-            status.checked = false;
-        });
-        if applier.seed.is_some() {
-            self.change(|status| status.failed = false);
-            return self.load_snapshot(applier).await;
-        }
-        // Others first, the log after: while writes go on it is then never behind what they said.
-        let mut peers = self.peers(ordered.log_id).await;
-        let held = &applier.held;
-        let (log, logged) = self.look_at_log(held).await?;
-        for (seq, sum) in peers.to_compare(log.filter(|log| log.id == ordered.log_id)) {
-            peers.compare(&sum, self.ctx.logs.entry_checksum(self.shard, seq).await?.as_deref());
-        }
-        let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
-        let joining =
-            self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
-        course = match joining {
-            true => course_of_joining(course, log, &peers),
-            false => course_beside(course, held, &ordered, &peers),
-        };
-        if is_nowhere(&course, held, &peers) {
-            return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
-        }
-        self.change(|status| status.failed = false);
-        match course {
-            Course::Follow if may_go_on(&peers, self.waited_for_peers(peers.all_have_said)) => {
-                let last_seq = log.map_or(0, |info| info.last_seq);
-                let followed = self.follow(applier, ordered, last_seq, asks, &mut watched).await;
-                self.status.send_modify(|status| status.following = false);
-                followed.inspect(|()| *failures = 0)
-            }
-            Course::Follow => {
-                self.change(|status| {
-                    let shard = self.shard;
-                    let wait =
-                        format!("other replicas of shard {shard} have not said yet that its log is whole");
-                    status.gate = Some(Error::Unavailable(wait));
-                    status.lost = None;
-                });
-                let _ = tokio::time::timeout(ASK_AGAIN, views.changed()).await;
-                *failures = 0;
-                Ok(())
-            }
-            Course::Snapshot => self.load_snapshot(applier).await,
-            Course::Wait => {
-                self.close_gate(Error::Unavailable(format!(
-                    "the log of shard {} is being created",
-                    self.shard
-                )));
-                let _ = tokio::time::timeout(Duration::from_millis(500), views.changed()).await;
-                Ok(())
-            }
-            Course::LogLost(why) => {
-                self.lose_log(&why).await;
-                let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
-                Ok(())
-            }
-        }
-    }
-
-    /// The log, and the checksum that it has for the last entry that was applied.
-    async fn look_at_log(&self, held: &Held) -> Result<(Option<LogFacts>, Option<String>)> {
-        let log = self.ctx.logs.info(self.shard).await?.map(facts);
-        let there = log.is_some_and(|log| (log.first_seq..=log.last_seq).contains(&held.applied));
-        let logged = match there && held.checksum.is_some() {
-            true => self.ctx.logs.entry_checksum(self.shard, held.applied).await?,
-            false => None,
-        };
-        Ok((log, logged))
-    }
-
-    async fn lose_log(&self, why: &str) {
-        let mut known = false;
-        self.change(|status| {
-            let text = format!("the log of shard {} lost data and is being rebuilt", self.shard);
-            status.gate = Some(Error::Unavailable(text));
-            known = status.lost.replace(status.log_id) == Some(status.log_id);
-        });
-        if !known {
-            let message = format!(
-                "shard {} on {}: {why}; it takes no writes until its log is rebuilt",
-                self.shard, self.ctx.node
-            );
-            let event = Event::new("shard.log_lost", message).shard(self.shard).node(&self.ctx.node);
-            self.ctx.event(event).await;
-        }
-    }
-
-    /// Says so once; as an error it makes the replica a failed one, and is looked into again: a holder may come
-    /// back with its disk.
-    async fn lose_data(&self, first_seq: u64) -> Error {
-        let stream = self.ctx.subjects.log_stream(self.shard);
-        let text = format!(
-            "shard {} has lost data: its log begins at {first_seq}, and no replica has what came before; bring a disk \
-             of one of its nodes back, or delete the stream {stream} to begin again with nothing",
-            self.shard
-        );
-        if !self.status.borrow().failed {
-            let event = Event::new("shard.data_lost", text.clone()).shard(self.shard).node(&self.ctx.node);
-            self.ctx.event(event).await;
-        }
-        Error::Corrupt(text)
-    }
-
-    fn ordered(&self) -> Option<Ordered> {
-        let view = self.ctx.view();
-        let record = view.shard(self.shard)?;
-        Some(Ordered::by(record))
-    }
-
-    fn close_gate(&self, error: Error) {
-        self.status.send_modify(|status| status.gate = Some(error));
-    }
-
-    /// Since when other holders are silent.
-    fn waited_for_peers(&self, all_have_said: bool) -> Duration {
-        let mut since = lock(&self.silent_since);
-        if all_have_said {
-            *since = None;
-            return Duration::ZERO;
-        }
-        let now = self.ctx.clock.now();
-        // What was waited for before a reconnection says nothing of what JetStream has lost in it.
-        let connection = self.ctx.data.nats.connection();
-        let known = since.filter(|(waited_on, _)| *waited_on == connection);
-        let (_, start) = *since.insert(known.unwrap_or((connection, now)));
-        now.saturating_sub(start)
-    }
-
-    /// What the other holders say.
-    async fn peers(&self, log_id: Uuid) -> Peers {
-        let view = self.ctx.view();
-        let Some(record) = view.shard(self.shard) else {
-            return Peers { all_have_said: false, ..Peers::NONE };
-        };
-        let others = record.replicas.iter().filter(|n| **n != self.ctx.node);
-        let asks = others.map(|node| {
-            let subject = self.ctx.subjects.node(node, "ping");
-            let request = PingRequest { shards: vec![self.shard] };
-            let live = view.node_status(node).is_live();
-            async move { (live, self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await) }
-        });
-        let mut peers = Peers::NONE;
-        for (live, answer) in futures::future::join_all(asks).await {
-            match answer {
-                Asked::Answer(Ok(reply)) => {
-                    peers.said(reply.replicas.iter().find(|r| r.shard == self.shard), log_id);
-                }
-                Asked::NoResponders => peers.silent(live, false),
-                Asked::Answer(Err(_)) | Asked::NoAnswer(_) => peers.silent(live, true),
-            }
-        }
-        peers
-    }
-
-    /// Applies the log until something makes it necessary to look again.
-    async fn follow(
-        &self,
-        mut applier: Applier,
-        ordered: Ordered,
-        last_seq: u64,
-        asks: &mut SnapshotAsks,
-        watched: &mut Watched,
-    ) -> Result<()> {
-        let log_id = ordered.log_id;
-        applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
-        let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
-        let goal = last_seq.max(applier.complete_at);
-        let Watched { views, connected, control } = watched;
-        // What was checked before a reconnection is not checked after it; later ones end the reader.
-        if connected.has_changed().unwrap_or(true) {
-            return Ok(());
-        }
-        // Shards take turns looking, instead of all at once.
-        let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
-        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
-        let mut looked_at = applier.held.applied;
-        self.change(|status| {
-            status.log_id = log_id;
-            status.gate = None;
-            status.lost = None;
-            status.checked = true;
-            status.following = true;
-            status.progress.loading = false;
-            status.lag = goal.saturating_sub(status.applied);
-            status.caught_up = applier.held.applied >= goal;
-        });
-        loop {
-            tokio::select! {
-                biased;
-                changed = connected.changed() => {
-                    // JetStream may have lost its tail while we were away: take no writes until checked, and apply
-                    // nothing more of what it had sent, so that what we say we have is all that we will have.
-                    self.close_gate(Error::Unavailable("the connection to NATS was lost".into()));
-                    self.status.send_modify(|status| (status.checked, status.following) = (false, false));
-                    drop(reader);
-                    if changed.is_ok() {
-                        // NATS's events are a hint, that may get lost.
-                        let _ = tokio::time::timeout(LOOK, connected.wait_for(|connected| *connected)).await;
-                    }
-                    return Ok(());
-                }
-                // What we say of ourselves counts for one control connection.
-                _ = control.changed() => return Ok(()),
-                _ = look.tick() => {
-                    if !self.knows_itself(&self.status.borrow()) {
-                        return Ok(());
-                    }
-                    let log = self.ctx.logs.info(self.shard).await?;
-                    // A log that is not the one, or ends early, is looked at in full by the next round.
-                    let last = log.filter(|info| info.id == log_id).map(|info| info.last_seq);
-                    let applied = applier.held.applied;
-                    let lag = last.unwrap_or(0).saturating_sub(applied);
-                    self.status.send_modify(|status| status.lag = lag);
-                    let stalled = lag > 0 && applied == looked_at;
-                    if last.is_none_or(|last| last < applied) || stalled {
-                        debug!(shard = %self.shard, ?last, applied, "the reader may have stalled");
-                        return Ok(());
-                    }
-                    looked_at = applied;
-                }
-                () = self.reload.notified() => {
-                    self.void_answers();
-                    blocking(move || applier.begin_seed(log_id, 0, None)).await?;
-                    return Ok(());
-                }
-                Some(ask) = asks.recv() => {
-                    let _ = ask.send((applier.held.applied, applier.held.checksum.clone(), applier.window_notes()));
-                }
-                changed = views.changed() => {
-                    if changed.is_err() { return Ok(()); }
-                    if self.ordered().is_some_and(|now| now != ordered) {
-                        info!(shard = %self.shard, "the log was rebuilt");
-                        self.close_gate(Error::Unavailable("the log was rebuilt".into()));
-                        return Ok(());
-                    }
-                }
-                reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
-                    let reads = reads?;
-                    if !self.knows_itself(&self.status.borrow()) {
-                        // They may be of the log as it came back: look at that first.
-                        return Ok(());
-                    }
-                    let (back, applied) = blocking(move || {
-                        let applied = applier.apply(reads);
-                        Ok((applier, applied))
-                    }).await?;
-                    applier = back;
-                    self.took(&applier, applied?, goal);
-                }
-            }
-        }
-    }
-
-    /// Tells everybody who waits what was applied.
-    fn took(&self, applier: &Applier, applied: apply::Applied, goal: u64) {
-        let metrics = &self.ctx.metrics;
-        metrics.applied_entries.inc_by(applied.entries);
-        metrics.duplicate_ops.inc_by(applied.duplicates);
-        for (seq, error) in &applied.rejected {
-            metrics.rejected_entries.inc();
-            if let Some(unsaid) = metrics.may_log("log entry") {
-                let error = shortened(error.to_string());
-                warn!(shard = %self.shard, seq, unsaid, "a log entry is skipped by every replica: {error}");
-            }
-        }
-        if !applied.checkpoints.is_empty() {
-            let mut known = lock(&self.checkpoints);
-            known.extend(applied.checkpoints);
-            while known.len() > CHECKPOINTS {
-                known.pop_front();
-            }
-            drop(known);
-            self.checkpointed.send_modify(|n| *n += 1);
-        }
-        let mut waiting = lock(&self.waiting);
-        if !waiting.is_empty() {
-            for (op_id, outcome) in applied.outcomes {
-                for waiter in waiting.remove(&op_id).into_iter().flatten() {
-                    let _ = waiter.send(outcome);
-                }
-            }
-        }
-        drop(waiting);
-        let seq = applier.held.applied;
-        self.status.send_modify(|status| {
-            status.applied = seq;
-            status.checksum.clone_from(&applier.held.checksum);
-            status.lag = goal.saturating_sub(seq);
-        });
-        if !self.status.borrow().caught_up && seq >= goal {
-            self.change(|status| status.caught_up = true);
         }
     }
 
