@@ -6,7 +6,7 @@ mod harness;
 use harness::load::Load;
 use harness::{Setup, TestCluster, eventually};
 use ruvector_cluster::model::wire::{ReadReply, ReadRequest, Reply, decode, encode};
-use ruvector_cluster::{Consistency, ShardId};
+use ruvector_cluster::{Consistency, Error, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -112,6 +112,57 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
         cluster.api("get", json!({"id": "b-199", "consistency": "linearizable"})).await["entry"]["vector"][3],
         199.0
     );
+}
+
+/// Of an acknowledged write all that is left is what one replica is about to apply. Whoever asks it must wait until it
+/// has: a write in that place would be acknowledged, and given up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_on_its_way_into_a_store_while_the_log_loses_it_comes_back() {
+    let mut cluster = TestCluster::start(Setup { shards: 1, pauses: true, ..Setup::default() }).await;
+    fill(&cluster, "a").await;
+    let store = cluster.nats[0].dir().join("nats-data");
+    let old = cluster.dir().join("old");
+    cluster.nats[0].kill().await.unwrap();
+    copy(&store, &old);
+    cluster.nats[0].restart().await.unwrap();
+    cluster.wait_green().await;
+    let before = cluster.report("n1", 0).await.unwrap().expect("a replica").applied;
+    cluster.pause_at("applying");
+    let write = |id: &str| json!({"entries": [{"id": id, "vector": [4, 3, 2, 1]}]});
+    let reply = cluster.api("upsert", write("late")).await;
+    assert_eq!(reply["upserted"], 1, "{reply}");
+    for id in ["n1", "n2"] {
+        cluster.node(id).kill().await.unwrap();
+    }
+    let pid = cluster.node("n3").pid().expect("it runs");
+    cluster.wait_reached_by("applying", pid).await;
+    cluster.nats[0].kill().await.unwrap();
+    std::fs::remove_dir_all(&store).unwrap();
+    copy(&old, &store);
+    cluster.nats[0].restart().await.unwrap();
+    for id in ["n1", "n2"] {
+        cluster.node(id).restart().unwrap();
+        eventually("it has opened its replica", || async {
+            match cluster.report(id, 0).await? {
+                Some(report) if report.applied == before => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
+    let client = cluster.client_with(std::time::Duration::from_secs(4)).await;
+    let other = VectorEntry::new("other", vec![1.0; 4]);
+    let refused = client.upsert(vec![other]).await.expect_err("nobody knows yet what the log has lost");
+    assert!(matches!(refused, Error::Unavailable(_)), "{refused:?}");
+    cluster.resume("applying");
+    let found = eventually("it is read", || async {
+        let get = json!({"id": "late", "consistency": "linearizable"});
+        let found = cluster.ask("ruvector.api.get", &get).await?;
+        if found["error"].is_null() { Ok(found) } else { Err(found.to_string()) }
+    })
+    .await;
+    assert_eq!(found["entry"]["vector"], json!([4.0, 3.0, 2.0, 1.0]), "{found}");
+    cluster.wait_green().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,8 +5,7 @@ mod harness;
 use harness::load::{Load, Outcome};
 use harness::{Setup, TestCluster, eventually};
 use ruvector_cluster::model::events::ReplicaState;
-use ruvector_cluster::model::wire::{PingReply, PingRequest, ReplicaReport, Reply};
-use ruvector_cluster::{Client, ShardId, VectorEntry};
+use ruvector_cluster::{Client, VectorEntry};
 use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -17,18 +16,6 @@ const REQUEST: Duration = Duration::from_secs(1);
 /// Three nodes hold two replicas of each shard, so that every shard can move.
 fn setup() -> Setup {
     Setup { replication_factor: 2, dimensions: 32, pauses: true, ..Setup::default() }
-}
-
-/// What a node says of its replica.
-async fn report(cluster: &TestCluster, node: &str) -> Result<Option<ReplicaReport>, String> {
-    let request = PingRequest { shards: vec![ShardId(SHARD)] };
-    let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
-    let reply = cluster.raw.request(format!("ruvector.node.{node}.ping"), request.into());
-    let reply = reply.await.map_err(|e| e.to_string())?;
-    match rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply") {
-        Reply::Ok(reply) => Ok(reply.replicas.into_iter().next()),
-        Reply::Error(error) => Err(format!("{error:?}")),
-    }
 }
 
 /// Enough in the shard that it takes several chunks, and a log that does not begin at 1 any more.
@@ -206,7 +193,7 @@ async fn a_target_that_is_about_to_say_that_it_is_ready_has_everything_on_its_di
     let id = start_move(&cluster, &from, &to).await;
     // It serves, and waits before it says so; other shards may move, too.
     let serving = eventually("the target serves", || async {
-        match report(&cluster, &to).await? {
+        match cluster.report(&to, SHARD).await? {
             Some(report) if report.state == ReplicaState::Serving => Ok(report),
             other => Err(format!("{other:?}")),
         }

@@ -4,7 +4,6 @@ use super::{TestCluster, eventually};
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use futures::StreamExt;
 use ruvector_cluster::model::records::MigrationRecord;
-use ruvector_cluster::model::wire::{PingReply, PingRequest, Reply};
 use ruvector_cluster::planner::{self, ClusterDescription, DescribedNode, DescribedShard, RebalancePlan};
 use ruvector_cluster::{Client, NodeStatus, ShardId, VectorEntry};
 use serde_json::{Value, json};
@@ -52,13 +51,8 @@ pub(crate) async fn truncate(cluster: &TestCluster) {
         let last = stream.info().await.expect("its state").state.last_sequence;
         eventually("every holder has it on disk", || async {
             for holder in &holders {
-                let request = PingRequest { shards: vec![ShardId(shard)] };
-                let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
-                let reply = cluster.raw.request(format!("ruvector.node.{holder}.ping"), request.into());
-                let reply = reply.await.map_err(|e| e.to_string())?;
-                let reply = rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply");
-                let Reply::Ok(reply) = reply else { return Err("an error".into()) };
-                let durable = reply.replicas.first().map_or(0, |replica| replica.durable);
+                let report = cluster.report(holder, shard).await?;
+                let durable = report.map_or(0, |report| report.durable);
                 if durable < last {
                     return Err(format!("{holder} has {durable} of {last} of shard {shard}"));
                 }

@@ -6,8 +6,9 @@ pub(crate) mod load;
 pub(crate) mod map;
 pub(crate) mod program;
 
+use ruvector_cluster::model::wire::{PingReply, PingRequest, ReplicaReport, Reply};
 use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess};
-use ruvector_cluster::{Client, ClientOptions, NatsOptions};
+use ruvector_cluster::{Client, ClientOptions, NatsOptions, ShardId};
 use serde_json::{Value, json};
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -227,6 +228,16 @@ impl TestCluster {
             .await;
     }
 
+    /// Waits until this process waits at the failpoint.
+    pub(crate) async fn wait_reached_by(&self, place: &str, pid: u32) {
+        let file = self.dir().join("pauses").join(format!("{place}.reached"));
+        eventually(place, || async {
+            let there = std::fs::read_to_string(&file).map_err(|e| e.to_string())?;
+            if there == pid.to_string() { Ok(()) } else { Err(format!("process {there} is there")) }
+        })
+        .await;
+    }
+
     pub(crate) async fn client(&self) -> Client {
         self.client_with(Duration::from_secs(10)).await
     }
@@ -300,6 +311,18 @@ impl TestCluster {
             reply["shards"].get(0).cloned().ok_or_else(|| reply.to_string())
         })
         .await
+    }
+
+    /// What a node says of its replica of a shard.
+    pub(crate) async fn report(&self, node: &str, shard: u32) -> Result<Option<ReplicaReport>, String> {
+        let request = PingRequest { shards: vec![ShardId(shard)] };
+        let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
+        let reply = self.raw.request(format!("ruvector.node.{node}.ping"), request.into());
+        let reply = reply.await.map_err(|e| e.to_string())?;
+        match rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply") {
+            Reply::Ok(reply) => Ok(reply.replicas.into_iter().next()),
+            Reply::Error(error) => Err(format!("{error:?}")),
+        }
     }
 
     pub(crate) async fn bucket(&self, name: &str) -> async_nats::jetstream::kv::Store {

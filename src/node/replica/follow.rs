@@ -9,6 +9,7 @@ use crate::logic::replica::{
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest};
 use crate::nats::bus::Asked;
+use crate::node::failpoint::pause;
 use crate::view::View;
 use std::sync::Arc;
 use std::time::Duration;
@@ -307,6 +308,7 @@ impl Replica {
                         // They may be of the log as it came back: look at that first.
                         return Ok(());
                     }
+                    pause("applying").await;
                     let (back, applied) = blocking(move || {
                         let applied = applier.apply(reads);
                         Ok((applier, applied))
