@@ -34,7 +34,7 @@ async fn fill(cluster: &TestCluster, client: &Client) {
         let shard = cluster.shard(SHARD).await;
         let replicas = shard["replicas"].as_array().expect("replicas");
         for node in replicas.iter().filter_map(Value::as_str) {
-            let durable = report(cluster, node).await?.map_or(0, |replica| replica.durable);
+            let durable = cluster.report(node, SHARD).await?.map_or(0, |replica| replica.durable);
             if durable < seq {
                 return Err(format!("{node} has {durable} of {seq}"));
             }

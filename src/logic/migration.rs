@@ -13,7 +13,7 @@ use std::time::Duration;
 /// Entries behind that count as "close behind": the target may compare its content with a source.
 pub(crate) const CLOSE: u64 = 64;
 /// How old what the leader saw may be when it writes a swap.
-const LOOK_COUNTS: Duration = Duration::from_secs(1);
+const LOOK_COUNTS: Duration = Duration::from_secs(2);
 
 /// What the leader knows of a running migration.
 #[derive(Debug, Clone, Copy)]
@@ -68,7 +68,7 @@ pub(crate) fn next_step(facts: Facts<'_>) -> Step {
     if ready { Step::Swap } else { Step::Wait }
 }
 
-/// What was asked right before a swap: the source, then the log, and the target last.
+/// What was asked right before a swap: the source, then the log, then the target.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Look {
     /// What the target says of its replica, if it answered.
@@ -77,18 +77,18 @@ pub(crate) struct Look {
     pub(crate) source: Option<ReplicaReport>,
     /// The source is, as far as the cluster knows, alive.
     pub(crate) source_lives: bool,
-    /// It answers, and has had time to open its replica, but has none: its store does not work.
+    /// It has answered for long that it has none: its store does not work.
     pub(crate) source_has_none: bool,
     pub(crate) log: Option<LogFacts>,
     /// Checksum of the entry that the log has where the source has applied its last one; `None` if it was truncated.
     pub(crate) logged: Option<String>,
-    /// When the target was asked.
+    /// When the first of them was asked.
     pub(crate) asked: Duration,
 }
 
 impl Look {
     /// Whether it still counts when the swap is about to be written: the leader may have been stopped since, well within
-    /// its lease, and the target may have died.
+    /// its lease, and the target may have died, or JetStream may have lost what the source has applied.
     pub(crate) fn is_fresh(&self, now: Duration) -> bool {
         now.saturating_sub(self.asked) < LOOK_COUNTS
     }
@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn what_a_leader_saw_before_it_was_stopped_does_not_count_after() {
         let look = Look { asked: Duration::from_secs(100), ..Look::default() };
-        assert!(look.is_fresh(Duration::from_millis(100_900)));
+        assert!(look.is_fresh(Duration::from_millis(101_900)));
         assert!(!look.is_fresh(Duration::from_secs(102)));
     }
 

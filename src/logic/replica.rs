@@ -276,10 +276,21 @@ pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: &P
 
 /// The same for a replica that has seen that another one holds another entry than their log: that one may not look for
 /// long, on a quiet shard, and when it has applied more its last entry is in the log again. So whoever has seen
-/// it says so.
-pub(crate) fn course_beside(course: Course, held: &Held, ordered: &Ordered, peers: &Peers) -> Course {
+/// it says so, and says so until there is another log: `condemned` is the log in which it was seen. That two entries
+/// had one place is for ever, unlike an end that is not there yet.
+pub(crate) fn course_beside(
+    course: Course,
+    held: &Held,
+    ordered: &Ordered,
+    peers: &Peers,
+    condemned: &mut Option<Uuid>,
+) -> Course {
+    let ours = held.log_id == ordered.log_id;
+    if peers.differs && ours {
+        *condemned = Some(ordered.log_id);
+    }
     match course {
-        Course::Follow if peers.differs && held.log_id == ordered.log_id => {
+        Course::Follow if ours && *condemned == Some(ordered.log_id) => {
             Course::LogLost("the log has another entry than another replica".into())
         }
         course => course,
@@ -381,7 +392,9 @@ mod tests {
     /// The one that has the other entry may not look before it has applied more, and then nothing is to be seen.
     #[test]
     fn whoever_sees_that_another_replica_has_another_entry_says_so() {
-        let beside = |held: &Held, peers: &Peers| course_beside(Course::Follow, held, &ordered(A, 1), peers);
+        let beside = |held: &Held, peers: &Peers| {
+            course_beside(Course::Follow, held, &ordered(A, 1), peers, &mut None)
+        };
         assert_eq!(beside(&held(A, 20), &Peers::NONE), Course::Follow);
         let mut peers = Peers::NONE;
         peers.compare("x-1", Some("x-2"));
@@ -393,6 +406,23 @@ mod tests {
         );
         let told = Peers { lost: true, ..Peers::NONE };
         assert_eq!(beside(&held(A, 20), &told), Course::Follow, "that is known: it waits");
+    }
+
+    /// The leader looks twice, some time apart, and the other replica may have applied more by then.
+    #[test]
+    fn what_was_seen_in_a_log_is_said_until_there_is_another_one() {
+        let mut condemned = None;
+        let mut peers = Peers::NONE;
+        peers.compare("x-1", Some("x-2"));
+        let lost = |course: Course| matches!(&course, Course::LogLost(why) if why.contains("another entry than another"));
+        assert!(lost(course_beside(Course::Follow, &held(A, 20), &ordered(A, 1), &peers, &mut condemned)));
+        let later = course_beside(Course::Follow, &held(A, 20), &ordered(A, 1), &Peers::NONE, &mut condemned);
+        assert!(lost(later), "nobody sees it any more");
+        let rebuilt = ordered(B, 21);
+        let then = course_beside(Course::Follow, &held(A, 20), &rebuilt, &Peers::NONE, &mut condemned);
+        assert_eq!(then, Course::Follow);
+        let on = course_beside(Course::Follow, &held(B, 30), &rebuilt, &Peers::NONE, &mut condemned);
+        assert_eq!(on, Course::Follow);
     }
 
     #[test]

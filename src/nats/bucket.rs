@@ -245,11 +245,11 @@ pub(crate) fn creation_error(
 ) -> Error {
     match api_code(error) {
         Some(10_074) => Error::Invalid(format!(
-            "{name} cannot have {replicas} replicas on a single NATS server: set log_replicas to 1, or give it a NATS cluster"
+            "{name} cannot have {replicas} replicas on a single NATS server: give it a NATS cluster (log_replicas 1 counts only when a cluster is created)"
         )),
         // They may still be starting.
         Some(10_005) => Error::Unavailable(format!(
-            "{name} cannot have {replicas} replicas, fewer JetStream servers are up: start more, or set log_replicas"
+            "{name} cannot have {replicas} replicas, fewer JetStream servers are up: start more (log_replicas counts only when a cluster is created)"
         )),
         Some(10_023 | 10_047) => {
             Error::Full(format!("NATS has no room for {name}: raise JetStream's max_file_store"))

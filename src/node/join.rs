@@ -192,6 +192,9 @@ async fn ensure_buckets(
     for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
         bucket.ensure(replicas).await?;
     }
+    if let (Some(decided), Some(wanted)) = (decided, wanted.filter(|wanted| decided != Some(*wanted))) {
+        warn!("log_replicas {wanted} does not count: this cluster was created with {decided}");
+    }
     Ok(replicas)
 }
 

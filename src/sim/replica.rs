@@ -38,6 +38,7 @@ pub(crate) struct Replica {
     checked: Cell<bool>,
     reload: Cell<bool>,
     silent_since: Cell<Option<(u64, Duration)>>,
+    condemned: Cell<Option<Uuid>>,
     /// The connection that brought what is on its way into the store.
     applying: Cell<Option<u64>>,
     pub(crate) checkpoints: RefCell<VecDeque<(Uuid, Digest)>>,
@@ -67,6 +68,7 @@ impl Replica {
             checked: Cell::new(false),
             reload: Cell::new(false),
             silent_since: Cell::new(None),
+            condemned: Cell::new(None),
             applying: Cell::new(None),
             checkpoints: RefCell::default(),
             changed: Signal::new(&world.exec),
@@ -200,7 +202,9 @@ impl Replica {
         if self.record().is_some_and(|record| record.is_joining(&name(self.state.at))) {
             course = course_of_joining(course, log, &peers);
         } else {
-            course = course_beside(course, held, &ordered, &peers);
+            let mut condemned = self.condemned.get();
+            course = course_beside(course, held, &ordered, &peers, &mut condemned);
+            self.condemned.set(condemned);
         }
         match course {
             Course::Follow => {
@@ -240,6 +244,13 @@ impl Replica {
         world.exec.note(|| format!("n{} shard {}: {why}", self.state.at, self.shard));
         self.gate.set(false);
         self.change(|c| c.lost = Some(c.log_id));
+    }
+
+    fn condemn_log(&self, world: &World, log_id: Uuid, why: &str) {
+        self.condemned.set(Some(log_id));
+        if self.condition.get().log_id == log_id {
+            self.lose_log(world, why);
+        }
     }
 
     async fn peers(&self, world: &World, log_id: Uuid) -> Peers {
@@ -315,9 +326,7 @@ impl Replica {
                 idle += 1;
                 if idle % 16 == 0 {
                     // Now and then the stream is compared with what was applied.
-                    let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
-                    let last = log.filter(|log| log.id == log_id).map(|log| log.last_seq);
-                    if last.is_none_or(|last| last < applier.held.applied) {
+                    if !self.log_still_has(world, &applier.held).await? {
                         return Ok(());
                     }
                 }
@@ -455,29 +464,34 @@ impl Replica {
         if !self.serves() || !self.gate.get() {
             return Err("not now");
         }
-        let before = self.applied.get();
+        let (before, log_id) = (self.applied.get(), self.condition.get().log_id);
         if broken!(AckBeforeLog) {
             return Ok(world.epoch.get());
         }
         let ack = self.append(world, op, op_id, Duration::from_secs(4)).await?;
-        let whole = match placement(ack.seq, ack.duplicate, before) {
-            Placement::Fine => true,
-            Placement::LogLost => false,
-            Placement::Unclear => self.log_has_what_was_applied(world).await?,
-        };
-        if !whole {
-            self.lose_log(world, "a write was put too early");
-            return Err("the log lost data");
+        match placement(ack.seq, ack.duplicate, before) {
+            Placement::Fine => return Ok(ack.epoch),
+            Placement::LogLost => self.condemn_log(world, log_id, "a write was put too early"),
+            Placement::Unclear => {
+                let held = self.held();
+                if self.log_still_has(world, &held).await? {
+                    return Ok(ack.epoch);
+                }
+                self.lose_log(world, "a write is in another log");
+            }
         }
-        Ok(ack.epoch)
+        Err("the log lost data")
     }
 
-    async fn log_has_what_was_applied(&self, world: &World) -> Tried<bool> {
+    fn held(&self) -> Held {
         let (log_id, applied) = (self.condition.get().log_id, self.applied.get());
-        let held = Held { log_id, applied, checksum: self.checksum.borrow().clone() };
+        Held { log_id, applied, checksum: self.checksum.borrow().clone() }
+    }
+
+    async fn log_still_has(&self, world: &World, held: &Held) -> Tried<bool> {
         let log = world.log_info(self.proc, self.shard).await.ok_or("no info")?;
-        let logged = world.log_checksum(self.proc, self.shard, applied).await.ok_or("no checksum")?;
-        Ok(still_has(&held, log, logged.as_deref()))
+        let logged = world.log_checksum(self.proc, self.shard, held.applied).await.ok_or("no checksum")?;
+        Ok(still_has(held, log, logged.as_deref()))
     }
 
     /// A linearizable read.
@@ -485,11 +499,11 @@ impl Replica {
         if !self.serves() || !self.gate.get() {
             return Err("not now");
         }
-        let before = self.applied.get();
+        let (before, log_id) = (self.applied.get(), self.condition.get().log_id);
         let limit = Duration::from_secs(3);
         let Ack { seq, .. } = self.append(world, LogOp::Barrier, world.exec.uuid(), limit).await?;
         if placement(seq, false, before) != Placement::Fine {
-            self.lose_log(world, "a barrier was put too early");
+            self.condemn_log(world, log_id, "a barrier was put too early");
             return Err("the log lost data");
         }
         self.wait_applied(world, seq).await?;

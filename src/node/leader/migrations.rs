@@ -26,7 +26,7 @@ use tracing::debug;
 
 /// A migration without any progress for so long is given up, and planned again.
 const STALLED: Duration = Duration::from_secs(600);
-/// A live source that has had no replica for so long while its target was ready cannot open its store.
+/// A live source that has said for so long that it has no replica, while its target was ready, cannot open its store.
 const OPENS_WITHIN: Duration = Duration::from_secs(60);
 /// How long the records of past migrations are kept, and how many.
 const KEEP: chrono::TimeDelta = chrono::TimeDelta::hours(24);
@@ -106,6 +106,7 @@ impl Leader {
         let now = self.ctx.clock.now();
         let running = self.running();
         self.watched.retain(|id, _| running.iter().any(|m| m.id == *id));
+        self.sourceless.retain(|id, _| running.iter().any(|m| m.id == *id));
         for migration in running {
             if let Err(error) = self.oversee(&migration, now).await {
                 self.soft(error)?;
@@ -130,18 +131,22 @@ impl Leader {
         let young = now.saturating_sub(entry_since) < Duration::from_secs(2);
         let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
         let target = self.ctx.view().node_status(&migration.to);
-        match next_step(Facts { migration, record, target, stalled, young }) {
+        let step = next_step(Facts { migration, record, target, stalled, young });
+        if step != Step::Swap {
+            self.sourceless.remove(&migration.id);
+        }
+        match step {
             Step::Wait => Ok(()),
             Step::Swap => {
                 let record = record.clone();
-                let waits = now.saturating_sub(entry_since);
-                let look = self.look(migration, waits).await?;
+                let look = self.look(migration, now).await?;
                 if !may_swap(&record, &look) {
                     debug!(migration = migration.id, "a swap would take something away at the moment");
                     return Ok(());
                 }
                 pause("migration-before-swap").await;
                 if !look.is_fresh(self.ctx.clock.now()) {
+                    debug!(migration = migration.id, "what was asked before the swap is old: asking again");
                     return Ok(());
                 }
                 self.swap(migration).await?;
@@ -154,8 +159,8 @@ impl Leader {
         }
     }
 
-    /// `waits` is since when the target is ready.
-    async fn look(&self, migration: &MigrationRecord, waits: Duration) -> Result<Look> {
+    async fn look(&mut self, migration: &MigrationRecord, now: Duration) -> Result<Look> {
+        let asked = self.ctx.clock.now();
         let source = match &migration.from {
             Some(from) => self.ask_replica(from, migration.shard).await,
             None => Ok(None),
@@ -166,7 +171,11 @@ impl Leader {
             Ok(Some(report)) => !report.is_settled() && report.state == ReplicaState::Failed,
             Err(_) => false,
         };
-        let source_has_none = none && waits > OPENS_WITHIN;
+        if !none {
+            self.sourceless.remove(&migration.id);
+        }
+        let since = none.then(|| *self.sourceless.entry(migration.id.clone()).or_insert(now));
+        let source_has_none = since.is_some_and(|since| now.saturating_sub(since) > OPENS_WITHIN);
         let source = source.ok().flatten().filter(ReplicaReport::is_settled);
         let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
         let log = self.ctx.logs.info(migration.shard).await?.map(facts);
@@ -177,8 +186,6 @@ impl Leader {
             Some(report) => self.ctx.logs.entry_checksum(migration.shard, report.applied).await?,
             None => None,
         };
-        // Last, so that what it says is not old when the swap is written.
-        let asked = self.ctx.clock.now();
         let target = self.ask_holder(&migration.to, migration.shard).await.ok();
         Ok(Look { target, source, source_lives, source_has_none, log, logged, asked })
     }

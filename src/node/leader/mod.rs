@@ -112,8 +112,12 @@ struct Leader {
     heat: Heat,
     /// Migrations as last seen, and since when without progress.
     watched: BTreeMap<String, (String, Duration)>,
+    /// Migrations whose target is ready and whose source answers that it has no replica, and since when.
+    sourceless: BTreeMap<String, Duration>,
     /// Shards whose stream has been checked in this term.
     logs_checked: BTreeSet<ShardId>,
+    /// When logs were last looked at, found wanting or not.
+    logs_looked: BTreeMap<ShardId, Duration>,
     /// Logs that were found wanting, what for, and since when.
     log_suspects: BTreeMap<ShardId, (Verdict, Duration)>,
     next_log_check: Duration,
@@ -141,7 +145,9 @@ impl Leader {
             placement: Placement::default(),
             heat,
             watched: BTreeMap::new(),
+            sourceless: BTreeMap::new(),
             logs_checked: BTreeSet::new(),
+            logs_looked: BTreeMap::new(),
             log_suspects: BTreeMap::new(),
             next_log_check: now,
             last_tick: now,

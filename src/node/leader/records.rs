@@ -13,7 +13,7 @@ use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::join::restore_buckets;
 use crate::node::replica::facts;
-use crate::view::parse;
+use crate::view::{Rev, parse};
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
 use tracing::{debug, info, warn};
@@ -308,17 +308,19 @@ impl Leader {
         self.next_log_check = now + LOG_CHECKS;
         let reported = self.loads.values().flat_map(|report| &report.shards);
         let lost = reported.filter(|load| load.state == ReplicaState::LogLost).map(|load| load.shard);
-        // Whoever led before may have died between writing a record and creating its log.
-        let unchecked = self.shards.keys().copied().filter(|shard| !self.logs_checked.contains(shard));
-        // Replicas that have nothing do not miss the log's stream, they wait for it.
-        let stuck =
-            self.shards.values().filter(|(_, record)| self.is_stuck(record)).map(|(_, record)| record.shard);
+        // Whoever led before may have died between writing a record and creating its log. Replicas that have nothing
+        // do not miss the log's stream, they wait for it. These take turns: a look fails while a holder is away.
+        let waits = |(shard, (_, record)): &(&ShardId, &Rev<ShardRecord>)| {
+            !self.logs_checked.contains(shard) || self.is_stuck(record)
+        };
+        let mut waiting: Vec<ShardId> = self.shards.iter().filter(waits).map(|(shard, _)| *shard).collect();
+        waiting.sort_by_key(|shard| self.logs_looked.get(shard));
+        let suspects = self.log_suspects.keys().copied();
         let mut shards: Vec<ShardId> =
-            lost.chain(unchecked.take(PARALLEL)).chain(stuck.take(PARALLEL)).collect();
+            lost.chain(suspects).chain(waiting.into_iter().take(PARALLEL)).collect();
         shards.sort();
         shards.dedup();
-        // A second look counts if it comes soon after the first.
-        self.log_suspects.retain(|shard, _| shards.contains(shard));
+        self.logs_looked.extend(shards.iter().map(|shard| (*shard, now)));
         let records =
             shards.iter().filter_map(|shard| self.shards.get(shard)).map(|(_, record)| record.clone());
         let this = &*self;

@@ -5,6 +5,7 @@ use super::{CHECKPOINTS, Replica, SnapshotAsks, blocking, facts, lock};
 use crate::error::{Error, Result, shortened};
 use crate::logic::replica::{
     Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_nowhere, may_go_on,
+    still_has,
 };
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest};
@@ -83,7 +84,7 @@ impl Replica {
             self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
         course = match joining {
             true => course_of_joining(course, log, &peers),
-            false => course_beside(course, held, &ordered, &peers),
+            false => course_beside(course, held, &ordered, &peers, &mut lock(&self.condemned)),
         };
         if is_nowhere(&course, held, &peers) {
             return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
@@ -99,8 +100,12 @@ impl Replica {
             Course::Follow => {
                 self.change(|status| {
                     let shard = self.shard;
-                    let wait =
-                        format!("other replicas of shard {shard} have not said yet that its log is whole");
+                    let wait = match peers.lost {
+                        true => format!("the log of shard {shard} lost data and is being rebuilt"),
+                        false => {
+                            format!("other replicas of shard {shard} have not said yet that its log is whole")
+                        }
+                    };
                     status.gate = Some(Error::Unavailable(wait));
                     status.lost = None;
                 });
@@ -134,6 +139,15 @@ impl Replica {
             false => None,
         };
         Ok((log, logged))
+    }
+
+    /// An entry was put where another one of this log was applied: says that the log is lost until there is another
+    /// one, see [`course_beside`].
+    pub(super) async fn condemn_log(&self, log_id: Uuid, why: &str) {
+        *lock(&self.condemned) = Some(log_id);
+        if self.status.borrow().log_id == log_id {
+            self.lose_log(why).await;
+        }
     }
 
     pub(super) async fn lose_log(&self, why: &str) {
@@ -273,14 +287,14 @@ impl Replica {
                     if !self.knows_itself(&self.status.borrow()) {
                         return Ok(());
                     }
-                    let log = self.ctx.logs.info(self.shard).await?;
-                    // A log that is not the one, or ends early, is looked at in full by the next round.
-                    let last = log.filter(|info| info.id == log_id).map(|info| info.last_seq);
+                    let (log, logged) = self.look_at_log(&applier.held).await?;
                     let applied = applier.held.applied;
+                    let last = log.map(|log| log.last_seq);
                     let lag = last.unwrap_or(0).saturating_sub(applied);
                     self.status.send_modify(|status| status.lag = lag);
+                    // A log that is not the one, ends early, or has another entry is looked at by the next round.
                     let stalled = lag > 0 && applied == looked_at;
-                    if last.is_none_or(|last| last < applied) || stalled {
+                    if !still_has(&applier.held, log, logged.as_deref()) || stalled {
                         debug!(shard = %self.shard, ?last, applied, "the reader may have stalled");
                         return Ok(());
                     }

@@ -94,6 +94,8 @@ pub(crate) struct Replica {
     reload: tokio::sync::Notify,
     /// Since when other live holders have not said what they have applied.
     silent_since: Mutex<Option<(u64, Duration)>>,
+    /// The log in which two entries were seen to have had one place.
+    condemned: Mutex<Option<Uuid>>,
     /// Counts up before the content is thrown away: an answer that was looked up across that is void.
     generation: AtomicU64,
     /// One other replica at a time copies this one to repair itself, so that they do not all throw
@@ -157,6 +159,7 @@ impl Replica {
             may_serve: watch::Sender::new(may_serve),
             reload: tokio::sync::Notify::new(),
             silent_since: Mutex::default(),
+            condemned: Mutex::default(),
             generation: AtomicU64::new(0),
             repairs: Arc::new(tokio::sync::Semaphore::new(1)),
             writer,

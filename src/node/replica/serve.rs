@@ -179,9 +179,9 @@ impl Replica {
     async fn write(&self, request: WriteRequest) -> Result<WriteReply> {
         self.check_request(&request)?;
         self.check_serving()?;
-        let (before, gate) = {
+        let (before, log_id, gate) = {
             let status = self.status.borrow();
-            (status.applied, status.gate.clone())
+            (status.applied, status.log_id, status.gate.clone())
         };
         if let Some(error) = gate {
             return Err(match error {
@@ -213,14 +213,15 @@ impl Replica {
             Placement::Fine => {}
             Placement::LogLost => {
                 let why = format!("a write was put at {}, {before} was applied before", placed.seq);
-                return Err(self.lost_write(&why).await);
+                self.condemn_log(log_id, &why).await;
+                return Err(self.lost_write());
             }
             Placement::Unclear => {
                 let whole = tokio::time::timeout_at(deadline, self.log_has_what_was_applied()).await;
                 let late = |_| Error::Unavailable("the log could not be looked at in time".into());
                 if !whole.map_err(late)?? {
-                    let why = format!("a write is said to be at {}, in another log", placed.seq);
-                    return Err(self.lost_write(&why).await);
+                    self.lose_log(&format!("a write is said to be at {}, in another log", placed.seq)).await;
+                    return Err(self.lost_write());
                 }
             }
         }
@@ -237,9 +238,8 @@ impl Replica {
         Ok(WriteReply { seq: placed.seq, deleted: deleted.into() })
     }
 
-    /// Says that the log is lost, and what to answer for a write that may have gone with it.
-    async fn lost_write(&self, why: &str) -> Error {
-        self.lose_log(why).await;
+    /// What to answer for a write that may have gone with its log.
+    fn lost_write(&self) -> Error {
         Error::Unavailable(format!("the log of shard {} lost data: the write may be lost", self.shard))
     }
 
@@ -344,9 +344,9 @@ impl Replica {
                 }
             }
             Consistency::Linearizable => {
-                let (before, gate) = {
+                let (before, log_id, gate) = {
                     let status = self.status.borrow();
-                    (status.applied, status.gate.clone())
+                    (status.applied, status.log_id, status.gate.clone())
                 };
                 if let Some(error) = gate {
                     return Err(Error::Unavailable(error.to_string()));
@@ -355,11 +355,8 @@ impl Replica {
                 let until = Instant::now() + timeout;
                 let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
                 if placement(placed.seq, false, before) != Placement::Fine {
-                    self.lose_log(&format!(
-                        "a barrier was put at {}, {before} was applied before",
-                        placed.seq
-                    ))
-                    .await;
+                    let why = format!("a barrier was put at {}, {before} was applied before", placed.seq);
+                    self.condemn_log(log_id, &why).await;
                     return Err(Error::Unavailable(format!("the log of shard {} lost data", self.shard)));
                 }
                 self.wait_applied(placed.seq.max(after), until - Instant::now()).await.map(|_| ())

@@ -194,7 +194,8 @@ impl Leader {
             Step::Wait => Ok(()),
             Step::Swap => {
                 let limit = Duration::from_millis(800);
-                let mut look = Look::default();
+                let asked = self.world.exec.local(self.state.proc);
+                let mut look = Look { asked, ..Look::default() };
                 let of_shard = |said: Option<Vec<ReplicaReport>>| {
                     said.unwrap_or_default().into_iter().find(|r| r.shard == record.shard && r.is_settled())
                 };
@@ -210,7 +211,6 @@ impl Leader {
                     let logged = self.world.log_checksum(proc, record.shard, source.applied).await;
                     look.logged = logged.ok_or("no checksum")?;
                 }
-                look.asked = self.world.exec.local(proc);
                 look.target = of_shard(reports(&self.world, proc, &migration.to, limit).await);
                 if !may_swap(&record, &look) || !look.is_fresh(self.world.exec.local(proc)) {
                     return Ok(());
