@@ -216,8 +216,8 @@ async fn a_leader_that_was_held_up_does_not_swap_in_a_target_that_has_died_since
     let id = start_move(&cluster, &from, &to).await;
     cluster.wait_reached("migration-before-swap").await;
     cluster.node(&to).kill().await.unwrap();
-    // The length of the fault: a look is good for a second.
-    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    // The length of the fault: a look is good for two seconds.
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
     cluster.resume("migration-before-swap");
     // The leader answers when it has gone on.
     let replicas = cluster.shard(SHARD).await["replicas"].as_array().cloned().expect("replicas");
