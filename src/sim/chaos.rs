@@ -88,7 +88,9 @@ pub(crate) fn run(seed: u64, trace: bool) -> Outcome {
     };
     drop(tasks);
     exec.clear();
-    world.nodes.borrow_mut().clear();
+    for node in world.nodes.borrow_mut().drain(..) {
+        node.state.replicas.borrow_mut().clear();
+    }
     outcome
 }
 
