@@ -127,6 +127,15 @@ async fn an_entry_on_its_way_into_a_store_while_the_log_loses_it_comes_back() {
     cluster.nats[0].restart().await.unwrap();
     cluster.wait_green().await;
     let before = cluster.report("n1", 0).await.unwrap().expect("a replica").applied;
+    for id in ["n1", "n2"] {
+        eventually("it has everything on its disk", || async {
+            match cluster.report(id, 0).await? {
+                Some(report) if report.durable >= before => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
     cluster.pause_at("applying");
     let write = |id: &str| json!({"entries": [{"id": id, "vector": [4, 3, 2, 1]}]});
     let reply = cluster.api("upsert", write("late")).await;
@@ -142,6 +151,8 @@ async fn an_entry_on_its_way_into_a_store_while_the_log_loses_it_comes_back() {
     cluster.nats[0].restart().await.unwrap();
     for id in ["n1", "n2"] {
         cluster.node(id).restart().unwrap();
+    }
+    for id in ["n1", "n2"] {
         eventually("it has opened its replica", || async {
             match cluster.report(id, 0).await? {
                 Some(report) if report.applied == before => Ok(()),

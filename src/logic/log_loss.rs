@@ -7,7 +7,13 @@ use crate::logic::replica::LogFacts;
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
+use std::time::Duration;
 use uuid::Uuid;
+
+/// How far apart the two looks are, at least, that a log is given up after.
+const SECOND_LOOK: Duration = Duration::from_secs(2);
+/// A look that found a log wanting counts for so long: NATS may have been back in between.
+const LOOK_COUNTS: Duration = Duration::from_secs(10);
 
 /// What is to be done about a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,9 +33,36 @@ impl Verdict {
     /// Whether a second look confirms the `first`. While a log that has lost entries is not closed, replicas go on
     /// applying what comes, and what the most advanced one has is another with each look: it is taken down when it is
     /// closed.
-    pub(crate) fn confirms(&self, first: &Verdict, record: &ShardRecord) -> bool {
+    fn confirms(&self, first: &Verdict, record: &ShardRecord) -> bool {
         let rebuild = |verdict: &Verdict| matches!(verdict, Verdict::Rebuild(..));
         self == first || (rebuild(self) && rebuild(first) && !is_closed(record))
+    }
+}
+
+/// A log that was found wanting. Closing it cannot be taken back, and gives up what no replica has applied: so one look
+/// is not enough, as JetStream or a holder may not be all there yet.
+#[derive(Debug, Clone)]
+pub(crate) struct Suspicion {
+    first: Verdict,
+    since: Duration,
+    last: Duration,
+}
+
+impl Suspicion {
+    pub(crate) fn new(verdict: Verdict, now: Duration) -> Self {
+        Suspicion { first: verdict, since: now, last: now }
+    }
+
+    /// Takes in what the next look came to; whether that makes it certain. A look in between that came to nothing, as
+    /// somebody did not answer, does no harm, but long after the last one a look is a first one again.
+    pub(crate) fn is_confirmed(&mut self, verdict: &Verdict, record: &ShardRecord, now: Duration) -> bool {
+        let counts = now.saturating_sub(self.last) <= LOOK_COUNTS;
+        if !counts || !verdict.confirms(&self.first, record) {
+            *self = Suspicion::new(verdict.clone(), now);
+            return false;
+        }
+        self.last = now;
+        now.saturating_sub(self.since) >= SECOND_LOOK
     }
 }
 
@@ -167,6 +200,21 @@ mod tests {
         let closed = close(&open, B).unwrap();
         assert!(!second.confirms(&first, &closed), "nobody applies more of it: somebody has come back");
         assert!(second.confirms(&second, &closed));
+    }
+
+    /// All looks fail while a holder is away, and NATS may be in trouble when it goes and when it comes back.
+    #[test]
+    fn two_looks_that_are_minutes_apart_do_not_close_a_log() {
+        let (open, at) = (record(A, 1), Duration::from_millis);
+        let wanting = Verdict::Rebuild(30, None);
+        let mut suspicion = Suspicion::new(wanting.clone(), at(1_000));
+        assert!(!suspicion.is_confirmed(&wanting, &open, at(1_000)));
+        assert!(!suspicion.is_confirmed(&wanting, &open, at(2_500)));
+        let mut soon = suspicion.clone();
+        assert!(soon.is_confirmed(&wanting, &open, at(3_100)));
+        assert!(!suspicion.is_confirmed(&wanting, &open, at(200_000)));
+        assert!(!suspicion.is_confirmed(&Verdict::Create, &open, at(203_000)), "it is another finding");
+        assert!(suspicion.is_confirmed(&Verdict::Create, &open, at(205_000)));
     }
 
     #[test]

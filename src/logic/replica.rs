@@ -264,7 +264,7 @@ pub(crate) fn course(
 }
 
 /// The same for a node that only builds a replica: when every replica has said that the log is whole, what is
-/// left here of earlier times is what is wrong, and nobody counts on it.
+/// here is what is wrong, of earlier times or of an end that the log has lost, and nobody counts on it.
 pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: &Peers) -> Course {
     let whole =
         peers.all_have_said && !peers.lost && log.is_some_and(|log| peers.applied <= Some(log.last_seq));
@@ -276,8 +276,8 @@ pub(crate) fn course_of_joining(course: Course, log: Option<LogFacts>, peers: &P
 
 /// The same for a replica that has seen that another one holds another entry than their log: that one may not look for
 /// long, on a quiet shard, and when it has applied more its last entry is in the log again. So whoever has seen
-/// it says so, and says so until there is another log: `condemned` is the log in which it was seen. That two entries
-/// had one place is for ever, unlike an end that is not there yet.
+/// it says so, and says so until there is another log or its process ends: `condemned` is the log in which it was seen.
+/// That two entries had one place is for ever, unlike an end that is not there yet.
 pub(crate) fn course_beside(
     course: Course,
     held: &Held,
@@ -417,7 +417,13 @@ mod tests {
         let lost = |course: Course| matches!(&course, Course::LogLost(why) if why.contains("another entry than another"));
         assert!(lost(course_beside(Course::Follow, &held(A, 20), &ordered(A, 1), &peers, &mut condemned)));
         let later = course_beside(Course::Follow, &held(A, 20), &ordered(A, 1), &Peers::NONE, &mut condemned);
-        assert!(lost(later), "nobody sees it any more");
+        assert!(lost(later.clone()), "nobody sees it any more");
+        let whole = Peers { applied: Some(30), empty: false, ..Peers::NONE };
+        assert_eq!(
+            course_of_joining(later, log(A, 1, 30), &whole),
+            Course::Snapshot,
+            "a target takes a copy of what the others hold"
+        );
         let rebuilt = ordered(B, 21);
         let then = course_beside(Course::Follow, &held(A, 20), &rebuilt, &Peers::NONE, &mut condemned);
         assert_eq!(then, Course::Follow);

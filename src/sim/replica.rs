@@ -199,12 +199,11 @@ impl Replica {
             peers.compare(&sum, logged.as_deref());
         }
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
+        let mut condemned = self.condemned.get();
+        course = course_beside(course, held, &ordered, &peers, &mut condemned);
+        self.condemned.set(condemned);
         if self.record().is_some_and(|record| record.is_joining(&name(self.state.at))) {
             course = course_of_joining(course, log, &peers);
-        } else {
-            let mut condemned = self.condemned.get();
-            course = course_beside(course, held, &ordered, &peers, &mut condemned);
-            self.condemned.set(condemned);
         }
         match course {
             Course::Follow => {
@@ -290,6 +289,9 @@ impl Replica {
         let log_id = ordered.log_id;
         let ordered = Some(ordered);
         applier.adopt(log_id).map_err(|_| "adopt")?;
+        if self.condemned.get() == Some(log_id) {
+            return Ok(());
+        }
         let goal = last.max(applier.complete_at);
         self.gate.set(true);
         self.loading.set(false);
@@ -308,6 +310,7 @@ impl Replica {
             if self.reload.replace(false) {
                 self.change(|c| c.caught_up = false);
                 applier.begin_seed(log_id, 0, None).map_err(|_| "seed")?;
+                self.condemned.set(None);
                 return Ok(());
             }
             let (seen, viewed) = (world.log_signal.version(), self.state.changed.version());
@@ -384,6 +387,7 @@ impl Replica {
         }
         if fresh {
             applier.begin_seed(log_id, seq, checksum).map_err(|_| "begin")?;
+            self.condemned.set(None);
             super::check::on_clear(world, self.state.at, self);
             self.applied.set(0);
             *self.checksum.borrow_mut() = None;

@@ -20,7 +20,7 @@ use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::fencing::{is_over, is_plausible};
 use crate::logic::lease::PingOutcome;
-use crate::logic::log_loss::Verdict;
+use crate::logic::log_loss::Suspicion;
 use crate::logic::membership::{Action, Membership};
 use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};
@@ -118,8 +118,8 @@ struct Leader {
     logs_checked: BTreeSet<ShardId>,
     /// When logs were last looked at, found wanting or not.
     logs_looked: BTreeMap<ShardId, Duration>,
-    /// Logs that were found wanting, what for, and since when.
-    log_suspects: BTreeMap<ShardId, (Verdict, Duration)>,
+    /// Logs that were found wanting.
+    log_suspects: BTreeMap<ShardId, Suspicion>,
     next_log_check: Duration,
     last_tick: Duration,
     last_gc: Duration,

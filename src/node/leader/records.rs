@@ -4,7 +4,7 @@ use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back, takes_over};
-use crate::logic::log_loss::{Verdict, close, verdict};
+use crate::logic::log_loss::{Suspicion, Verdict, close, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{ShardRecord, ShardStatus};
@@ -22,8 +22,6 @@ use tracing::{debug, info, warn};
 const PARALLEL: usize = 32;
 /// Pause between two looks at logs.
 const LOG_CHECKS: Duration = Duration::from_millis(500);
-/// A log is given up only if it was found wanting twice, so far apart.
-const SECOND_LOOK: Duration = Duration::from_secs(2);
 /// One look at one log, and one holder's part of it: the leader has other things to do.
 const LOG_LOOK: Duration = Duration::from_millis(1_500);
 const HOLDER: Duration = Duration::from_millis(800);
@@ -340,12 +338,8 @@ impl Leader {
                 self.log_suspects.remove(&shard);
                 continue;
             }
-            let (first, since) = self.log_suspects.entry(shard).or_insert((verdict.clone(), now)).clone();
-            if !verdict.confirms(&first, &record) {
-                self.log_suspects.insert(shard, (verdict, now));
-                continue;
-            }
-            if now.saturating_sub(since) < SECOND_LOOK {
+            let first = || Suspicion::new(verdict.clone(), now);
+            if !self.log_suspects.entry(shard).or_insert_with(first).is_confirmed(&verdict, &record, now) {
                 continue;
             }
             self.log_suspects.remove(&shard);

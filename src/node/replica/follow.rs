@@ -82,10 +82,10 @@ impl Replica {
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
         let joining =
             self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
-        course = match joining {
-            true => course_of_joining(course, log, &peers),
-            false => course_beside(course, held, &ordered, &peers, &mut lock(&self.condemned)),
-        };
+        course = course_beside(course, held, &ordered, &peers, &mut lock(&self.condemned));
+        if joining {
+            course = course_of_joining(course, log, &peers);
+        }
         if is_nowhere(&course, held, &peers) {
             return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);
         }
@@ -141,8 +141,8 @@ impl Replica {
         Ok((log, logged))
     }
 
-    /// An entry was put where another one of this log was applied: says that the log is lost until there is another
-    /// one, see [`course_beside`].
+    /// An entry was put where another one of this log was applied: the log is lost until there is another one, see
+    /// [`course_beside`].
     pub(super) async fn condemn_log(&self, log_id: Uuid, why: &str) {
         *lock(&self.condemned) = Some(log_id);
         if self.status.borrow().log_id == log_id {
@@ -256,7 +256,13 @@ impl Replica {
         let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
         let mut looked_at = applier.held.applied;
+        let mut condemned = false;
         self.change(|status| {
+            // Meanwhile, by a request: whoever does so closes the gate after this, or is seen here.
+            condemned = *lock(&self.condemned) == Some(log_id);
+            if condemned {
+                return;
+            }
             status.log_id = log_id;
             status.gate = None;
             status.lost = None;
@@ -266,6 +272,9 @@ impl Replica {
             status.lag = goal.saturating_sub(status.applied);
             status.caught_up = applier.held.applied >= goal;
         });
+        if condemned {
+            return Ok(());
+        }
         loop {
             tokio::select! {
                 biased;
@@ -303,6 +312,7 @@ impl Replica {
                 () = self.reload.notified() => {
                     self.void_answers();
                     blocking(move || applier.begin_seed(log_id, 0, None)).await?;
+                    *lock(&self.condemned) = None;
                     return Ok(());
                 }
                 Some(ask) = asks.recv() => {

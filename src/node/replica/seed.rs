@@ -10,7 +10,7 @@
 //! is served before the log has been applied up to the newest.
 
 use super::apply::{Applier, is_window_note};
-use super::{Replica, blocking};
+use super::{Replica, blocking, lock};
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
 use crate::model::NodeId;
@@ -117,6 +117,7 @@ impl Replica {
         if resumed.is_none() {
             let (seq, checksum) = (reply.seq, reply.checksum.clone());
             applier = blocking(move || applier.begin_seed(log_id, seq, checksum).map(|()| applier)).await?;
+            *lock(&self.condemned) = None;
             // What was here is gone: nobody must count on it.
             self.change(|status| {
                 (status.applied, status.log_id, status.checksum) = (0, uuid::Uuid::nil(), None);

@@ -1,7 +1,7 @@
 //! Logs that are not what their record says.
 
 use super::{Done, Leader};
-use crate::logic::log_loss::{Verdict, close, verdict};
+use crate::logic::log_loss::{Suspicion, Verdict, close, verdict};
 use crate::logic::planner::Role;
 use crate::model::ShardId;
 use crate::model::events::ReplicaState;
@@ -19,8 +19,7 @@ impl Leader {
         for (shard, (_, record)) in self.shards.clone() {
             // In place of load reports: somebody says that its log is lost, or it was never looked at.
             let lost = self.somebody_lost(shard);
-            if !lost && self.logs_checked.contains(&shard) {
-                self.suspects.remove(&shard);
+            if !lost && self.logs_checked.contains(&shard) && !self.suspects.contains_key(&shard) {
                 continue;
             }
             let Some(verdict) = self.look_at_log(&record).await else { continue };
@@ -29,12 +28,8 @@ impl Leader {
                 self.suspects.remove(&shard);
                 continue;
             }
-            let (first, since) = self.suspects.entry(shard).or_insert((verdict.clone(), now)).clone();
-            if !verdict.confirms(&first, &record) {
-                self.suspects.insert(shard, (verdict, now));
-                continue;
-            }
-            if now.saturating_sub(since) < Duration::from_secs(2) {
+            let first = || Suspicion::new(verdict.clone(), now);
+            if !self.suspects.entry(shard).or_insert_with(first).is_confirmed(&verdict, &record, now) {
                 continue;
             }
             self.suspects.remove(&shard);

@@ -4,7 +4,7 @@ mod logs;
 mod placement;
 mod records;
 
-use crate::logic::log_loss::Verdict;
+use crate::logic::log_loss::Suspicion;
 use crate::logic::membership::{Action, Membership};
 use crate::logic::migration::{Facts, Look, Step, may_swap, next_step, released, swapped};
 use crate::logic::planner::PlanInput;
@@ -30,7 +30,7 @@ struct Leader {
     unsure: BTreeSet<ShardId>,
     watched: BTreeMap<String, (MigrationPhase, Duration)>,
     down_since: BTreeMap<String, Duration>,
-    suspects: BTreeMap<ShardId, (Verdict, Duration)>,
+    suspects: BTreeMap<ShardId, Suspicion>,
     logs_checked: BTreeSet<ShardId>,
     next_log_check: Duration,
     settled_at: Duration,
