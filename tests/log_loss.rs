@@ -78,27 +78,35 @@ fn copy(from: &Path, to: &Path) {
     assert!(copied.success());
 }
 
+/// Keeps a copy of the store as it is now.
+async fn keep_store(cluster: &mut TestCluster) {
+    cluster.nats[0].kill().await.unwrap();
+    copy(&cluster.nats[0].dir().join("nats-data"), &cluster.dir().join("old"));
+    cluster.nats[0].restart().await.unwrap();
+    // Nodes take a moment to connect again.
+    cluster.wait_green().await;
+}
+
+/// A power cut without fsync: what was written since that copy is gone.
+async fn roll_back(cluster: &mut TestCluster) {
+    let store = cluster.nats[0].dir().join("nats-data");
+    cluster.nats[0].kill().await.unwrap();
+    std::fs::remove_dir_all(&store).unwrap();
+    copy(&cluster.dir().join("old"), &store);
+    cluster.nats[0].restart().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
     let mut cluster = TestCluster::start(Setup::default()).await;
     fill(&cluster, "a").await;
-    let store = cluster.nats[0].dir().join("nats-data");
-    let old = cluster.dir().join("old");
-    // A power cut without fsync: what was written since is gone.
-    cluster.nats[0].kill().await.unwrap();
-    copy(&store, &old);
-    cluster.nats[0].restart().await.unwrap();
-    // Nodes take a moment to connect again.
-    cluster.wait_green().await;
+    keep_store(&mut cluster).await;
     let before = fill(&cluster, "b").await;
     // The old store names the process before this one: nobody has taken its name.
     cluster.node("n2").kill().await.unwrap();
     cluster.node("n2").restart().unwrap();
     cluster.wait_green().await;
-    cluster.nats[0].kill().await.unwrap();
-    std::fs::remove_dir_all(&store).unwrap();
-    copy(&old, &store);
-    cluster.nats[0].restart().await.unwrap();
+    roll_back(&mut cluster).await;
     assert_eq!(count_when_it_answers(&cluster).await, before);
     let client = cluster.client().await;
     let load = Load::start(&client, 2);
@@ -120,12 +128,7 @@ async fn a_store_that_was_rolled_back_is_noticed_and_nothing_applied_is_lost() {
 async fn an_entry_on_its_way_into_a_store_while_the_log_loses_it_comes_back() {
     let mut cluster = TestCluster::start(Setup { shards: 1, pauses: true, ..Setup::default() }).await;
     fill(&cluster, "a").await;
-    let store = cluster.nats[0].dir().join("nats-data");
-    let old = cluster.dir().join("old");
-    cluster.nats[0].kill().await.unwrap();
-    copy(&store, &old);
-    cluster.nats[0].restart().await.unwrap();
-    cluster.wait_green().await;
+    keep_store(&mut cluster).await;
     let before = cluster.report("n1", 0).await.unwrap().expect("a replica").applied;
     for id in ["n1", "n2"] {
         eventually("it has everything on its disk", || async {
@@ -145,10 +148,7 @@ async fn an_entry_on_its_way_into_a_store_while_the_log_loses_it_comes_back() {
     }
     let pid = cluster.node("n3").pid().expect("it runs");
     cluster.wait_reached_by("applying", pid).await;
-    cluster.nats[0].kill().await.unwrap();
-    std::fs::remove_dir_all(&store).unwrap();
-    copy(&old, &store);
-    cluster.nats[0].restart().await.unwrap();
+    roll_back(&mut cluster).await;
     for id in ["n1", "n2"] {
         cluster.node(id).restart().unwrap();
     }
