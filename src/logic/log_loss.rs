@@ -4,9 +4,11 @@
 //! any holder has applied.
 
 use crate::logic::replica::LogFacts;
+use crate::model::ShardId;
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
+use std::collections::BTreeMap;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -64,6 +66,18 @@ impl Suspicion {
         self.last = now;
         now.saturating_sub(self.since) >= SECOND_LOOK
     }
+}
+
+/// Whose turn it is to be looked at: those first that nobody has looked at for longest. A look fails while a holder is
+/// away, and must not keep others from theirs.
+pub(crate) fn turns(
+    mut shards: Vec<ShardId>,
+    looked: &BTreeMap<ShardId, Duration>,
+    most: usize,
+) -> Vec<ShardId> {
+    shards.sort_by_key(|shard| looked.get(shard));
+    shards.truncate(most);
+    shards
 }
 
 /// Decides, from what every holder has said and the stream as it was seen afterwards.
@@ -150,7 +164,6 @@ fn base(counted: &[&ReplicaReport], most: u64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ShardId;
     use crate::model::records::ShardStatus;
     use chrono::DateTime;
 
@@ -200,6 +213,19 @@ mod tests {
         let closed = close(&open, B).unwrap();
         assert!(!second.confirms(&first, &closed), "nobody applies more of it: somebody has come back");
         assert!(second.confirms(&second, &closed));
+    }
+
+    #[test]
+    fn logs_that_cannot_be_looked_at_do_not_keep_others_from_their_turn() {
+        let shards: Vec<ShardId> = (0..5).map(ShardId).collect();
+        let mut looked = BTreeMap::new();
+        let mut seen = Vec::new();
+        for now in 1..=3 {
+            let turn = turns(shards.clone(), &looked, 2);
+            looked.extend(turn.iter().map(|shard| (*shard, Duration::from_secs(now))));
+            seen.extend(turn);
+        }
+        assert_eq!(seen, [0, 1, 2, 3, 4, 0].map(ShardId));
     }
 
     /// All looks fail while a holder is away, and NATS may be in trouble when it goes and when it comes back.

@@ -15,6 +15,19 @@ pub(crate) const CLOSE: u64 = 64;
 /// How old what the leader saw may be when it writes a swap.
 const LOOK_COUNTS: Duration = Duration::from_secs(2);
 
+/// A live source that has said for so long that it has no replica, while its target was ready, cannot open its store.
+const OPENS_WITHIN: Duration = Duration::from_secs(60);
+
+/// Takes in whether a source has answered that it has no replica; whether its store counts as broken. Its own time
+/// counts, and not the target's: one that opens its replica after a restart says so, too.
+pub(crate) fn has_none_for_long(since: &mut Option<Duration>, none: bool, now: Duration) -> bool {
+    if !none {
+        *since = None;
+        return false;
+    }
+    now.saturating_sub(*since.get_or_insert(now)) > OPENS_WITHIN
+}
+
 /// What the leader knows of a running migration.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Facts<'a> {
@@ -196,6 +209,20 @@ mod tests {
         let broken =
             Look { target: serving(), source_lives: true, source_has_none: true, log, ..Look::default() };
         assert!(may_swap(&record, &broken), "a node whose disk is broken can be replaced");
+    }
+
+    #[test]
+    fn a_source_that_was_just_restarted_is_not_one_that_cannot_open_its_store() {
+        let (mut since, at) = (None, Duration::from_secs);
+        assert!(!has_none_for_long(&mut since, false, at(100)));
+        assert!(
+            !has_none_for_long(&mut since, true, at(300)),
+            "the target has waited long, this one has not"
+        );
+        assert!(!has_none_for_long(&mut since, false, at(350)));
+        assert!(!has_none_for_long(&mut since, true, at(362)));
+        assert!(!has_none_for_long(&mut since, true, at(422)));
+        assert!(has_none_for_long(&mut since, true, at(423)));
     }
 
     #[test]

@@ -11,7 +11,9 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::migration::{Facts, Look, Step, joined, may_swap, next_step, released, swapped};
+use crate::logic::migration::{
+    Facts, Look, Step, has_none_for_long, joined, may_swap, next_step, released, swapped,
+};
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::wire::ReplicaReport;
@@ -26,8 +28,6 @@ use tracing::debug;
 
 /// A migration without any progress for so long is given up, and planned again.
 const STALLED: Duration = Duration::from_secs(600);
-/// A live source that has said for so long that it has no replica, while its target was ready, cannot open its store.
-const OPENS_WITHIN: Duration = Duration::from_secs(60);
 /// How long the records of past migrations are kept, and how many.
 const KEEP: chrono::TimeDelta = chrono::TimeDelta::hours(24);
 const KEEP_COUNT: usize = 500;
@@ -171,11 +171,8 @@ impl Leader {
             Ok(Some(report)) => !report.is_settled() && report.state == ReplicaState::Failed,
             Err(_) => false,
         };
-        if !none {
-            self.sourceless.remove(&migration.id);
-        }
-        let since = none.then(|| *self.sourceless.entry(migration.id.clone()).or_insert(now));
-        let source_has_none = since.is_some_and(|since| now.saturating_sub(since) > OPENS_WITHIN);
+        let since = self.sourceless.entry(migration.id.clone()).or_default();
+        let source_has_none = has_none_for_long(since, none, now);
         let source = source.ok().flatten().filter(ReplicaReport::is_settled);
         let source_lives = migration.from.as_ref().is_some_and(|from| self.is_live(from));
         let log = self.ctx.logs.info(migration.shard).await?.map(facts);

@@ -112,8 +112,8 @@ struct Leader {
     heat: Heat,
     /// Migrations as last seen, and since when without progress.
     watched: BTreeMap<String, (String, Duration)>,
-    /// Migrations whose target is ready and whose source answers that it has no replica, and since when.
-    sourceless: BTreeMap<String, Duration>,
+    /// Migrations whose target is ready, and since when the source answers that it has no replica.
+    sourceless: BTreeMap<String, Option<Duration>>,
     /// Shards whose stream has been checked in this term.
     logs_checked: BTreeSet<ShardId>,
     /// When logs were last looked at, found wanting or not.

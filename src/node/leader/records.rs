@@ -4,7 +4,7 @@ use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back, takes_over};
-use crate::logic::log_loss::{Suspicion, Verdict, close, verdict};
+use crate::logic::log_loss::{Suspicion, Verdict, close, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{ShardRecord, ShardStatus};
@@ -307,15 +307,14 @@ impl Leader {
         let reported = self.loads.values().flat_map(|report| &report.shards);
         let lost = reported.filter(|load| load.state == ReplicaState::LogLost).map(|load| load.shard);
         // Whoever led before may have died between writing a record and creating its log. Replicas that have nothing
-        // do not miss the log's stream, they wait for it. These take turns: a look fails while a holder is away.
+        // do not miss the log's stream, they wait for it. These take turns.
         let waits = |(shard, (_, record)): &(&ShardId, &Rev<ShardRecord>)| {
             !self.logs_checked.contains(shard) || self.is_stuck(record)
         };
-        let mut waiting: Vec<ShardId> = self.shards.iter().filter(waits).map(|(shard, _)| *shard).collect();
-        waiting.sort_by_key(|shard| self.logs_looked.get(shard));
+        let waiting = self.shards.iter().filter(waits).map(|(shard, _)| *shard).collect();
+        let waiting = turns(waiting, &self.logs_looked, PARALLEL);
         let suspects = self.log_suspects.keys().copied();
-        let mut shards: Vec<ShardId> =
-            lost.chain(suspects).chain(waiting.into_iter().take(PARALLEL)).collect();
+        let mut shards: Vec<ShardId> = lost.chain(suspects).chain(waiting).collect();
         shards.sort();
         shards.dedup();
         self.logs_looked.extend(shards.iter().map(|shard| (*shard, now)));
