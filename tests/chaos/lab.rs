@@ -4,6 +4,7 @@
 //! Servers advertise no address, so nobody finds a way round. Clients connect directly.
 
 use super::harness::PROGRAM;
+use super::harness::tamper::copy_folder;
 use super::proxy::{Link, Proxy};
 use super::shim::Shim;
 use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess, ServerOptions};
@@ -271,18 +272,6 @@ impl Lab {
         let status = self.admin("status", json!({})).await.ok()?;
         status["leader"].as_str().map(str::to_owned)
     }
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    let copied = std::process::Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp runs");
-    assert!(copied.success());
-}
-
-/// Sends a signal with the system's own tool: tests have no unsafe code either.
-pub(crate) fn signal(pid: Option<u32>, signal: &str) {
-    let Some(pid) = pid else { return };
-    let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status();
-    assert!(sent.expect("kill runs").success());
 }
 
 async fn start_three(dir: &Path, routes: &mut BTreeMap<(usize, usize), Vec<Proxy>>) -> Vec<NatsServer> {

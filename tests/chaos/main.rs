@@ -19,6 +19,7 @@ mod nemesis;
 mod proxy;
 mod regressions;
 mod shim;
+mod tools;
 mod workload;
 
 use dice::Dice;

@@ -1,8 +1,9 @@
 //! What goes wrong, drawn from a seed: each fault begins, lasts for a while, and ends.
 
 use super::dice::Dice;
+use super::harness::tamper::signal;
 use super::history::Recorder;
-use super::lab::{Lab, signal};
+use super::lab::Lab;
 use super::proxy::Link;
 use super::shim::Suffering;
 use serde_json::json;

@@ -2,9 +2,11 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of the harness")]
 
+pub(crate) mod by_hand;
 pub(crate) mod load;
 pub(crate) mod map;
 pub(crate) mod program;
+pub(crate) mod tamper;
 
 use ruvector_cluster::model::wire::{PingReply, PingRequest, ReplicaReport, Reply};
 use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess};
@@ -204,11 +206,14 @@ impl TestCluster {
         self.nodes.iter_mut().find(|node| node.id() == id).expect("a node of this name")
     }
 
-    /// Sends a signal with the system's own tool: tests have no unsafe code either.
     pub(crate) fn signal(&mut self, id: &str, signal: &str) {
         let pid = self.node(id).pid().expect("it runs");
-        let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status();
-        assert!(sent.expect("kill runs").success());
+        tamper::signal(Some(pid), signal);
+    }
+
+    /// Records and streams, changed with NATS's own tools.
+    pub(crate) fn by_hand(&self) -> by_hand::ByHand {
+        by_hand::ByHand::new(&self.raw)
     }
 
     /// A failpoint: whoever comes there waits.
