@@ -5,6 +5,7 @@ use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
 use crate::logic::hash::KeyRouter;
 use crate::model::admin::{HealthStatus, MigrateReply, MigrateRequest, ShardView};
+use crate::model::causes::Cause;
 use crate::model::events::Event;
 use crate::model::records::{KeyHash, MigrationPhase, NodeStatus, ShardStatus};
 use crate::model::{NodeId, ShardId};
@@ -75,6 +76,8 @@ pub struct ClusterHealth {
     pub migrations: usize,
     /// What an operator should know.
     pub warnings: Vec<String>,
+    /// Why something is not as it should be, by kind and by the node that has noticed it.
+    pub causes: Vec<Cause>,
 }
 
 /// One node of a cluster, running in this process once it is [started](Cluster::start).
@@ -314,6 +317,7 @@ impl Cluster {
                 total_shards: s.shards.total,
                 migrations: s.migrations,
                 warnings: s.warnings,
+                causes: s.causes,
             }),
             Err(error) => {
                 let nodes = local_nodes(&node);
@@ -329,6 +333,7 @@ impl Cluster {
                     total_shards: node.ctx.cluster.num_shards as usize,
                     migrations: 0,
                     warnings: vec![format!("no leader answers: {error}")],
+                    causes: node.ctx.causes.shown(),
                 })
             }
         }

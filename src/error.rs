@@ -126,12 +126,17 @@ const MAX_TEXT: usize = 2_000;
 
 /// Beginning and end of a text that somebody else may have chosen: what is wrong stands before or after the quotation.
 pub(crate) fn shortened(text: String) -> String {
-    if text.len() <= MAX_TEXT {
+    shortened_to(text, MAX_TEXT)
+}
+
+/// The same with another bound.
+pub(crate) fn shortened_to(text: String, most: usize) -> String {
+    if text.len() <= most {
         return text;
     }
     let boundary = |at: &usize| text.is_char_boundary(*at);
-    let head = (0..=MAX_TEXT / 2).rev().find(boundary).unwrap_or(0);
-    let tail = (text.len() - MAX_TEXT / 2..text.len()).find(boundary).unwrap_or(text.len());
+    let head = (0..=most / 2).rev().find(boundary).unwrap_or(0);
+    let tail = (text.len() - most / 2..text.len()).find(boundary).unwrap_or(text.len());
     format!("{}…{}", &text[..head], &text[tail..])
 }
 

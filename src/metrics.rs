@@ -30,6 +30,8 @@ pub(crate) struct Metrics {
     pub(crate) migrations_total: IntCounterVec,
     /// Snapshot bytes by direction.
     pub(crate) migration_bytes: IntCounterVec,
+    /// Causes that hold now, by kind.
+    pub(crate) causes: IntGaugeVec,
     /// Requests by verb and outcome.
     pub(crate) requests: IntCounterVec,
     /// Time from taking a request to answering it.
@@ -125,6 +127,11 @@ impl Metrics {
                 &["outcome"],
             )?,
             migration_bytes: counters("ruvector_migration_bytes_total", "Snapshot bytes", &["direction"])?,
+            causes: gauges(
+                "ruvector_causes",
+                "Reasons why something is not as it should be, known to this node, by kind",
+                &["kind"],
+            )?,
             requests: counters(
                 "ruvector_requests_total",
                 "Requests answered by this node",

@@ -106,6 +106,8 @@ fn what_nodes_say_of_themselves() {
             primaries: 4,
             ops_per_s: 120.5,
             bytes: 1 << 20,
+            causes: Vec::new(),
+            more_causes: 0,
         },
     );
     json_form(

@@ -8,6 +8,7 @@ use crate::client::Client;
 use crate::error::Result;
 use crate::model::ShardId;
 use crate::model::admin::{ExplainReply, NodeVerdict, RuleVerdict};
+use crate::model::causes::Severity;
 
 pub(crate) async fn run(global: &Global, client: &Client, shard: ShardId) -> Result<Exit> {
     let reply = patiently(admin(client).explain(shard)).await?;
@@ -37,6 +38,12 @@ fn sheet(reply: &ExplainReply) -> String {
     lines.extend(
         reply.next.iter().enumerate().map(|(at, step)| (if at == 0 { "next" } else { "" }, Cell::new(step))),
     );
+    let causes = reply.causes.iter().enumerate();
+    lines.extend(causes.map(|(at, cause)| {
+        let tone = if cause.severity == Severity::Red { Tone::Bad } else { Tone::Warn };
+        let said = format!("{}: {}", cause.node, cause.text);
+        (if at == 0 { "causes" } else { "" }, Cell::new(said).tone(tone))
+    }));
     format!("{}\n\n{}\n\n{}", plain(&reply.summary), facts(lines), verdicts(&reply.nodes))
 }
 
@@ -126,6 +133,7 @@ mod tests {
                 ),
                 verdict("n4", "-", &[("up", "it is down since 12:00:07")]),
             ],
+            causes: vec![],
         }
     }
 

@@ -103,6 +103,7 @@ mod tests {
             migrations: 1,
             vectors: 1_797,
             warnings: vec!["node n2 is down".into()],
+            causes: vec![],
         }
     }
 
@@ -152,7 +153,7 @@ mod tests {
         keys.sort();
         assert_eq!(
             keys,
-            ["leader", "migrations", "nodes", "shards", "status", "term", "vectors", "warnings"]
+            ["causes", "leader", "migrations", "nodes", "shards", "status", "term", "vectors", "warnings"]
         );
         assert_eq!(json["status"], "yellow");
     }

@@ -16,6 +16,7 @@ macro_rules! broken {
 }
 pub(crate) use broken;
 
+pub(crate) mod causes;
 pub(crate) mod damping;
 pub(crate) mod dedup;
 pub(crate) mod fencing;

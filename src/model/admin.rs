@@ -1,5 +1,6 @@
 //! JSON of `ruvector.admin.*`: what operators ask the leader.
 
+use super::causes::Cause;
 use super::plan::{RebalancePlan, Unmet};
 use super::records::{MigrationPhase, NodeRecord, ShardRecord};
 use super::{InstanceId, NodeId, ShardId, Term};
@@ -48,6 +49,9 @@ pub struct StatusReply {
     pub vectors: u64,
     /// What an operator should know, one sentence each.
     pub warnings: Vec<String>,
+    /// Why something is not as it should be, by kind and by the node that has noticed it; red ones first.
+    #[serde(default)]
+    pub causes: Vec<Cause>,
 }
 
 /// Nodes by status.
@@ -299,6 +303,9 @@ pub struct ExplainReply {
     pub next: Vec<String>,
     /// Every node, by name.
     pub nodes: Vec<NodeVerdict>,
+    /// What keeps the shard, or nodes that hold it, from working.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub causes: Vec<Cause>,
 }
 
 /// Whether a node may hold a shard.

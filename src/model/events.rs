@@ -1,6 +1,6 @@
 //! What a node tells everybody in JSON: heartbeats, load reports and the events of a timeline.
 
-use super::{InstanceId, NodeId, ShardId, Term, records::NodeStatus};
+use super::{InstanceId, NodeId, ShardId, Term, causes::Cause, records::NodeStatus};
 use crate::error::{Error, Result};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,16 @@ pub struct Heartbeat {
     pub ops_per_s: f64,
     /// Bytes of content here.
     pub bytes: u64,
+    /// Why something is not as it should be here, as far as this node knows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub causes: Vec<Cause>,
+    /// Causes that were left out.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub more_causes: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// What a replica can do.

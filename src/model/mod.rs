@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod api;
+pub mod causes;
 pub mod events;
 pub mod ids;
 pub mod plan;

@@ -12,6 +12,7 @@ use crate::nats::bus::{Bus, Message, sender};
 use crate::nats::connect::Nats;
 use crate::nats::log::Logs;
 use crate::nats::subjects::Subjects;
+use crate::node::causes::Causes;
 use crate::node::rate::RateLimit;
 use crate::view::{Buckets, View, Views};
 use std::sync::Arc;
@@ -49,6 +50,8 @@ pub(crate) struct Context {
     pub(crate) bulk: Bus,
     pub(crate) logs: Logs,
     pub(crate) metrics: Arc<Metrics>,
+    /// Why something is not as it should be: see [`causes`](crate::node::causes).
+    pub(crate) causes: Causes,
     pub(crate) clock: Clock,
     pub(crate) leading: watch::Sender<Option<Leading>>,
     /// Highest term seen anywhere.

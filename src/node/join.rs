@@ -3,6 +3,7 @@
 //! Every step can be repeated by anybody at any time: buckets and settings are created only if missing,
 //! the record is written by compare-and-set.
 
+use super::causes::Causes;
 use super::context::Context;
 use super::data_dir::{DataDir, keep_shard_map};
 use super::rate::RateLimit;
@@ -122,6 +123,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         buckets,
         views,
         metrics,
+        causes: Causes::new(&config.node_id, clock),
         clock,
         leading: watch::Sender::new(None),
         term: AtomicU64::new(0),

@@ -199,12 +199,16 @@ impl Driver {
             ctx.event(Story { term: Some(term), ..story.node(&ctx.node) }).await;
             // Whoever holds the lease leads, or lets others: a bug must not leave everybody without a leader. What
             // the leader knew goes with it.
+            let causes = ctx.causes.clone();
             let led = AssertUnwindSafe(leader::run(ctx, term)).catch_unwind();
             let ended = tokio::select! {
-                () = stop.cancelled() => return,
-                ended = led => ended.unwrap_or_else(|_| Err(Error::Internal("the leader panicked".into()))),
+                () = stop.cancelled() => None,
+                ended = led => {
+                    Some(ended.unwrap_or_else(|_| Err(Error::Internal("the leader panicked".into()))))
+                }
             };
-            if let Err(error) = ended {
+            causes.end_leading();
+            if let Some(Err(error)) = ended {
                 warn!(term, "cannot lead: {error}");
                 // Somebody else may do better; nothing is lost by handing over.
                 let _ = resign.send(Order::Resign).await;

@@ -1,6 +1,7 @@
 //! Who runs the loops: one node of a cluster.
 
 mod api;
+mod causes;
 mod context;
 mod data_dir;
 mod failpoint;
@@ -70,6 +71,7 @@ impl Node {
         ctx.tasks.spawn(requests::answer_pings(ctx.clone(), replicas.clone(), pings));
         requests::run(ctx.clone(), replicas.clone()).await?;
         api::run(ctx.clone(), client.clone()).await?;
+        ctx.tasks.spawn(causes::announce(ctx.clone()));
         ctx.tasks.spawn(replicas.clone().run());
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
@@ -201,6 +203,9 @@ impl Node {
             self.replicas.all().iter().filter(|r| r.status().state == ReplicaState::Serving).count();
         if serving < wanted {
             return Err(Error::Unavailable(format!("{serving} of {wanted} replicas serve")));
+        }
+        if let Some(cause) = ctx.causes.worst() {
+            return Err(Error::Unavailable(cause.sentence()));
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest};
+use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::replica::facts;
 use crate::node::replicas::Replicas;
@@ -33,6 +34,7 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             _ = tick.tick() => {}
         }
         seq += 1;
+        look_at_connections(&ctx);
         let (view, now) = (ctx.view(), ctx.clock.now());
         let all = replicas.all();
         let serving = all.iter().filter(|r| r.status().state == ReplicaState::Serving);
@@ -40,6 +42,7 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let elapsed = (now - since).as_secs_f64().max(0.001);
         let leader = view.leader().and_then(|leader| leader.node.clone());
         let own = view.node(&ctx.node);
+        let (causes, more_causes) = ctx.causes.told();
         let heartbeat = Heartbeat {
             node: ctx.node.clone(),
             instance: ctx.instance,
@@ -55,6 +58,8 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             primaries: view.shards.values().filter(|(_, record)| record.primary == ctx.node).count(),
             ops_per_s: (total.saturating_sub(ops) as f64 / elapsed * 10.0).round() / 10.0,
             bytes: all.iter().map(|r| r.store().stats().bytes).sum(),
+            causes,
+            more_causes,
         };
         (ops, since) = (total, now);
         if let Err(error) = ctx.control.publish_json(ctx.subjects.heartbeat(), &heartbeat).await {
@@ -206,6 +211,14 @@ async fn ask_durable(
     }
 }
 
+/// Connections that are not there.
+fn look_at_connections(ctx: &Context) {
+    let away = ctx.connections().into_iter().filter(|(_, nats)| !nats.is_connected());
+    let text = |name| format!("{} has no connection to NATS for {name}", ctx.node);
+    let away = away.map(|(name, _)| (Subject::Named(name.to_owned()), Severity::Red, text(name)));
+    ctx.causes.replace("nats_disconnected", away);
+}
+
 fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
     let (metrics, view) = (&ctx.metrics, ctx.view());
     for status in
@@ -217,6 +230,14 @@ fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
     for status in [ShardStatus::Full, ShardStatus::Degraded, ShardStatus::Offline] {
         let count = view.shards.values().filter(|(_, s)| s.status == status).count();
         metrics.shards.with_label_values(&[&status.to_string()]).set(count as i64);
+    }
+    metrics.causes.reset();
+    let (causes, refused) = ctx.causes.counts();
+    for (kind, count) in causes {
+        metrics.causes.with_label_values(&[kind]).set(count);
+    }
+    if refused > 0 {
+        metrics.causes.with_label_values(&["too_many"]).set(refused as i64);
     }
     for phase in MigrationPhase::ALL.into_iter().filter(|p| p.is_running()) {
         let count = view.migrations.values().filter(|(_, m)| m.phase == phase).count();

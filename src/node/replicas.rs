@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::logic::holding::{Order, may_delete, order};
 use crate::model::ShardId;
 use crate::model::records::{MigrationPhase, ShardRecord};
+use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::node::migration;
 use crate::node::replica::{Replica, blocking};
@@ -66,10 +67,10 @@ impl Replicas {
     pub(crate) fn get(&self, shard: ShardId) -> Result<Arc<Replica>> {
         match self.slots().get(&shard) {
             Some(Slot::Open(replica)) => Ok(replica.clone()),
-            Some(Slot::Opening { .. } | Slot::Closing) | None => Err(Error::Unavailable(format!(
-                "{} does not hold shard {shard} at the moment",
-                self.ctx.node
-            ))),
+            Some(Slot::Opening { .. } | Slot::Closing) | None => {
+                let text = format!("{} does not hold shard {shard} at the moment", self.ctx.node);
+                Err(self.ctx.causes.explain(shard, Error::Unavailable(text)))
+            }
         }
     }
 
@@ -118,6 +119,7 @@ impl Replicas {
                     let idle = |slot: &Slot| matches!(slot, Slot::Opening { not_before } if *not_before != Duration::MAX);
                     if slots.get(shard).is_some_and(idle) {
                         slots.remove(shard);
+                        self.ctx.causes.forget_shard(*shard);
                     }
                 }
                 (None, wanted) => self.open(&mut slots, *shard, wanted == Order::Serve),
@@ -142,8 +144,13 @@ impl Replicas {
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
             let slot = match Replica::open(&this.ctx, &this.stores, shard, may_serve).await {
-                Ok(replica) => Slot::Open(replica),
+                Ok(replica) => {
+                    this.ctx.causes.withdraw("replica_not_open", shard);
+                    Slot::Open(replica)
+                }
                 Err(error) => {
+                    let text = format!("its replica on {} cannot be opened: {error}", this.ctx.node);
+                    this.ctx.causes.raise("replica_not_open", shard, Severity::Yellow, text);
                     warn!(%shard, "the replica cannot be opened: {error}");
                     if let Error::Corrupt(_) = error {
                         this.give_up(shard).await;
@@ -177,6 +184,7 @@ impl Replicas {
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
             replica.close().await;
+            this.ctx.causes.forget_shard(shard);
             this.slots().remove(&shard);
             this.reconcile();
         });

@@ -48,7 +48,7 @@ pub(crate) fn explain(input: &PlanInput, shard: ShardId) -> Option<ExplainReply>
     } else {
         format!("it is on {}: every rule holds, and a replica that may stay stays", replicas.join(", "))
     };
-    Some(ExplainReply { shard, replicas: replicas.clone(), wanted, summary, next, nodes })
+    Some(ExplainReply { shard, replicas: replicas.clone(), wanted, summary, next, nodes, causes: Vec::new() })
 }
 
 fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {

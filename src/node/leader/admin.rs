@@ -10,6 +10,7 @@ use crate::model::admin::{
     NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply,
     StepDownReply,
 };
+use crate::model::causes::{Cause, Severity, sentences};
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
 use crate::nats::bus::{Message, sender};
@@ -94,9 +95,11 @@ impl Leader {
         let shards = ShardCounts { total, full, degraded, offline: total - full - degraded };
         let recovering = self.recovering();
         let crowded = balance_of(&self.plan_input(false)).rack_violations;
+        let causes = self.known_causes();
+        let worst = causes.iter().map(|cause| cause.severity).max();
         let status = match shards {
-            s if s.offline > 0 => HealthStatus::Red,
-            s if s.degraded > 0 || recovering > 0 || crowded > 0 => HealthStatus::Yellow,
+            s if s.offline > 0 || worst == Some(Severity::Red) => HealthStatus::Red,
+            s if s.degraded > 0 || recovering > 0 || crowded > 0 || worst.is_some() => HealthStatus::Yellow,
             _ => HealthStatus::Green,
         };
         StatusReply {
@@ -110,8 +113,18 @@ impl Leader {
             shards,
             migrations: self.shards.values().filter(|(_, r)| r.migration.is_some()).count(),
             vectors: self.shards.values().map(|(_, r)| self.size(r).0).sum(),
-            warnings: self.warnings(recovering, crowded),
+            warnings: self.warnings(recovering, crowded, &causes),
+            causes,
         }
+    }
+
+    /// What this node knows, and what the heartbeats of the others said last; red ones first.
+    pub(super) fn known_causes(&self) -> Vec<Cause> {
+        let others = self.causes.iter().filter(|(node, _)| **node != self.ctx.node);
+        let mut all = self.ctx.causes.shown();
+        all.extend(others.flat_map(|(_, causes)| causes.iter().cloned()));
+        all.sort_by_key(|cause| std::cmp::Reverse(cause.severity));
+        all
     }
 
     /// Replicas of live nodes that do not serve (yet), as of their last report.
@@ -125,9 +138,9 @@ impl Leader {
         self.shards.values().map(|(_, record)| not_serving(record)).sum()
     }
 
-    fn warnings(&self, recovering: usize, crowded: u64) -> Vec<String> {
+    fn warnings(&self, recovering: usize, crowded: u64, causes: &[Cause]) -> Vec<String> {
         let view = self.ctx.view();
-        let mut warnings = Vec::new();
+        let mut warnings = sentences(causes);
         for (_, node) in view.nodes.values() {
             if matches!(node.status, NodeStatus::Suspect | NodeStatus::Down) {
                 warnings.push(format!(

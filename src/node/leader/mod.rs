@@ -22,6 +22,7 @@ use crate::logic::fencing::{is_over, is_plausible};
 use crate::logic::lease::PingOutcome;
 use crate::logic::log_loss::Suspicion;
 use crate::logic::membership::{Action, Membership};
+use crate::model::causes::{Cause, MOST_CAUSES};
 use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaState};
 use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::PingRequest;
@@ -30,6 +31,7 @@ use crate::mutant::mutant;
 use crate::nats::bucket::Cas;
 use crate::nats::bus::{Message, sender};
 use crate::nats::unavailable;
+use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::replica::ping_outcome;
 use crate::view::{Rev, View, parse};
@@ -37,6 +39,7 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -103,6 +106,8 @@ struct Leader {
     unsure: BTreeSet<ShardId>,
     heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
     loads: BTreeMap<NodeId, LoadReport>,
+    /// What the other nodes' last heartbeats gave as causes.
+    causes: BTreeMap<NodeId, Vec<Cause>>,
     down_since: BTreeMap<NodeId, Duration>,
     /// When the set of present nodes last changed: placement waits a moment.
     settled_at: Duration,
@@ -122,6 +127,8 @@ struct Leader {
     log_suspects: BTreeMap<ShardId, Suspicion>,
     next_log_check: Duration,
     last_tick: Duration,
+    /// Something had to be put off since the last tick.
+    troubled: AtomicBool,
     last_gc: Duration,
     pinged: mpsc::Sender<(NodeId, PingOutcome)>,
 }
@@ -139,6 +146,7 @@ impl Leader {
             unsure: BTreeSet::new(),
             heartbeats: BTreeMap::new(),
             loads: BTreeMap::new(),
+            causes: BTreeMap::new(),
             down_since: BTreeMap::new(),
             settled_at: now,
             present: BTreeSet::new(),
@@ -151,6 +159,7 @@ impl Leader {
             log_suspects: BTreeMap::new(),
             next_log_check: now,
             last_tick: now,
+            troubled: AtomicBool::new(false),
             last_gc: now,
             pinged,
         }
@@ -195,7 +204,11 @@ impl Leader {
                         heartbeat.node, heartbeat.term
                     )));
                 }
-                self.heartbeats.insert(heartbeat.node, wall());
+                self.heartbeats.insert(heartbeat.node.clone(), wall());
+                let causes = heartbeat.causes.into_iter().take(MOST_CAUSES).map(Cause::bounded);
+                let causes: Vec<Cause> =
+                    causes.map(|cause| Cause { node: heartbeat.node.clone(), ..cause }).collect();
+                self.causes.insert(heartbeat.node, causes);
             }
             // Its record may be a moment behind; or somebody uses its name.
             Some(_) | None => {
@@ -248,6 +261,7 @@ impl Leader {
             .leaving
             .retain(|node, (instance, _)| view.node(node).is_some_and(|n| n.instance == *instance));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
+        self.causes.retain(|node, _| view.node_status(node).is_live());
         // What a process said that has been replaced says nothing about its successor.
         let heat = &mut self.heat;
         self.loads.retain(|node, report| {
@@ -364,7 +378,11 @@ impl Leader {
         } else {
             self.promote_only().await?;
         }
-        self.refresh_statuses().await
+        self.refresh_statuses().await?;
+        if !self.troubled.swap(false, Ordering::Relaxed) {
+            self.ctx.causes.leading().withdraw("placement", Subject::Node);
+        }
+        Ok(())
     }
 
     /// What ends leadership, and what is merely tried again at the next tick.
@@ -372,7 +390,12 @@ impl Leader {
         match error {
             Error::Fenced(_) => Err(error),
             other => {
-                warn!("placement will be tried again: {other}");
+                if let Some(unsaid) = self.ctx.metrics.may_log("placement") {
+                    warn!(unsaid, "placement will be tried again: {other}");
+                }
+                let text = format!("placement is tried again: {other}");
+                self.ctx.causes.leading().retry("placement", Subject::Node, Severity::Yellow, text);
+                self.troubled.store(true, Ordering::Relaxed);
                 Ok(())
             }
         }

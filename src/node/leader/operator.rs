@@ -251,6 +251,10 @@ impl Leader {
         if let Some(id) = self.shards.get(&shard).and_then(|(_, record)| record.migration.as_ref()) {
             explained.next.insert(0, format!("migration {id} is under way: see migrations show {id}"));
         }
+        let own = self.ctx.causes.of_shard(shard);
+        let others = self.causes.iter().filter(|(node, _)| **node != self.ctx.node);
+        let about = others.flat_map(|(_, causes)| causes).filter(|cause| cause.is_about(shard)).cloned();
+        explained.causes = own.into_iter().chain(about).collect();
         Ok(explained)
     }
 

@@ -275,6 +275,7 @@ impl Replica {
         if condemned {
             return Ok(());
         }
+        self.ctx.causes.withdraw("replica_stuck", self.shard);
         loop {
             tokio::select! {
                 biased;

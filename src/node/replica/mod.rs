@@ -21,6 +21,7 @@ use crate::model::wire::{LogOp, PingReply, ReplicaReport};
 use crate::model::{OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
+use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::store::{Digest, ShardStore, StoreFactory, StoreSpec};
 use apply::Outcome;
@@ -341,6 +342,8 @@ impl Replica {
             };
             let Err(error) = round else { continue };
             failures += 1;
+            let text = format!("the replica on {} does not follow its log: {error}", self.ctx.node);
+            self.ctx.causes.retry("replica_stuck", self.shard, Severity::Yellow, text);
             let pause = Duration::from_millis(100 * 2u64.pow(failures.min(5)));
             match &error {
                 Error::Full(_) | Error::Corrupt(_) | Error::Internal(_) => {

@@ -131,7 +131,10 @@ impl Replica {
     pub(crate) async fn answer_write(&self, message: &Message) {
         let started = Instant::now();
         let result = match decode::<WriteRequest>(&message.payload) {
-            Ok(request) => self.write(request).await,
+            Ok(request) => {
+                let written = self.write(request).await;
+                written.map_err(|error| self.ctx.causes.explain(self.shard, error))
+            }
             Err(error) => {
                 self.ctx.bad_message("write", sender(message), &error);
                 Err(error)
