@@ -127,6 +127,7 @@ fn what_nodes_say_of_themselves() {
                 applied: 99,
                 durable: 90,
                 log_id: id(2),
+                serves: None,
             }],
         },
     );

@@ -89,7 +89,7 @@ enum Command {
     Dev(dev::DevArgs),
     /// Run one node until SIGTERM or Ctrl-C, then leave in order.
     Node(Box<node::NodeArgs>),
-    /// The whole cluster on one screen; exit code 4 when a shard has no live replica.
+    /// The whole cluster on one screen; exit code 4 when a shard serves nowhere.
     Status,
     /// The nodes: who is there, what they hold; drain, maintenance, weight and rack.
     #[command(subcommand)]

@@ -93,7 +93,9 @@ struct Line {
 impl From<ShardView> for Line {
     fn from(view: ShardView) -> Line {
         let ShardView { record, vectors, size_bytes, applied } = view;
-        Line { record, vectors: Some(vectors), size_bytes: Some(size_bytes), applied }
+        // Right after a change of leader nobody has told it yet.
+        let known = !applied.is_empty();
+        Line { record, vectors: known.then_some(vectors), size_bytes: known.then_some(size_bytes), applied }
     }
 }
 

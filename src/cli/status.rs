@@ -26,8 +26,8 @@ fn exit(status: HealthStatus) -> Exit {
 fn screen(namespace: &str, settings: &ClusterRecord, status: &StatusReply) -> String {
     let (tone, meaning) = match status.status {
         HealthStatus::Green => (Tone::Good, "every shard has all its replicas"),
-        HealthStatus::Yellow => (Tone::Warn, "every shard serves, but replicas are missing"),
-        HealthStatus::Red => (Tone::Bad, "shards without a live replica"),
+        HealthStatus::Yellow => (Tone::Warn, "every shard serves, but something is missing or wrong"),
+        HealthStatus::Red => (Tone::Bad, "shards that serve nowhere"),
     };
     let (nodes, shards) = (status.nodes, status.shards);
     let ok = |good: bool, otherwise: Tone| if good { Tone::Good } else { otherwise };
@@ -65,7 +65,7 @@ fn screen(namespace: &str, settings: &ClusterRecord, status: &StatusReply) -> St
                 running => Cell::new(format!("{running} running")).tone(Tone::Warn),
             },
         ),
-        ("vectors", Cell::new(number(status.vectors))),
+        ("vectors", Cell::new(status.vectors.map_or_else(|| "not known yet".to_owned(), number))),
         (
             "settings",
             Cell::new(format!(
@@ -101,9 +101,10 @@ mod tests {
             nodes: NodeCounts { total: 3, up: 2 },
             shards: ShardCounts { total: 16, full: 16 - degraded - offline, degraded, offline },
             migrations: 1,
-            vectors: 1_797,
+            vectors: Some(1_797),
             warnings: vec!["node n2 is down".into()],
             causes: vec![],
+            not_reported: vec![],
         }
     }
 

@@ -30,4 +30,5 @@ pub(crate) mod migration;
 pub(crate) mod planner;
 pub(crate) mod replica;
 pub(crate) mod routing;
+pub(crate) mod serving;
 pub(crate) mod truncation;

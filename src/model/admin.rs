@@ -14,9 +14,10 @@ use std::collections::BTreeMap;
 pub enum HealthStatus {
     /// Every shard has its full replicas, and the rules about racks hold.
     Green,
-    /// Every shard serves, but a replica is missing, or too many of one are in one rack.
+    /// Every shard serves, but a replica is missing or does not serve, too many of one are in one rack, or not every
+    /// node has told yet what it serves.
     Yellow,
-    /// A shard has no live replica.
+    /// A shard serves nowhere.
     Red,
 }
 
@@ -45,13 +46,17 @@ pub struct StatusReply {
     pub shards: ShardCounts,
     /// Migrations under way.
     pub migrations: usize,
-    /// Vectors, as of the last load reports.
-    pub vectors: u64,
+    /// Vectors, as of the last load reports; `null`: not known yet, as nobody who holds a shard has reported to this
+    /// leader.
+    pub vectors: Option<u64>,
     /// What an operator should know, one sentence each.
     pub warnings: Vec<String>,
     /// Why something is not as it should be, by kind and by the node that has noticed it; red ones first.
     #[serde(default)]
     pub causes: Vec<Cause>,
+    /// Live nodes that have not reported to this leader yet: what they serve is not known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_reported: Vec<NodeId>,
 }
 
 /// Nodes by status.
@@ -72,7 +77,7 @@ pub struct ShardCounts {
     pub full: usize,
     /// Serving with fewer.
     pub degraded: usize,
-    /// Without a live replica, or not placed yet.
+    /// Served nowhere, or not placed yet.
     pub offline: usize,
 }
 

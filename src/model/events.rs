@@ -100,6 +100,9 @@ pub struct ReplicaLoad {
     /// Log id that the replica follows.
     #[serde(default)]
     pub log_id: Uuid,
+    /// Whether the replica answers requests; versions up to 0.2 do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serves: Option<bool>,
 }
 
 /// `ruvector.load.<node>`.

@@ -394,7 +394,7 @@ pub enum ShardStatus {
     Full,
     /// It serves, with fewer replicas than it should have.
     Degraded,
-    /// No live replica.
+    /// No replica serves.
     Offline,
 }
 

@@ -5,6 +5,7 @@ use super::placement::BY_OPERATOR;
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::planner::balance_of;
+use crate::model::NodeId;
 use crate::model::admin::{
     CancelReply, CancelRequest, ExplainRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts,
     NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply,
@@ -93,13 +94,14 @@ impl Leader {
         let count = |status| self.shards.values().filter(|(_, r)| self.status_of(r) == status).count();
         let (full, degraded) = (count(ShardStatus::Full), count(ShardStatus::Degraded));
         let shards = ShardCounts { total, full, degraded, offline: total - full - degraded };
-        let recovering = self.recovering();
+        let (recovering, not_reported) = (self.recovering(), self.not_reported());
         let crowded = balance_of(&self.plan_input(false)).rack_violations;
         let causes = self.known_causes();
         let worst = causes.iter().map(|cause| cause.severity).max();
         let status = match shards {
             s if s.offline > 0 || worst == Some(Severity::Red) => HealthStatus::Red,
-            s if s.degraded > 0 || recovering > 0 || crowded > 0 || worst.is_some() => HealthStatus::Yellow,
+            s if s.degraded > 0 || recovering > 0 || crowded > 0 => HealthStatus::Yellow,
+            _ if worst.is_some() || !not_reported.is_empty() => HealthStatus::Yellow,
             _ => HealthStatus::Green,
         };
         StatusReply {
@@ -112,9 +114,10 @@ impl Leader {
             },
             shards,
             migrations: self.shards.values().filter(|(_, r)| r.migration.is_some()).count(),
-            vectors: self.shards.values().map(|(_, r)| self.size(r).0).sum(),
-            warnings: self.warnings(recovering, crowded, &causes),
+            vectors: self.shards.values().map(|(_, r)| Some(self.known_size(r)?.0)).sum(),
+            warnings: self.warnings(recovering, crowded, &causes, &not_reported),
             causes,
+            not_reported,
         }
     }
 
@@ -127,20 +130,42 @@ impl Leader {
         all
     }
 
-    /// Replicas of live nodes that do not serve (yet), as of their last report.
+    /// Replicas of live nodes that do not serve (yet), as far as their nodes have said.
     fn recovering(&self) -> usize {
+        let serves = |node: &str, shard| {
+            self.reported(node, shard).is_some_and(|load| load.state == ReplicaState::Serving)
+        };
         let not_serving = |record: &ShardRecord| {
-            let serves = |node: &&String| {
-                self.reported(node, record.shard).is_some_and(|load| load.state == ReplicaState::Serving)
-            };
-            record.replicas.iter().filter(|n| self.is_live(n)).filter(|n| !serves(n)).count()
+            let heard = record.replicas.iter().filter(|n| self.is_live(n) && self.loads.contains_key(*n));
+            heard.filter(|n| !serves(n, record.shard)).count()
         };
         self.shards.values().map(|(_, record)| not_serving(record)).sum()
     }
 
-    fn warnings(&self, recovering: usize, crowded: u64, causes: &[Cause]) -> Vec<String> {
+    /// Live nodes that have not told this leader yet what they have, though they should have something.
+    fn not_reported(&self) -> Vec<NodeId> {
+        let holds = |node: &NodeId| self.shards.values().any(|(_, record)| record.has_replica(node));
+        let silent = |node: &&NodeId| self.is_live(node) && !self.loads.contains_key(*node) && holds(node);
+        self.ctx.view().nodes.keys().filter(silent).cloned().collect()
+    }
+
+    fn warnings(
+        &self,
+        recovering: usize,
+        crowded: u64,
+        causes: &[Cause],
+        not_reported: &[NodeId],
+    ) -> Vec<String> {
         let view = self.ctx.view();
         let mut warnings = sentences(causes);
+        if !not_reported.is_empty() {
+            warnings.push(format!(
+                "not known yet what {} serve: they have not reported to {}, which leads since a moment ago or cannot \
+                 hear them",
+                not_reported.join(", "),
+                self.ctx.node
+            ));
+        }
         for (_, node) in view.nodes.values() {
             if matches!(node.status, NodeStatus::Suspect | NodeStatus::Down) {
                 warnings.push(format!(
@@ -205,6 +230,14 @@ impl Leader {
         warnings
     }
 
+    /// The same, unless no live holder has said anything to this leader yet.
+    fn known_size(&self, record: &ShardRecord) -> Option<(u64, u64)> {
+        let heard = |node: &NodeId| self.loads.contains_key(node);
+        let silent = |node: &NodeId| self.is_live(node) && !heard(node);
+        let known = record.replicas.iter().any(heard) || !record.replicas.iter().any(silent);
+        known.then(|| self.size(record))
+    }
+
     /// Vectors and bytes, by the most advanced report.
     pub(super) fn size(&self, record: &ShardRecord) -> (u64, u64) {
         let reports = record.replicas.iter().filter_map(|n| self.reported(n, record.shard));
@@ -236,7 +269,9 @@ impl Leader {
             let (vectors, size_bytes) = self.size(record);
             let applied =
                 record.holders().filter_map(|n| Some((n.clone(), self.reported(n, record.shard)?.applied)));
-            ShardView { record: record.clone(), vectors, size_bytes, applied: applied.collect() }
+            // As it is now: the record follows at the next look.
+            let record = ShardRecord { status: self.status_of(record), ..record.clone() };
+            ShardView { vectors, size_bytes, applied: applied.collect(), record }
         });
         let shards = shards.collect();
         ShardsReply { shards, next: found.next().map(|record| record.shard.0) }

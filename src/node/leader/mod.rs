@@ -22,8 +22,9 @@ use crate::logic::fencing::{is_over, is_plausible};
 use crate::logic::lease::PingOutcome;
 use crate::logic::log_loss::Suspicion;
 use crate::logic::membership::{Action, Membership};
+use crate::logic::serving::{self, Heard, Known};
 use crate::model::causes::{Cause, MOST_CAUSES};
-use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaState};
+use crate::model::events::{Event, Heartbeat, LoadReport};
 use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::PingRequest;
 use crate::model::{InstanceId, NodeId, ShardId, Term};
@@ -108,6 +109,10 @@ struct Leader {
     loads: BTreeMap<NodeId, LoadReport>,
     /// What the other nodes' last heartbeats gave as causes.
     causes: BTreeMap<NodeId, Vec<Cause>>,
+    /// Since when live nodes have sent no report to this leader.
+    silent_since: BTreeMap<NodeId, Duration>,
+    /// When this leader last changed who holds a shard.
+    changed_at: BTreeMap<ShardId, Duration>,
     down_since: BTreeMap<NodeId, Duration>,
     /// When the set of present nodes last changed: placement waits a moment.
     settled_at: Duration,
@@ -147,6 +152,8 @@ impl Leader {
             heartbeats: BTreeMap::new(),
             loads: BTreeMap::new(),
             causes: BTreeMap::new(),
+            silent_since: BTreeMap::new(),
+            changed_at: BTreeMap::new(),
             down_since: BTreeMap::new(),
             settled_at: now,
             present: BTreeSet::new(),
@@ -367,6 +374,7 @@ impl Leader {
             self.membership.forgive(now);
         }
         self.last_tick = now;
+        self.note_silence();
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
         self.resolve_unsure().await?;
@@ -410,20 +418,39 @@ impl Leader {
         self.loads.get(node)?.shards.iter().find(|load| load.shard == shard)
     }
 
-    /// Full: all holders are live, and as many as the nodes allow.
+    /// Full: all holders say that they serve, and they are as many as the nodes allow.
     fn status_of(&self, record: &ShardRecord) -> ShardStatus {
         let wanted = (self.ctx.cluster.replication_factor as usize).min(self.present.len()).max(1);
-        let serves = |node: &NodeId| {
-            let failed = self.reported(node, record.shard).is_some_and(|load| match load.state {
-                ReplicaState::Failed => true,
-                ReplicaState::Recovering | ReplicaState::Serving | ReplicaState::LogLost => false,
-            });
-            self.is_live(node) && !failed
+        let holders: Vec<Known> = record.replicas.iter().map(|node| self.known(node, record.shard)).collect();
+        serving::status(&holders, wanted, record.status)
+    }
+
+    /// Whether a node serves a shard, as far as it has said.
+    fn known(&self, node: &str, shard: ShardId) -> Known {
+        let now = self.ctx.clock.now();
+        let silent_for = match self.loads.contains_key(node) {
+            true => None,
+            false => {
+                Some(self.silent_since.get(node).map_or(Duration::ZERO, |since| now.saturating_sub(*since)))
+            }
         };
-        match record.replicas.iter().filter(|n| serves(n)).count() {
-            0 => ShardStatus::Offline,
-            live if live < wanted || live < record.replicas.len() => ShardStatus::Degraded,
-            _ => ShardStatus::Full,
+        let changed = self.changed_at.get(&shard).map_or(Duration::MAX, |at| now.saturating_sub(*at));
+        serving::known(&Heard {
+            live: self.is_live(node),
+            silent_for,
+            load: self.reported(node, shard),
+            changed,
+        })
+    }
+
+    /// Since when live nodes have said nothing of their replicas.
+    fn note_silence(&mut self) {
+        let (view, now) = (self.ctx.view(), self.ctx.clock.now());
+        let loads = &self.loads;
+        let silent = |node: &NodeId| view.node_status(node).is_live() && !loads.contains_key(node);
+        self.silent_since.retain(|node, _| silent(node));
+        for node in view.nodes.keys().filter(|node| silent(node)) {
+            self.silent_since.entry(node.clone()).or_insert(now);
         }
     }
 

@@ -133,6 +133,11 @@ impl Leader {
         match written {
             Cas::Applied(revision) => {
                 self.ctx.views.note_shard(revision, &record);
+                let now = self.ctx.clock.now();
+                let before = self.shards.get(&shard).map(|(_, before)| before.replicas.as_slice());
+                if record.replicas.iter().any(|node| !before.unwrap_or_default().contains(node)) {
+                    self.changed_at.insert(shard, now);
+                }
                 self.shards.insert(shard, (revision, record));
                 Ok(())
             }

@@ -267,7 +267,7 @@ impl Replica {
         let now = [&self.counters.reads, &self.counters.writes, &self.counters.searches]
             .map(|c| c.load(Ordering::Relaxed));
         let rate = |now: u64, then: u64| (now.saturating_sub(then)) as f64 / elapsed.as_secs_f64().max(0.001);
-        let report = self.report();
+        let (report, serves) = (self.report(), self.status.borrow().serving);
         let load = ReplicaLoad {
             shard: self.shard,
             state: report.state,
@@ -279,6 +279,7 @@ impl Replica {
             applied: self.status.borrow().applied,
             durable: report.durable,
             log_id: report.log_id,
+            serves: Some(serves),
         };
         *since = (now[0], now[1], now[2]);
         load
