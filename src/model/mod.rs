@@ -5,6 +5,7 @@ pub mod api;
 pub mod causes;
 pub mod events;
 pub mod ids;
+pub mod number;
 pub mod plan;
 pub mod records;
 pub mod vector;

@@ -1,64 +1,51 @@
-//! Comma-separated values with a header line, whose names say what each column is.
+//! Comma-separated values, with a header line whose names say what each column is.
 //!
 //! - `id` is the id; without it rows are numbered.
 //! - `v0, v1, …` (or `p…`, or `d…`) are the vector, in the order of their numbers.
 //! - Failing those, `vector` holds it as a JSON array; failing that too, `v1, v2, …` are it.
-//! - Failing all names, the columns with a number in the first row are the vector, except `label`.
+//! - Failing all names, the columns that have a number in every row are the vector, except `label`.
 //!
-//! All other columns become fields of the payload: what JSON would take for a number as a number, the rest as
-//! a string.
+//! All other columns become fields of the payload: numbers if every row has one of which no digit would be lost,
+//! else text. So the file is read twice: once to see what its columns hold, once for the rows. What no row and no
+//! name tells is asked for, not guessed ([`super::columns`]).
 
-use super::jsonl::json_problem;
-use super::{Input, MAX_LINE_BYTES, Position, Row, Rows, invalid, io_problem, line_too_long};
+use super::columns::{Cell, Kind, Layout, Names, Seen, VectorCells};
+use super::jsonl::json_vector;
+use super::replay::Replay;
+use super::{Fields, Input, MAX_LINE_BYTES, Opened, Position, Row, Rows, invalid, io_problem, line_too_long};
 use crate::error::{Error, Result};
-use crate::model::vector::{MAX_DIMENSIONS, Payload, vector_bytes};
+use crate::model::number::{is_held, vector_number};
+use crate::model::vector::{MAX_DIMENSIONS, Payload};
 use csv::{ErrorKind, ReaderBuilder, StringRecord, Trim};
-use serde::Deserialize;
 use serde_json::{Number, Value};
-use std::collections::{BTreeMap, HashSet};
 use std::io::{self, Read};
 
 /// Most columns: the largest vector and some fields beside it.
 const MAX_COLUMNS: usize = MAX_DIMENSIONS + 4096;
-/// First letters of numbered columns that are a vector, the likeliest first.
-const VECTOR_LETTERS: [char; 3] = ['v', 'p', 'd'];
 
-/// Rows under a header line.
+/// Rows under a header line, or without one.
 pub(super) struct Csv {
     reader: csv::Reader<Bounded>,
+    replay: Replay,
+    fields: Fields,
+    /// What the columns are called; for messages.
     columns: Vec<String>,
-    id: Option<usize>,
-    /// Unknown until the first row where the names alone do not tell.
+    /// Unknown until the survey.
     layout: Option<Layout>,
+    remarks: Vec<String>,
     record: StringRecord,
+    /// 0 while there is none to speak of.
     line: u64,
 }
 
-/// Which columns are what, by index.
-struct Layout {
-    vector: VectorCells,
-    payload: Vec<usize>,
-}
-
-enum VectorCells {
-    /// One number in each.
-    Numbers(Vec<usize>),
-    /// A JSON array in one.
-    Json(usize),
-}
-
 impl Csv {
-    /// Reads the header line.
-    pub(super) fn open(input: Input) -> Result<Csv> {
-        let mut reader = ReaderBuilder::new()
-            .trim(Trim::Headers)
-            // So that a short row is refused in our words.
-            .flexible(true)
-            .from_reader(Bounded::new(input));
-        let columns = header(&mut reader).map_err(|e| e.context("header line"))?;
-        let id = columns.iter().position(|name| name.eq_ignore_ascii_case("id"));
-        let layout = layout_by_name(&columns, id).map_err(|e| e.context("header line"))?;
-        Ok(Csv { reader, columns, id, layout, record: StringRecord::new(), line: 1 })
+    /// Opens the file; [`Rows::survey`] reads its header line.
+    pub(super) fn open(opened: Opened, fields: &Fields) -> Result<Csv> {
+        let (file, start) = opened.plain.map_or((None, 0), |(file, start)| (Some(file), start));
+        let (input, replay) = Replay::of(opened.input, file, start)?;
+        let (reader, record) = (reader(input, fields), StringRecord::new());
+        let (columns, remarks) = (Vec::new(), Vec::new());
+        Ok(Csv { reader, replay, fields: fields.clone(), columns, layout: None, remarks, record, line: 0 })
     }
 
     /// Reads the next record; `false` at the end.
@@ -74,11 +61,47 @@ impl Csv {
             self.line = self.line.saturating_sub(inside + counted);
         }
         let found = read.map_err(|e| csv_problem(e, &self.columns))?;
-        if found && self.record.len() != self.columns.len() {
+        // Of a file without header line, the first row says how many columns there are.
+        if found && self.record.len() != self.columns.len() && !self.columns.is_empty() {
             let (cells, columns) = (self.record.len(), self.columns.len());
-            return invalid(format!("{cells} cells under a header of {columns} columns"));
+            return invalid(match self.fields.header {
+                Some(false) => format!("{cells} cells, the first row has {columns}"),
+                _ => format!("{cells} cells under a header of {columns} columns"),
+            });
         }
         Ok(found)
+    }
+
+    /// The names of the columns, and whether the first row has been read for them.
+    fn names(&mut self) -> Result<(Names, bool)> {
+        if self.fields.header == Some(false) {
+            let found = self.read_record()?;
+            check_columns(self.record.len())?;
+            return Ok((Names::numbered(self.record.len(), &self.fields)?, found));
+        }
+        let names = self.reader.headers().map_err(|e| csv_problem(e, &[]));
+        let names = names.and_then(|names| {
+            check_columns(names.len())?;
+            Names::of_header(names.iter().map(str::to_owned).collect(), &self.fields)
+        });
+        Ok((names.map_err(|e| e.context("header line"))?, false))
+    }
+
+    /// Notes what the current record says about columns that no name tells.
+    fn look(&self, names: &Names, seen: &mut [Seen]) -> Result<()> {
+        for (at, (cell, seen)) in self.record.iter().zip(seen).enumerate() {
+            if names.is_open(at) {
+                let looks = cell.trim().parse::<f64>().is_ok();
+                let kind = if looks { &mut seen.number } else { &mut seen.other };
+                kind.get_or_insert_with(|| Cell::new(self.line, cell));
+                if seen.not_held.is_none() && number(cell).is_none() {
+                    seen.not_held = Some(Cell::new(self.line, cell));
+                }
+            } else if names.said(at) == Some(Kind::Number) {
+                self.field(at, Kind::Number)?;
+            }
+        }
+        Ok(())
     }
 
     fn row(&self, layout: &Layout) -> Result<Row> {
@@ -87,165 +110,114 @@ impl Csv {
                 cells.iter().map(|&cell| self.number(cell)).collect::<Result<_>>()?
             }
             VectorCells::Json(cell) => {
-                let Numbers(vector) = serde_json::from_str(&self.record[*cell])
-                    .map_err(|e| json_problem(e).context(format!("column {:?}", self.columns[*cell])))?;
-                vector
+                json_vector(&self.record[*cell]).map_err(|e| e.context(self.column(*cell)))?
             }
         };
-        let named = |&cell: &usize| (self.columns[cell].clone(), field(&self.record[cell]));
-        let payload: Payload = layout.payload.iter().map(named).collect();
-        let id = self.id.map(|cell| self.record[cell].to_owned());
+        let mut payload = Payload::new();
+        for &(at, kind) in &layout.payload {
+            if let Some(value) = self.field(at, kind)? {
+                payload.insert(self.columns[at].clone(), value);
+            }
+        }
+        let id = layout.id.map(|cell| self.record[cell].to_owned());
         Ok(Row { id, vector, payload: (!payload.is_empty()).then_some(payload) })
     }
 
     fn number(&self, column: usize) -> Result<f32> {
+        let number = vector_number(self.record[column].trim());
+        number.map_err(|why| Error::Invalid(format!("{}: {why}", self.column(column))))
+    }
+
+    /// A cell as a field of the payload, or nothing for an empty one where numbers stand.
+    fn field(&self, column: usize, kind: Kind) -> Result<Option<Value>> {
         let cell = &self.record[column];
-        finite(cell).ok_or_else(|| {
-            let shown: String = cell.chars().take(40).collect();
-            Error::Invalid(format!("column {:?}: {shown:?} is no finite number", self.columns[column]))
-        })
+        match kind {
+            Kind::Text => Ok(Some(Value::String(cell.to_owned()))),
+            Kind::Number if cell.trim().is_empty() => Ok(None),
+            Kind::Number => match number(cell) {
+                Some(number) => Ok(Some(Value::Number(number))),
+                None => invalid(format!(
+                    "{}: {:?} is no JSON number, or would lose digits as one",
+                    self.column(column),
+                    Cell::new(0, cell).text
+                )),
+            },
+        }
+    }
+
+    fn column(&self, at: usize) -> String {
+        format!("column {:?}", self.columns[at])
     }
 }
 
 impl Rows for Csv {
     fn next_row(&mut self) -> Result<Option<Row>> {
-        if !self.read_record()? {
-            return Ok(None);
-        }
-        let layout = match self.layout.take() {
-            Some(layout) => layout,
-            None => layout_by_row(&self.columns, self.id, &self.record)?,
+        let Some(layout) = self.layout.take() else { return Ok(None) };
+        let row = match self.read_record() {
+            Ok(true) => self.row(&layout).map(Some),
+            Ok(false) => Ok(None),
+            Err(e) => Err(e),
         };
-        let row = self.row(&layout);
         self.layout = Some(layout);
-        row.map(Some)
+        row
     }
 
-    fn position(&self) -> Position {
-        Position::Line(self.line)
+    fn position(&self) -> Option<Position> {
+        (self.line > 0).then_some(Position::Line(self.line))
     }
 
     fn dimensions(&self) -> Option<usize> {
         match &self.layout.as_ref()?.vector {
-            VectorCells::Numbers(cells) => Some(cells.len()),
+            VectorCells::Numbers(cells) => (!cells.is_empty()).then_some(cells.len()),
             VectorCells::Json(_) => None,
         }
     }
-}
 
-/// Names of the columns.
-fn header(reader: &mut csv::Reader<Bounded>) -> Result<Vec<String>> {
-    let names = reader.headers().map_err(|e| csv_problem(e, &[]))?;
-    if names.len() > MAX_COLUMNS {
-        return invalid(format!("{} columns, the limit is {MAX_COLUMNS}", names.len()));
-    }
-    let mut seen = HashSet::new();
-    for (at, name) in names.iter().enumerate() {
-        if name.is_empty() {
-            // pandas leaves the name of its row numbers empty, and they would become part of the vector.
-            let column = at + 1;
-            return invalid(format!(
-                "column {column} has no name: the first line names all columns (pandas: to_csv(…, index=False))"
-            ));
+    fn survey(&mut self, limit: u64) -> Result<()> {
+        let (names, mut have_row) = self.names()?;
+        self.columns.clone_from(&names.all);
+        let mut seen = vec![Seen::default(); self.columns.len()];
+        let mut rows = 0;
+        while rows < limit && (have_row || self.read_record()?) {
+            self.look(&names, &mut seen)?;
+            have_row = false;
+            rows += 1;
         }
-        if !seen.insert(name) {
-            return invalid(format!("two columns are named {name:?}: rename one"));
-        }
+        // What follows is said of the file, not of a line.
+        self.line = 0;
+        let (layout, remarks) = names.layout(&seen)?;
+        self.reader = reader(self.replay.again()?, &self.fields);
+        self.layout = Some(layout);
+        self.remarks = remarks;
+        Ok(())
     }
-    Ok(names.iter().map(str::to_owned).collect())
-}
 
-/// What the names alone tell.
-fn layout_by_name(columns: &[String], id: Option<usize>) -> Result<Option<Layout>> {
-    let mut groups = Vec::new();
-    for letter in VECTOR_LETTERS {
-        groups.extend(numbered(columns, letter)?);
-    }
-    let mut from = |first| {
-        let at = groups.iter().position(|(start, _)| *start == first)?;
-        Some(VectorCells::Numbers(groups.swap_remove(at).1))
-    };
-    // Names counted from 1 are the weaker sign: p1 and p2 may be anything.
-    let vector = from(0)
-        .or_else(|| columns.iter().position(|name| name == "vector").map(VectorCells::Json))
-        .or_else(|| from(1));
-    Ok(vector.map(|vector| Layout::new(columns, id, vector)))
-}
-
-/// Columns `letter` 0, `letter` 1, … in this order, and the first number, which is 0 or 1.
-fn numbered(columns: &[String], letter: char) -> Result<Option<(usize, Vec<usize>)>> {
-    let mut cells = BTreeMap::new();
-    for (cell, name) in columns.iter().enumerate() {
-        let digits = name.strip_prefix([letter, letter.to_ascii_uppercase()]);
-        let digits = digits.filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
-        if let Some(number) = digits.and_then(|digits| digits.parse::<usize>().ok())
-            && let Some(other) = cells.insert(number, cell)
-        {
-            return invalid(format!("columns {name:?} and {:?} have the same number", columns[other]));
-        }
-    }
-    let gap = cells.keys().copied().enumerate().find(|(at, number)| at != number);
-    match (cells.first_key_value(), gap) {
-        (Some((0, _)), None) => Ok(Some((0, cells.into_values().collect()))),
-        (Some((0, _)), Some((missing, _))) => {
-            invalid(format!("there are columns {letter}0 and on, but no {letter}{missing}"))
-        }
-        (Some((1, _)), _) if cells.len() > 1 && cells.keys().copied().eq(1..=cells.len()) => {
-            Ok(Some((1, cells.into_values().collect())))
-        }
-        // Anything else has another meaning: p50, p99.
-        _ => Ok(None),
+    fn remarks(&self) -> Vec<String> {
+        self.remarks.clone()
     }
 }
 
-/// What the cells of the first row tell where the names do not.
-fn layout_by_row(columns: &[String], id: Option<usize>, record: &StringRecord) -> Result<Layout> {
-    // MNIST's label in many a CSV; nobody measures a distance by it.
-    let vector: Vec<usize> = (0..columns.len())
-        .filter(|&cell| Some(cell) != id && !columns[cell].eq_ignore_ascii_case("label"))
-        .filter(|&cell| finite(&record[cell]).is_some())
-        .collect();
-    if vector.is_empty() {
-        return invalid(
-            "no vector found: use columns v0, v1, …, a column \"vector\" with JSON arrays, or columns of numbers, \
-             separated by commas",
-        );
+fn reader(input: Input, fields: &Fields) -> csv::Reader<Bounded> {
+    ReaderBuilder::new()
+        .has_headers(fields.header != Some(false))
+        .trim(Trim::Headers)
+        // So that a short row is refused in our words.
+        .flexible(true)
+        .from_reader(Bounded::new(input))
+}
+
+fn check_columns(columns: usize) -> Result<()> {
+    if columns > MAX_COLUMNS {
+        return invalid(format!("{columns} columns, the limit is {MAX_COLUMNS}"));
     }
-    Ok(Layout::new(columns, id, VectorCells::Numbers(vector)))
+    Ok(())
 }
 
-impl Layout {
-    /// What is neither id nor vector is payload.
-    fn new(columns: &[String], id: Option<usize>, vector: VectorCells) -> Layout {
-        let mut taken = vec![false; columns.len()];
-        let cells = match &vector {
-            VectorCells::Numbers(cells) => cells.as_slice(),
-            VectorCells::Json(cell) => std::slice::from_ref(cell),
-        };
-        for &cell in cells.iter().chain(&id) {
-            taken[cell] = true;
-        }
-        let payload = (0..columns.len()).filter(|&cell| !taken[cell]).collect();
-        Layout { vector, payload }
-    }
+/// A JSON number that is stored without losing a digit. `007` is none: it is rather a name than an amount.
+fn number(cell: &str) -> Option<Number> {
+    let number = serde_json::from_str(cell).ok()?;
+    is_held(cell.trim()).then_some(number)
 }
-
-fn finite(cell: &str) -> Option<f32> {
-    cell.trim().parse::<f32>().ok().filter(|number| number.is_finite())
-}
-
-/// A JSON number where the cell is one. `007` is none, and whole numbers beyond 64 bits would lose digits: both
-/// are rather names than amounts, and stay strings.
-fn field(cell: &str) -> Value {
-    match serde_json::from_str::<Number>(cell) {
-        Ok(number) if !number.is_f64() || cell.contains(['.', 'e', 'E']) => Value::Number(number),
-        _ => Value::String(cell.to_owned()),
-    }
-}
-
-/// A vector in one cell, with the bound on its length.
-#[derive(Deserialize)]
-struct Numbers(#[serde(deserialize_with = "vector_bytes::deserialize")] Vec<f32>);
 
 fn csv_problem(error: csv::Error, columns: &[String]) -> Error {
     let text = error.to_string();
@@ -300,8 +272,8 @@ impl Read for Bounded {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Endless, entries, failure, opened, vectors};
-    use crate::cli::dataset::{Dataset, Format, ReadOptions};
+    use super::super::tests::{Endless, entries, failure, gzip, opened, vectors};
+    use crate::cli::dataset::{Dataset, Fields, Format, ReadOptions};
     use crate::model::vector::VectorEntry;
     use serde_json::json;
     use std::io::Read;
@@ -348,7 +320,7 @@ mod tests {
         assert_eq!(vectors(Format::Csv, text.as_bytes()), [[0.5, -1.0], [1.0, 2.0]]);
         assert_eq!(payloads(text), [json!({"age": 7}), json!({"age": 8})]);
         let said = failure(Format::Csv, b"id,vector\n1,\"[1,2]\"\n2,\"[1,x]\"\n");
-        assert_eq!(said, "test.data, line 3: column \"vector\": column 4: expected value");
+        assert_eq!(said, "test.data, line 3: column \"vector\": number 1: \"x\" is no number");
     }
 
     #[test]
@@ -363,25 +335,212 @@ mod tests {
     }
 
     #[test]
-    fn a_cell_becomes_a_number_only_if_no_digit_is_lost() {
-        let cells =
-            ["7", "-7", "1.5", "1e3", "007", "+7", "18446744073709551616", "NaN", "", "true", "1_000"];
-        let text = format!("v0,x\n{}", cells.map(|cell| format!("0,{cell}\n")).concat());
-        let found: Vec<_> = payloads(&text).into_iter().map(|mut payload| payload["x"].take()).collect();
-        let strings = cells[4..].iter().map(|cell| json!(cell));
+    fn a_column_is_numbers_only_if_every_row_has_one_that_loses_no_digit() {
+        let column = |cells: &[&str]| -> Vec<serde_json::Value> {
+            let text =
+                format!("v0,x\n{}", cells.iter().map(|cell| format!("0,{cell}\n")).collect::<String>());
+            payloads(&text).into_iter().map(|mut payload| payload["x"].take()).collect()
+        };
         assert_eq!(
-            found,
-            [json!(7), json!(-7), json!(1.5), json!(1000.0)].into_iter().chain(strings).collect::<Vec<_>>()
+            column(&["7", "-7", "1.5", "1e3", "0.1", "18446744073709551615"]),
+            [
+                json!(7),
+                json!(-7),
+                json!(1.5),
+                json!(1000.0),
+                json!(0.1),
+                json!(18_446_744_073_709_551_615_u64)
+            ]
         );
+        for odd in [
+            "007",
+            "+7",
+            "18446744073709551616",
+            "9007199254740993.0",
+            "1e400",
+            "1e-400",
+            "NaN",
+            "inf",
+            "",
+            "true",
+            "1_000",
+            "0x10",
+            "3.14159265358979323846",
+            "1984 (novel)",
+        ] {
+            // Whichever row it is in: 7 is a number to nobody then.
+            assert_eq!(column(&["7", "1.50", odd]), [json!("7"), json!("1.50"), json!(odd)], "{odd}");
+            assert_eq!(column(&[odd, "7"]), [json!(odd), json!("7")], "{odd}");
+        }
+    }
+
+    #[test]
+    fn what_a_column_holds_can_be_said() {
+        let read = |fields: Fields, text: &str| -> crate::error::Result<Vec<serde_json::Value>> {
+            let options = ReadOptions { fields, ..ReadOptions::default() };
+            let rows: Vec<_> =
+                opened(Format::Csv, "a", text.as_bytes(), &options)?.collect::<Result<_, _>>()?;
+            Ok(rows.into_iter().map(|row| row.payload.map_or(json!(null), Into::into)).collect())
+        };
+        let text = "v0,year,zip\n1,1815,01234\n2,,12345\n";
+        assert_eq!(
+            read(Fields { numbers: vec!["year".into()], ..Fields::default() }, text).unwrap(),
+            [json!({"year": 1815, "zip": "01234"}), json!({"zip": "12345"})]
+        );
+        let text = "v0,zip\n1,12345\n2,54321\n";
+        assert_eq!(
+            read(Fields { texts: vec!["zip".into()], ..Fields::default() }, text).unwrap(),
+            [json!({"zip": "12345"}), json!({"zip": "54321"})]
+        );
+        for (fields, text, word) in [
+            (
+                Fields { numbers: vec!["x".into()], ..Fields::default() },
+                "v0,x\n1,2\n1,b\n",
+                "line 3: column \"x\": \"b\" is no JSON number",
+            ),
+            (
+                Fields { numbers: vec!["x".into()], ..Fields::default() },
+                "v0,x\n1,1e999\n",
+                "line 2: column \"x\"",
+            ),
+            (
+                Fields { numbers: vec!["y".into()], ..Fields::default() },
+                "v0,x\n1,2\n",
+                "there is no column \"y\"",
+            ),
+            (Fields { numbers: vec!["v0".into()], ..Fields::default() }, "v0,x\n1,2\n", "two things at once"),
+            (
+                Fields { id: Some("_id".into()), ..Fields::default() },
+                "v0,x\n1,2\n",
+                "there is no column \"_id\"",
+            ),
+            (Fields { payload_rest: true, ..Fields::default() }, "v0,x\n1,2\n", "for JSON lines"),
+        ] {
+            let said = read(fields, text).unwrap_err().to_string();
+            assert!(said.contains(word), "{said}");
+        }
+        let fields = Fields { id: Some("_id".into()), vector: Some("embedding".into()), ..Fields::default() };
+        let options = ReadOptions { fields, ..ReadOptions::default() };
+        let rows = opened(Format::Csv, "a", b"_id,embedding,id\na,\"[1,2]\",7\n", &options).unwrap();
+        let row = rows.map(|row| row.unwrap()).next().unwrap();
+        assert_eq!(
+            (row.id.as_str(), row.vector.as_slice(), row.payload.unwrap()["id"].clone()),
+            ("a", &[1.0, 2.0][..], json!(7))
+        );
+    }
+
+    #[test]
+    fn a_first_line_of_numbers_is_no_header_unless_that_is_said() {
+        for text in [
+            "0.5,1.5\n2.5,3.5\n",
+            "a1,0.5,1.5\na2,2.5,3.5\n",
+            "0.9769,0.9769\n1,2\n",
+            "0,1,2,3\n5,6,7,8\n",
+            "a,,0.5\nb,x,1\n",
+            "nan,nan\n1,2\n",
+            "a,\"[1,2]\"\nb,\"[3,4]\"\n",
+            "7\n8\n",
+        ] {
+            let said = failure(Format::Csv, text.as_bytes());
+            assert!(
+                said.starts_with("test.data: header line: the first line holds numbers"),
+                "{text}: {said}"
+            );
+        }
+        // A name that only a header has.
+        for text in ["id,0,1\na,5,6\n", "label,0,1\n9,5,6\n", "v0,v1,2019\n5,6,7\n"] {
+            assert_eq!(vectors(Format::Csv, text.as_bytes()), [[5.0, 6.0]], "{text}");
+        }
+        let read = |header, text: &str| -> crate::error::Result<Vec<VectorEntry>> {
+            let fields = Fields { header: Some(header), ..Fields::default() };
+            let options = ReadOptions { fields, ..ReadOptions::default() };
+            opened(Format::Csv, "test.data", text.as_bytes(), &options)?.collect()
+        };
+        assert_eq!(read(true, "0,1\n5,6\n").unwrap()[0].vector, [5.0, 6.0]);
+        let rows = read(false, "0.5,1.5\n2.5,3.5\n").unwrap();
+        assert_eq!(
+            (rows.len(), rows[0].vector.as_slice(), rows[1].id.as_str()),
+            (2, &[0.5, 1.5][..], "test-1")
+        );
+        let rows = read(false, "a1,0.5,1.5\n7b,2.5,3.5\n").unwrap();
+        assert_eq!((rows[0].id.as_str(), rows[1].vector.as_slice()), ("a1", &[2.5, 3.5][..]));
+        assert_eq!(rows[0].payload, None);
+        for (text, word) in [
+            ("a1,0.5\n7,2.5\n", "if it is the id, say --id-field 1"),
+            (
+                "1,0.5\n2,x\n",
+                "column \"2\" holds numbers and other things (line 1 has \"0.5\", line 2 has \"x\")",
+            ),
+            ("a,1,x\nb,2,y\n", "column 3 is no number (line 1 has \"x\")"),
+            ("a,1\nb,2,3\n", "line 2: 3 cells, the first row has 2"),
+        ] {
+            let said = read(false, text).unwrap_err().to_string();
+            assert!(said.contains(word), "{text}: {said}");
+        }
+    }
+
+    #[test]
+    fn without_names_a_column_is_judged_by_all_rows() {
+        for (text, word) in [
+            (
+                "a,b\n1,2\n3,x\n",
+                "column \"b\" holds numbers and other things (line 2 has \"2\", line 3 has \"x\")",
+            ),
+            (
+                "a,b\n1,x\n3,2\n",
+                "column \"b\" holds numbers and other things (line 3 has \"2\", line 2 has \"x\")",
+            ),
+            ("a,b\n1,\n3,2\n", "column \"b\" holds numbers and other things"),
+            ("a,b\n1,2\n3,1e39\n", "line 3: column \"b\": 1e39 is too large"),
+            ("a,b\n1,nan\n", "line 2: column \"b\": \"nan\" is no finite number"),
+            ("a,b\n1,16777217\n", "line 2: column \"b\": 16777217 has more digits"),
+        ] {
+            let said = failure(Format::Csv, text.as_bytes());
+            assert!(said.contains(word), "{text}: {said}");
+        }
+        let fields = Fields { texts: vec!["b".into()], ..Fields::default() };
+        let options = ReadOptions { fields, ..ReadOptions::default() };
+        let set = opened(Format::Csv, "a", b"a,b\n1,2\n3,x\n", &options).unwrap();
+        assert_eq!(set.dimensions(), Some(1));
+        assert_eq!(set.remarks().len(), 1, "{:?}", set.remarks());
+        assert!(set.remarks()[0].contains("the vector is all columns of numbers: 1 of them, \"a\""));
+    }
+
+    #[test]
+    fn what_was_not_said_is_remarked_on() {
+        let set = opened(Format::Csv, "a", b"v0,x,y,z\n1,2,a,5\n3,,b,6\n", &ReadOptions::default()).unwrap();
+        assert_eq!(set.remarks().len(), 1, "{:?}", set.remarks());
+        assert!(
+            set.remarks()[0].starts_with("column \"x\" is taken as text, as line 3 has \"\"; --number x")
+        );
+    }
+
+    #[test]
+    fn a_file_is_read_again_from_its_start_and_behind_its_mark() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in
+            [("a.csv", "id,v0,x\na,1,7\nb,2,y\n"), ("b.csv", "\u{feff}id,v0,x\na,1,7\nb,2,y\n")]
+        {
+            for (name, bytes) in
+                [(name.to_owned(), text.as_bytes().to_vec()), (format!("{name}.gz"), gzip(text.as_bytes()))]
+            {
+                let path = folder.path().join(&name);
+                std::fs::write(&path, bytes).unwrap();
+                let rows = Dataset::open(&path, &ReadOptions::default()).unwrap();
+                let rows: Vec<_> = rows.map(|row| row.unwrap()).collect();
+                assert_eq!(rows.len(), 2, "{name}");
+                assert_eq!(rows[0].payload.as_ref().unwrap()["x"], "7", "{name}");
+            }
+        }
     }
 
     #[test]
     fn each_bad_row_is_refused_with_its_line_and_column() {
         for (bad, said) in [
-            ("b,1,x", "column \"v1\": \"x\" is no finite number"),
-            ("b,1,", "column \"v1\": \"\" is no finite number"),
+            ("b,1,x", "column \"v1\": \"x\" is no number"),
+            ("b,1,", "column \"v1\": \"\" is no number"),
             ("b,nan,1", "column \"v0\": \"nan\" is no finite number"),
-            ("b,1e39,1", "column \"v0\": \"1e39\" is no finite number"),
+            ("b,1e39,1", "column \"v0\": 1e39 is too large for a vector: the limit is 3.4028235e38"),
             ("b,1", "2 cells under a header of 3 columns"),
             ("b,1,2,3", "4 cells under a header of 3 columns"),
             (",1,2", "the id of a vector is empty"),

@@ -1,15 +1,21 @@
-//! JSON lines: `{"id": …, "vector": […], "payload": {…}}` on each line; id and payload may be left out.
+//! JSON lines: `{"id": …, "vector": […], "payload": {…}}` on each line; id and payload may be left out, and the
+//! fields may have other names ([`Fields`]).
+//!
+//! Numbers are looked at as they are written: what no stored number holds is refused with its column.
 
-use super::{Input, MAX_LINE_BYTES, Position, Row, Rows, invalid, io_problem, line_too_long};
+use super::{Fields, Input, MAX_LINE_BYTES, Position, Row, Rows, invalid, io_problem, line_too_long};
 use crate::error::{Error, Result};
-use crate::model::vector::{Payload, vector_bytes};
+use crate::model::number::{first_not_held, is_held, vector_number};
+use crate::model::vector::{MAX_DIMENSIONS, Payload};
 use serde::Deserialize;
-use serde::de::{self, Deserializer, Visitor};
+use serde::de::{self, Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
 use std::io::{BufRead, Read};
 
 /// Objects on lines of their own.
 pub(super) struct Jsonl {
     input: Input,
+    names: FieldNames,
     /// The current line, with its end.
     buffer: Vec<u8>,
     /// From 1: the line read last.
@@ -18,10 +24,24 @@ pub(super) struct Jsonl {
     has_ids: Option<bool>,
 }
 
+/// What the fields are called.
+struct FieldNames {
+    id: String,
+    vector: String,
+    /// None: all others are fields of the payload.
+    payload: Option<String>,
+}
+
 impl Jsonl {
     /// Reads from the first line.
-    pub(super) fn new(input: Input) -> Jsonl {
-        Jsonl { input, buffer: Vec::new(), line: 0, has_ids: None }
+    pub(super) fn new(input: Input, fields: &Fields) -> Jsonl {
+        let named = |said: &Option<String>, usual: &str| said.clone().unwrap_or_else(|| usual.to_owned());
+        let names = FieldNames {
+            id: named(&fields.id, "id"),
+            vector: named(&fields.vector, "vector"),
+            payload: (!fields.payload_rest).then(|| named(&fields.payload, "payload")),
+        };
+        Jsonl { input, names, buffer: Vec::new(), line: 0, has_ids: None }
     }
 
     /// Reads the next line into the buffer; `false` at the end.
@@ -40,94 +60,190 @@ impl Jsonl {
 impl Rows for Jsonl {
     fn next_row(&mut self) -> Result<Option<Row>> {
         while self.read_line()? {
-            let text = self.buffer.trim_ascii();
+            let indented = self.buffer.trim_ascii_end();
+            let text = indented.trim_ascii_start();
             if text.is_empty() {
                 continue;
             }
             if text[0] != b'{' {
-                // serde would take an array for an object's fields in order.
                 return invalid(
                     "one JSON object on each line is needed (jq -c '.[]' makes lines of an array)",
                 );
             }
-            let object: Object = serde_json::from_slice(text).map_err(json_problem)?;
-            let id = object.id.map(|id| id.0);
-            if *self.has_ids.get_or_insert(id.is_some()) != id.is_some() {
+            // With what stands before, so that columns are counted from the start of the line.
+            let object: Object = serde_json::from_slice(indented).map_err(json_problem)?;
+            let line = std::str::from_utf8(indented).map_err(|_| Error::Invalid("not UTF-8".into()))?;
+            let row = Line { text: line }.row(object, &self.names)?;
+            if *self.has_ids.get_or_insert(row.id.is_some()) != row.id.is_some() {
                 // A generated id could be one that another line has.
-                return invalid("give an \"id\" to all objects or to none: this one differs from the first");
+                let name = &self.names.id;
+                return invalid(format!(
+                    "give {name:?} to all objects or to none: this one differs from the first"
+                ));
             }
-            return Ok(Some(Row { id, vector: object.vector, payload: object.payload }));
+            return Ok(Some(row));
         }
         Ok(None)
     }
 
-    fn position(&self) -> Position {
-        Position::Line(self.line)
+    fn position(&self) -> Option<Position> {
+        Some(Position::Line(self.line))
     }
 }
 
 /// What serde_json found wrong, with the column only: the line is always the first of what it was given.
-pub(super) fn json_problem(error: serde_json::Error) -> Error {
+fn json_problem(error: serde_json::Error) -> Error {
+    Error::Invalid(format!("column {}: {}", error.column(), without_place(&error)))
+}
+
+fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
-    let what = text.strip_suffix(&place).unwrap_or(&text);
-    Error::Invalid(format!("column {}: {what}", error.column()))
+    text.strip_suffix(&place).unwrap_or(&text).to_owned()
 }
 
-/// One line. Unknown fields are refused, since dropping them would lose data unseen.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Object {
-    id: Option<Id>,
-    #[serde(deserialize_with = "vector_bytes::deserialize")]
-    vector: Vec<f32>,
-    payload: Option<Payload>,
-}
+/// The fields of one line, in their order and as they are written.
+struct Object<'a>(Vec<(String, &'a RawValue)>);
 
-/// A string, or a whole number taken for its decimal digits.
-struct Id(String);
-
-impl<'de> Deserialize<'de> for Id {
-    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Id, D::Error> {
-        input.deserialize_any(IdVisitor)
+impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Object<'a>, D::Error> {
+        input.deserialize_map(ObjectVisitor).map(Object)
     }
 }
 
-struct IdVisitor;
+struct ObjectVisitor;
 
-impl Visitor<'_> for IdVisitor {
-    type Value = Id;
+impl<'de> Visitor<'de> for ObjectVisitor {
+    type Value = Vec<(String, &'de RawValue)>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("a string or a whole number as id")
+        f.write_str("a JSON object")
     }
 
-    fn visit_str<E: de::Error>(self, id: &str) -> Result<Id, E> {
-        Ok(Id(id.to_owned()))
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut fields: Self::Value = Vec::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if fields.iter().any(|(other, _)| *other == name) {
+                return Err(de::Error::custom(format_args!("field {name:?} stands there twice")));
+            }
+            fields.push((name, map.next_value()?));
+        }
+        Ok(fields)
+    }
+}
+
+/// The line, to say where in it something is.
+struct Line<'a> {
+    text: &'a str,
+}
+
+impl Line<'_> {
+    fn row(&self, Object(fields): Object<'_>, names: &FieldNames) -> Result<Row> {
+        let (mut id, mut vector, mut payload, mut rest) = (None, None, None, Payload::new());
+        for (name, raw) in fields {
+            let value = raw.get();
+            if name == names.id {
+                id = self.id(value)?;
+            } else if name == names.vector {
+                vector = Some(json_vector(value).map_err(|e| self.at(value, 0, e))?);
+            } else if names.payload.is_none() {
+                rest.insert(name, self.payload_part(value)?);
+            } else if names.payload.as_ref() == Some(&name) {
+                payload = self.payload_part(value)?;
+            } else {
+                let FieldNames { id, vector, .. } = names;
+                let payload = names.payload.as_deref().unwrap_or_default();
+                return Err(Error::Invalid(format!(
+                    "unknown field {name:?}, expected {id:?}, {vector:?} or {payload:?}: see --id-field, --vector-field, \
+                     --payload-field and --payload-rest"
+                )));
+            }
+        }
+        let Some(vector) = vector else {
+            return invalid(format!("missing field {:?}: see --vector-field", names.vector));
+        };
+        Ok(Row { id, vector, payload: payload.or((!rest.is_empty()).then_some(rest)) })
     }
 
-    fn visit_u64<E: de::Error>(self, id: u64) -> Result<Id, E> {
-        Ok(Id(id.to_string()))
-    }
-
-    fn visit_i64<E: de::Error>(self, id: i64) -> Result<Id, E> {
-        Ok(Id(id.to_string()))
-    }
-
-    fn visit_f64<E: de::Error>(self, id: f64) -> Result<Id, E> {
+    /// A string, or a whole number taken for its decimal digits, or nothing.
+    fn id(&self, value: &str) -> Result<Option<String>> {
         // Tables with gaps write whole numbers as 7.0; beyond 2^53 neighbours share one f64.
         const EXACT: f64 = 9_007_199_254_740_992.0;
-        if id.fract() == 0.0 && id.abs() < EXACT {
-            return Ok(Id((id as i64).to_string()));
+        if value == "null" {
+            return Ok(None);
         }
-        Err(E::invalid_value(de::Unexpected::Float(id), &self))
+        if value.starts_with('"') {
+            return self.payload_part(value).map(Some);
+        }
+        let digits = value.strip_prefix('-').unwrap_or(value);
+        if digits.bytes().all(|b| b.is_ascii_digit()) && digits != "0" {
+            return Ok(Some(value.to_owned()));
+        }
+        match value.parse::<f64>() {
+            Ok(number) if number.fract() == 0.0 && number.abs() < EXACT && is_held(value) => {
+                Ok(Some((number as i64).to_string()))
+            }
+            _ => Err(self.at(value, 0, Error::Invalid("expected a string or a whole number as id".into()))),
+        }
     }
+
+    /// Part of a payload, of which no number may lose a digit.
+    fn payload_part<T: de::DeserializeOwned>(&self, value: &str) -> Result<T> {
+        if let Some((offset, number)) = first_not_held(value) {
+            return Err(self.at(value, offset, Error::Invalid(not_held(number))));
+        }
+        serde_json::from_str(value).map_err(|e| {
+            let offset = e.column().saturating_sub(1);
+            self.at(value, offset, Error::Invalid(without_place(&e)))
+        })
+    }
+
+    /// Says at which column of the line byte `offset` of a part of it is.
+    fn at(&self, part: &str, offset: usize, error: Error) -> Error {
+        let before = (part.as_ptr() as usize).saturating_sub(self.text.as_ptr() as usize);
+        error.context(format!("column {}", before + offset + 1))
+    }
+}
+
+/// What is said of a number in a payload or filter that would be changed.
+pub(crate) fn not_held(number: &str) -> String {
+    let shown: String = number.chars().take(40).collect();
+    format!("{shown} would lose digits as a 64-bit number: give it as a string, \"{shown}\"")
+}
+
+/// A vector as JSON text that is known to be valid JSON.
+///
+/// # Errors
+/// [`Error::Invalid`] that names the number which is none, or cannot be stored.
+pub(crate) fn json_vector(text: &str) -> Result<Vec<f32>> {
+    let inner = text.trim_ascii().strip_prefix('[').and_then(|text| text.strip_suffix(']'));
+    let Some(inner) = inner.map(str::trim_ascii) else {
+        return invalid("expected an array of numbers");
+    };
+    let mut vector = Vec::new();
+    if inner.is_empty() {
+        return Ok(vector);
+    }
+    for (at, piece) in inner.split(',').map(str::trim_ascii).enumerate() {
+        if at == MAX_DIMENSIONS {
+            return invalid(format!("more than {MAX_DIMENSIONS} dimensions"));
+        }
+        // Nothing else in JSON begins so; and the words for infinity, and a leading plus, are no JSON.
+        let number = if piece.starts_with(['-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9']) {
+            vector_number(piece)
+        } else {
+            Err(format!("{:?} is no number", piece.chars().take(40).collect::<String>()))
+        };
+        vector.push(number.map_err(|why| Error::Invalid(format!("number {at}: {why}")))?);
+    }
+    Ok(vector)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{Endless, bytes_of, entries, failure, vectors};
-    use crate::cli::dataset::{Dataset, Format, MAX_LINE_BYTES, ReadOptions};
+    use super::super::tests::{Endless, bytes_of, entries, failure, opened, vectors};
+    use crate::cli::dataset::{Dataset, Fields, Format, MAX_LINE_BYTES, ReadOptions};
+    use crate::model::VectorEntry;
 
     #[test]
     fn objects_are_read_and_blank_lines_skipped() {
@@ -156,14 +272,30 @@ mod tests {
             ("{\"id\":\"b\",\"vector\":[1,x]}", "column 23: expected value"),
             ("{\"id\":\"b\",\"vector\":[1,2]", "EOF"),
             ("{\"id\":\"b\",\"vector\":[1,2]} {}", "trailing characters"),
-            ("{\"id\":\"b\",\"vector\":[1,\"2\"]}", "invalid type: string \"2\", expected f32"),
-            ("{\"id\":\"b\",\"vector\":[1,1e39]}", "number out of range"),
+            ("{\"id\":\"b\",\"vector\":[1,\"2\"]}", "column 20: number 1: \"\\\"2\\\"\" is no number"),
+            ("{\"id\":\"b\",\"vector\":[1,1e39]}", "number 1: 1e39 is too large for a vector"),
             ("{\"id\":\"b\",\"vector\":[1]}", "1 dimensions, but the data set began with 2"),
-            ("{\"id\":\"b\"}", "missing field `vector`"),
-            ("{\"id\":\"b\",\"vector\":[1,2],\"text\":1}", "unknown field `text`, expected one of `id`"),
+            ("{\"id\":\"b\"}", "missing field \"vector\""),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"text\":1}", "unknown field \"text\", expected \"id\""),
             ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":[]}", "expected a map"),
             ("{\"id\":1.5,\"vector\":[1,2]}", "a string or a whole number"),
-            ("{\"id\":18446744073709551616,\"vector\":[1,2]}", "a string or a whole number"),
+            ("{\"id\":true,\"vector\":[1,2]}", "column 7: expected a string or a whole number"),
+            ("{\"id\":7.00000000000000000001,\"vector\":[1,2]}", "a string or a whole number"),
+            ("{\"id\":\"b\",\"vector\":[1,16777217]}", "would become 16777216"),
+            ("{\"id\":\"b\",\"vector\":[1,1e-50]}", "would become 0"),
+            ("{\"id\":\"b\",\"vector\":[1,1e400]}", "number 1: 1e400 is too large"),
+            ("{\"id\":\"b\",\"vector\":[1,NaN]}", "column 23: expected value"),
+            ("{\"id\":\"b\",\"vector\":[1,[2]]}", "number 1: \"[2]\" is no number"),
+            ("{\"id\":\"b\",\"vector\":{\"1\":2}}", "expected an array of numbers"),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"vector\":[3,4]}", "field \"vector\" stands there twice"),
+            (
+                "{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":[1,18446744073709551616]}}",
+                "column 44: 18446744073709551616 would lose digits",
+            ),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":1e400}}", "1e400 would lose digits"),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":1e-400}}", "1e-400 would lose digits"),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":9007199254740993.0}}", "would lose digits"),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":-Infinity}}", "column 42: invalid number"),
             ("{\"id\":\"\",\"vector\":[1,2]}", "id of a vector is empty"),
             ("{\"vector\":[1,2]}", "all objects or to none"),
             ("[\"b\",[1,2],null]", "one JSON object on each line"),
@@ -175,6 +307,35 @@ mod tests {
         assert!(said.contains("line 1: the vectors have no dimensions"), "{said}");
         let said = failure(Format::Jsonl, &bytes_of(&[b"{\"id\":\"\xff\",\"vector\":[1]}"]));
         assert!(said.contains("unicode"), "{said}");
+    }
+
+    #[test]
+    fn whole_numbers_of_a_payload_keep_all_digits() {
+        let file = b"{\"id\":18446744073709551616,\"vector\":[1],\"payload\":{\"x\":9007199254740993,\"y\":-9223372036854775808}}";
+        let found = entries(Format::Jsonl, file);
+        assert_eq!(found[0].id, "18446744073709551616");
+        let payload = serde_json::json!({"x": 9_007_199_254_740_993_u64, "y": i64::MIN});
+        assert_eq!(found[0].payload, payload.as_object().cloned());
+    }
+
+    #[test]
+    fn fields_may_have_other_names() {
+        let read = |fields: Fields, line: &str| -> crate::error::Result<Vec<VectorEntry>> {
+            let options = ReadOptions { fields, ..ReadOptions::default() };
+            opened(Format::Jsonl, "a", line.as_bytes(), &options)?.collect()
+        };
+        let named = Fields { id: Some("_id".into()), vector: Some("values".into()), ..Fields::default() };
+        let line = "{\"_id\":\"a\",\"values\":[1,2],\"metadata\":{\"x\":1},\"payload\":3}";
+        let rest = read(Fields { payload_rest: true, ..named.clone() }, line).unwrap();
+        assert_eq!((rest[0].id.as_str(), rest[0].vector.as_slice()), ("a", &[1.0, 2.0][..]));
+        let payload = serde_json::json!({"metadata": {"x": 1}, "payload": 3});
+        assert_eq!(rest[0].payload, payload.as_object().cloned());
+        let line = "{\"_id\":\"a\",\"values\":[1,2],\"metadata\":{\"x\":1}}";
+        let one = read(Fields { payload: Some("metadata".into()), ..named.clone() }, line).unwrap();
+        assert_eq!(one[0].payload, serde_json::json!({"x": 1}).as_object().cloned());
+        assert!(read(named, line).unwrap_err().to_string().contains("see --id-field"));
+        let csv_only = Fields { header: Some(false), ..Fields::default() };
+        assert!(read(csv_only, line).unwrap_err().to_string().contains("are for CSV"));
     }
 
     #[test]

@@ -6,13 +6,20 @@
 //! Two things hold for any bytes, however hostile: the answer is entries or [`Error::Invalid`] with file and
 //! position, never a panic; and memory stays within a small multiple of one row ([`MAX_DIMENSIONS`]) or one
 //! line ([`MAX_LINE_BYTES`]), whatever the file's header claims.
+//!
+//! Numbers are never changed silently: see [`crate::model::number`] for what is rounded and what is refused.
 
+mod columns;
 mod csv;
+mod gzip;
 mod idx;
 mod jsonl;
 mod npy;
+mod replay;
 mod table;
 mod vecs;
+
+pub(crate) use jsonl::{json_vector, not_held};
 
 use crate::error::{Error, Result};
 use crate::model::vector::{DistanceMetric, MAX_DIMENSIONS, Payload, VectorEntry};
@@ -100,6 +107,47 @@ pub(crate) struct ReadOptions {
     pub(crate) labels: Option<PathBuf>,
     /// Refuse rows without an id instead of making one up.
     pub(crate) require_ids: bool,
+    /// Which fields or columns are what.
+    pub(crate) fields: Fields,
+}
+
+/// What the fields of a JSON object, or the columns of a CSV, are. Nothing said: what their names say.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Fields {
+    /// The id; `id` unless given.
+    pub(crate) id: Option<String>,
+    /// The vector, a JSON array; `vector` unless given.
+    pub(crate) vector: Option<String>,
+    /// JSON only: the object that is the payload; `payload` unless given.
+    pub(crate) payload: Option<String>,
+    /// JSON only: all fields but id and vector are the payload's.
+    pub(crate) payload_rest: bool,
+    /// CSV only: whether the first line names the columns. Not said: yes, and a line of numbers is refused.
+    pub(crate) header: Option<bool>,
+    /// CSV only: payload columns of numbers; an empty cell leaves the field out.
+    pub(crate) numbers: Vec<String>,
+    /// CSV only: payload columns of text, whatever it looks like.
+    pub(crate) texts: Vec<String>,
+}
+
+impl Fields {
+    /// Refuses what a format has no use for: it would be ignored silently.
+    fn check(&self, format: Format) -> Result<()> {
+        let csv = self.header.is_some() || !self.numbers.is_empty() || !self.texts.is_empty();
+        let json = self.payload.is_some() || self.payload_rest;
+        let either = self.id.is_some() || self.vector.is_some();
+        match format {
+            Format::Csv if json => invalid(
+                "--payload-field and --payload-rest are for JSON lines: in a CSV, all other columns are the payload",
+            ),
+            Format::Jsonl if csv => invalid("--header, --no-header, --number and --text are for CSV"),
+            Format::Csv | Format::Jsonl => Ok(()),
+            _ if csv || json || either => {
+                invalid("only CSV and JSON lines have fields with names: leave the options for them out")
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// An open data set: its entries in file order.
@@ -139,7 +187,10 @@ impl Dataset {
         if options.labels.is_none() && format == Format::Idx {
             options.labels = idx::labels_beside(path);
         }
-        Dataset::build(format, &name, file, length, &options)
+        match length {
+            Some(length) => Dataset::build(format, &name, Source::File(file, length), &options),
+            None => Dataset::build(format, &name, Source::Stream(Box::new(file)), &options),
+        }
     }
 
     /// Reads from anything, plain or gzip; `name` is for messages and, up to its extension, for ids.
@@ -152,7 +203,12 @@ impl Dataset {
         reader: impl Read + Send + 'static,
         options: &ReadOptions,
     ) -> Result<Dataset> {
-        Dataset::build(kind, name, reader, None, options)
+        Dataset::build(kind, name, Source::Stream(Box::new(reader)), options)
+    }
+
+    /// What the reader has concluded about the file and a user should know, a line each.
+    pub(crate) fn remarks(&self) -> Vec<String> {
+        self.rows.remarks()
     }
 
     /// Length of the vectors; `None` only for a data set without entries whose format does not say.
@@ -160,18 +216,17 @@ impl Dataset {
         self.dimensions
     }
 
-    fn build(
-        format: Format,
-        name: &str,
-        reader: impl Read + Send + 'static,
-        length: Option<u64>,
-        options: &ReadOptions,
-    ) -> Result<Dataset> {
+    fn build(format: Format, name: &str, source: Source, options: &ReadOptions) -> Result<Dataset> {
         let id_prefix = match &options.id_prefix {
             Some(prefix) => checked_prefix(prefix)?,
             None => prefix_of_name(name),
         };
-        let (rows, length) = rows(format, reader, length).map_err(|e| e.context(name))?;
+        let (mut rows, length) = rows(format, source, options).map_err(|e| e.context(name))?;
+        let survey = rows.survey(options.limit.unwrap_or(u64::MAX));
+        survey.map_err(|e| match rows.position() {
+            Some(position) => e.context(format!("{name}, {position}")),
+            None => e.context(name),
+        })?;
         let labels = options.labels.as_deref().map(idx::Labels::open).transpose()?;
         if let (Some(labels), Some(total)) = (&labels, rows.total())
             && labels.total() != total
@@ -212,7 +267,10 @@ impl Dataset {
             Ok(None) => self.check_labels_end().map(|()| None),
             Err(e) => Err(e),
         };
-        let entry = entry.map_err(|e| e.context(format!("{}, {}", self.name, self.rows.position())))?;
+        let entry = entry.map_err(|e| match self.rows.position() {
+            Some(position) => e.context(format!("{}, {position}", self.name)),
+            None => e.context(&self.name),
+        })?;
         if entry.is_some() {
             self.left -= 1;
             self.row += 1;
@@ -281,7 +339,18 @@ trait Rows: Send {
     fn next_row(&mut self) -> Result<Option<Row>>;
 
     /// Where the row is that [`Rows::next_row`] returned, or failed on, last.
-    fn position(&self) -> Position;
+    fn position(&self) -> Option<Position>;
+
+    /// Looks at the rows that will be asked for, where one alone does not tell what all of them are. To be called
+    /// once, before the first row.
+    fn survey(&mut self, _limit: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// As [`Dataset::remarks`].
+    fn remarks(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// How many rows the header announces.
     fn total(&self) -> Option<u64> {
@@ -324,37 +393,61 @@ impl std::fmt::Display for Position {
     }
 }
 
+/// Where the bytes of a data set come from.
+enum Source {
+    /// A regular file, and its length.
+    File(File, u64),
+    /// Anything that can be read once only.
+    Stream(Box<dyn Read + Send>),
+}
+
+/// Decompressed bytes, from after a byte order mark.
+struct Opened {
+    input: Input,
+    /// If they stand in a file as they are: that file, and where in it they begin.
+    plain: Option<(File, u64)>,
+}
+
 /// Opens the format's reader; gives the length back if it is that of the decompressed bytes.
-fn rows(
-    format: Format,
-    reader: impl Read + Send + 'static,
-    length: Option<u64>,
-) -> Result<(Box<dyn Rows>, Option<u64>)> {
+fn rows(format: Format, source: Source, options: &ReadOptions) -> Result<(Box<dyn Rows>, Option<u64>)> {
+    options.fields.check(format)?;
+    let (reader, file): (Box<dyn Read + Send>, _) = match source {
+        Source::File(file, length) => {
+            let again = file.try_clone().map_err(io_problem)?;
+            (Box::new(file), Some((again, length)))
+        }
+        Source::Stream(reader) => (reader, None),
+    };
     let (input, compressed) = decompressed(reader)?;
     let (head, input) = peeked(input)?;
     if head.is_empty() {
         return invalid("the file is empty");
     }
-    let input: Input = match format {
-        Format::Csv | Format::Jsonl if head == BYTE_ORDER_MARK => Box::new(input.into_inner().1),
-        _ => Box::new(input),
+    let marked = matches!(format, Format::Csv | Format::Jsonl) && head == BYTE_ORDER_MARK;
+    let (input, start): (Input, u64) = if marked {
+        (Box::new(input.into_inner().1), BYTE_ORDER_MARK.len() as u64)
+    } else {
+        (Box::new(input), 0)
     };
+    let file = file.filter(|_| !compressed);
+    let length = file.as_ref().map(|(_, length)| *length);
+    let opened = Opened { input, plain: file.map(|(file, _)| (file, start)) };
     let rows: Box<dyn Rows> = match format {
-        Format::Npy => Box::new(npy::open(input)?),
-        Format::Fvecs => Box::new(vecs::Vecs::new(input, table::Element::F32)),
-        Format::Bvecs => Box::new(vecs::Vecs::new(input, table::Element::U8)),
-        Format::Csv => Box::new(csv::Csv::open(input)?),
-        Format::Jsonl => Box::new(jsonl::Jsonl::new(input)),
-        Format::Idx => Box::new(idx::open(input)?),
+        Format::Npy => npy::open(opened)?,
+        Format::Fvecs => Box::new(vecs::Vecs::new(opened.input, table::Element::F32)),
+        Format::Bvecs => Box::new(vecs::Vecs::new(opened.input, table::Element::U8)),
+        Format::Csv => Box::new(csv::Csv::open(opened, &options.fields)?),
+        Format::Jsonl => Box::new(jsonl::Jsonl::new(opened.input, &options.fields)),
+        Format::Idx => Box::new(idx::open(opened.input)?),
     };
-    Ok((rows, length.filter(|_| !compressed)))
+    Ok((rows, length))
 }
 
 /// Decompresses what begins like gzip, whatever its name: browsers and mirrors drop and keep `.gz` freely.
 fn decompressed(reader: impl Read + Send + 'static) -> Result<(Input, bool)> {
     let (head, whole) = peeked(BufReader::with_capacity(BUFFER_BYTES, Uninterrupted(reader)))?;
     if head == GZIP_MAGIC {
-        let plain = flate2::bufread::MultiGzDecoder::new(whole);
+        let plain = gzip::Gunzip::new(whole);
         Ok((Box::new(BufReader::with_capacity(BUFFER_BYTES, plain)), true))
     } else {
         Ok((Box::new(whole), false))

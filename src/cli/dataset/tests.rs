@@ -176,6 +176,25 @@ fn a_damaged_or_truncated_gzip_file_is_refused() {
 }
 
 #[test]
+fn zeros_behind_compressed_data_are_padding_and_anything_else_is_refused() {
+    for (format, file) in samples() {
+        let whole = gzip(&file);
+        for padding in [1, 7, 512, 200_000] {
+            let padded = [&whole[..], &vec![0; padding]].concat();
+            assert_eq!(entries(format, &padded), entries(format, &file), "{format:?}");
+        }
+        let apart = [gzip(&file[..9]), vec![0; 700], gzip(&file[9..]), vec![0; 3]].concat();
+        assert_eq!(entries(format, &apart), entries(format, &file), "{format:?}");
+        let empty_member = [gzip(b""), gzip(&file), gzip(b"")].concat();
+        assert_eq!(entries(format, &empty_member), entries(format, &file), "{format:?}");
+        for more in [&b"x"[..], b"\0\0\0garbage", b"\x1f\x8b", b"\x1f\x8b\x09abc"] {
+            let said = failure(format, &[&whole[..], more].concat());
+            assert!(said.contains("after the compressed data there is something else"), "{format:?}: {said}");
+        }
+    }
+}
+
+#[test]
 fn a_file_without_bytes_is_refused() {
     for (format, _) in samples() {
         assert_eq!(failure(format, b""), "test.data: the file is empty");

@@ -47,12 +47,12 @@ impl Rows for Vecs {
             return truncated();
         }
         self.read += 1;
-        let vector = self.element.to_f32(Endian::Little, &self.raw);
+        let vector = self.element.to_f32(Endian::Little, &self.raw)?;
         Ok(Some(Row { id: None, vector, payload: None }))
     }
 
-    fn position(&self) -> Position {
-        Position::Row(self.at)
+    fn position(&self) -> Option<Position> {
+        Some(Position::Row(self.at))
     }
 
     fn row_bytes(&self) -> Option<u64> {

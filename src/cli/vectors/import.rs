@@ -3,9 +3,9 @@
 //! A blocking thread reads, a bounded channel holds a few batches, and as many are on their way as asked
 //! for. A batch keeps its operation id over all its tries, so that trying again takes effect once.
 
-use super::joined;
+use super::{NamedFields, joined};
 use crate::cli::bars::{Bars, Shape};
-use crate::cli::dataset::{Dataset, ReadOptions};
+use crate::cli::dataset::{Dataset, Fields, ReadOptions};
 use crate::cli::exit::Exit;
 use crate::cli::global::Global;
 use crate::cli::interrupt::Interrupts;
@@ -52,6 +52,30 @@ pub(crate) struct ImportArgs {
     /// Stop after so many vectors.
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
+    #[command(flatten)]
+    named: NamedFields,
+    /// CSV: the first line names the columns, although it holds numbers.
+    #[arg(long, conflicts_with = "no_header")]
+    header: bool,
+    /// CSV: the first line is the first row; columns are called 1, 2, ….
+    #[arg(long)]
+    no_header: bool,
+    /// CSV: payload columns of numbers; an empty cell leaves the field out.
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',')]
+    number: Vec<String>,
+    /// CSV: payload columns of text, whatever it looks like.
+    #[arg(long, value_name = "COLUMNS", value_delimiter = ',')]
+    text: Vec<String>,
+}
+
+impl ImportArgs {
+    fn options(&mut self) -> ReadOptions {
+        let header = (self.header || self.no_header).then_some(self.header);
+        let (numbers, texts) = (std::mem::take(&mut self.number), std::mem::take(&mut self.text));
+        let fields = Fields { header, numbers, texts, ..std::mem::take(&mut self.named).fields() };
+        let (id_prefix, labels) = (self.id_prefix.take(), self.labels.take());
+        ReadOptions { id_prefix, limit: self.limit, labels, fields, ..ReadOptions::default() }
+    }
 }
 
 /// What an import did.
@@ -61,27 +85,43 @@ struct Imported {
     dimensions: usize,
     seconds: f64,
     vectors_per_s: f64,
+    /// Of the first and the last row, if all were imported.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_id: Option<String>,
 }
 
-pub(crate) async fn run(global: &Global, args: ImportArgs) -> Result<Exit> {
-    let ImportArgs { file, batch, parallel, id_prefix, labels, limit } = args;
-    let options = ReadOptions { id_prefix, limit, labels, ..ReadOptions::default() };
+pub(crate) async fn run(global: &Global, mut args: ImportArgs) -> Result<Exit> {
+    let options = args.options();
+    let ImportArgs { file, batch, parallel, .. } = args;
     let name = file.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let source = Source::open(&name, move || Dataset::open(&file, &options)).await?;
+    for remark in source.dataset.remarks() {
+        note(format!("{name}: {remark}"));
+    }
     let client = global.client().await?;
     let dimensions = source.dataset.dimensions().unwrap_or(client.settings().dimensions);
     let loader = Loader { batch: batch as usize, parallel: parallel as usize };
     let loaded = loader.load(&client, source).await?;
     let seconds = loaded.took.as_secs_f64();
+    let (first_id, last_id) = loaded.ids.unzip();
     let imported = Imported {
         imported: loaded.count,
         dimensions,
         seconds: (seconds * 1_000.0).round() / 1_000.0,
         vectors_per_s: (loaded.count as f64 / seconds.max(1e-6)).round(),
+        first_id,
+        last_id,
     };
     render::show(global.output, &imported, |done| {
+        let ids = match (&done.first_id, &done.last_id) {
+            (Some(first), Some(last)) if first == last => format!("\nid: {first}"),
+            (Some(first), Some(last)) => format!("\nids: {first} … {last}"),
+            _ => String::new(),
+        };
         format!(
-            "{} of {} imported in {:.2} s: {}/s",
+            "{} of {} imported in {:.2} s: {}/s{ids}",
             count(done.imported, "vector"),
             count(done.dimensions as u64, "dimension"),
             done.seconds,
@@ -121,8 +161,13 @@ pub(crate) struct Loaded {
     pub(crate) count: u64,
     pub(crate) seqs: BTreeMap<ShardId, u64>,
     took: Duration,
+    /// Ids of the first and the last entry, if all were sent.
+    ids: Option<Ends>,
     pub(crate) end: Result<Exit>,
 }
+
+/// The first id and the last.
+type Ends = (String, String);
 
 impl Loader {
     /// Sends everything; Ctrl-C ends it after the batches that are on their way.
@@ -151,7 +196,7 @@ impl Loader {
             .buffer_unordered(self.parallel);
         tokio::pin!(sends);
         let mut loaded =
-            Loaded { count: 0, seqs: BTreeMap::new(), took: Duration::ZERO, end: Ok(Exit::Done) };
+            Loaded { count: 0, seqs: BTreeMap::new(), took: Duration::ZERO, ids: None, end: Ok(Exit::Done) };
         bar.set(0, "", "");
         loop {
             let written = tokio::select! {
@@ -184,7 +229,7 @@ impl Loader {
         drop(bar);
         loaded.end = match (loaded.end, stop.is_cancelled()) {
             (Err(error), _) => {
-                Err(error.context(format!("{} were stored before the end", count(loaded.count, "vector"))))
+                Err(error.context(format!("{} stored before the error", count(loaded.count, "vector"))))
             }
             (Ok(_), true) => {
                 note(format!(
@@ -194,15 +239,24 @@ impl Loader {
                 Ok(Exit::Failed)
             }
             // The file may have ended with an error.
-            (Ok(exit), false) => joined(reading.await).map(|()| exit),
+            (Ok(exit), false) => match joined(reading.await) {
+                Ok(ids) => {
+                    loaded.ids = ids;
+                    Ok(exit)
+                }
+                Err(error) => {
+                    Err(error.context(format!("{} stored before the error", count(loaded.count, "vector"))))
+                }
+            },
         };
         Ok(loaded)
     }
 }
 
-/// Cuts the data set into batches, as long as somebody takes them.
-fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) -> Result<()> {
+/// Cuts the data set into batches, as long as somebody takes them; the ids of both ends, if all was taken.
+fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) -> Result<Option<Ends>> {
     let (mut batch, mut bytes) = (Vec::new(), 0);
+    let mut ends: Option<Ends> = None;
     for entry in dataset {
         let entry = match entry {
             Ok(entry) => entry,
@@ -213,10 +267,14 @@ fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) ->
             }
         };
         bytes += entry.wire_bytes();
+        match &mut ends {
+            Some((_, last)) => last.clone_from(&entry.id),
+            None => ends = Some((entry.id.clone(), entry.id.clone())),
+        }
         batch.push(entry);
         if batch.len() >= size || bytes >= BATCH_BYTES {
             if send.blocking_send(std::mem::take(&mut batch)).is_err() {
-                return Ok(());
+                return Ok(None);
             }
             bytes = 0;
         }
@@ -224,7 +282,7 @@ fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) ->
     if !batch.is_empty() {
         let _ = send.blocking_send(batch);
     }
-    Ok(())
+    Ok(ends)
 }
 
 /// Sends one batch until it is stored, or has failed for good.
@@ -268,7 +326,7 @@ mod tests {
         Dataset::from_reader(Format::Jsonl, "x", std::io::Cursor::new(text), &ReadOptions::default()).unwrap()
     }
 
-    fn batches(dataset: Dataset, size: usize) -> (Vec<usize>, Result<()>) {
+    fn batches(dataset: Dataset, size: usize) -> (Vec<usize>, Result<Option<Ends>>) {
         let (send, mut receive) = mpsc::channel(100);
         let end = read(dataset, size, &send);
         drop(send);
@@ -281,8 +339,8 @@ mod tests {
 
     #[test]
     fn a_data_set_is_cut_into_batches() {
-        assert_eq!(batches(lines(25, ""), 10), (vec![10, 10, 5], Ok(())));
-        assert_eq!(batches(lines(20, ""), 10), (vec![10, 10], Ok(())));
+        assert_eq!(batches(lines(25, ""), 10), (vec![10, 10, 5], Ok(Some(("0".into(), "24".into())))));
+        assert_eq!(batches(lines(20, ""), 10), (vec![10, 10], Ok(Some(("0".into(), "19".into())))));
     }
 
     #[test]
@@ -306,6 +364,6 @@ mod tests {
     fn a_reader_that_nobody_listens_to_ends() {
         let (send, receive) = mpsc::channel(1);
         drop(receive);
-        assert_eq!(read(lines(25, ""), 10, &send), Ok(()));
+        assert_eq!(read(lines(25, ""), 10, &send), Ok(None));
     }
 }

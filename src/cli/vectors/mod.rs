@@ -4,11 +4,13 @@ mod import;
 mod search;
 mod write;
 
+use super::dataset::{Fields, json_vector, not_held};
 use super::exit::Exit;
 use super::global::Global;
 use super::render::{self, Cell, Tone, facts, note, number};
 use crate::error::{Error, Result};
 use crate::model::api::{CountReply, DeleteReply, GetReply, StoredEntry, to_seqs};
+use crate::model::number::first_not_held;
 use crate::model::{Consistency, Payload};
 use clap::{Args, Subcommand};
 use std::str::FromStr;
@@ -53,6 +55,30 @@ pub(crate) struct Freshness {
     pub(crate) consistency: Consistency,
 }
 
+/// What the fields of a data set are called.
+#[derive(Debug, Default, Args)]
+pub(crate) struct NamedFields {
+    /// Field of a JSON line, or column of a CSV, that is the id [default: id].
+    #[arg(long, value_name = "NAME")]
+    id_field: Option<String>,
+    /// Field or column that is the vector, a JSON array [default: vector; in a CSV also v0, v1, …].
+    #[arg(long, value_name = "NAME")]
+    vector_field: Option<String>,
+    /// Field of a JSON line that is the payload, an object [default: payload].
+    #[arg(long, value_name = "NAME", conflicts_with = "payload_rest")]
+    payload_field: Option<String>,
+    /// All other fields of a JSON line become fields of the payload.
+    #[arg(long)]
+    payload_rest: bool,
+}
+
+impl NamedFields {
+    fn fields(self) -> Fields {
+        let NamedFields { id_field: id, vector_field: vector, payload_field: payload, payload_rest } = self;
+        Fields { id, vector, payload, payload_rest, ..Fields::default() }
+    }
+}
+
 /// A vector on the command line: `[0.1, 0.2]`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Numbers(pub(crate) Vec<f32>);
@@ -61,15 +87,17 @@ impl FromStr for Numbers {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Numbers, String> {
-        let numbers = serde_json::from_str::<Vec<f32>>(text);
-        numbers
-            .map(Numbers)
-            .map_err(|e| format!("a JSON array of numbers is needed, such as [0.1, 0.2]: {e}"))
+        let needed = |why: String| format!("a JSON array of numbers is needed, such as [0.1, 0.2]: {why}");
+        serde_json::from_str::<serde::de::IgnoredAny>(text).map_err(|e| needed(e.to_string()))?;
+        json_vector(text).map(Numbers).map_err(|e| needed(e.to_string()))
     }
 }
 
 /// A payload or filter on the command line: `{"label": 3}`.
 pub(crate) fn object(text: &str) -> Result<Payload, String> {
+    if let Some((_, number)) = first_not_held(text) {
+        return Err(not_held(number));
+    }
     let parsed = serde_json::from_str(text);
     parsed.map_err(|e| format!("a JSON object is needed, such as {{\"label\": 3}}: {e}"))
 }
@@ -160,6 +188,30 @@ mod tests {
         }
         assert_eq!(object("{\"a\":1}").unwrap()["a"], 1);
         assert!(object("[1]").is_err());
+    }
+
+    #[test]
+    fn numbers_on_the_command_line_are_exact_or_refused() {
+        for (text, word) in [
+            ("[NaN]", "expected value"),
+            ("[1, 1e39]", "number 1: 1e39 is too large"),
+            ("[1e400]", "too large"),
+            ("[1e-50]", "would become 0"),
+            ("[16777217]", "would become 16777216"),
+            ("[1,[2]]", "number 1: \"[2]\" is no number"),
+            ("[1,]", "expected value"),
+            ("[+1]", "expected value"),
+        ] {
+            let said = text.parse::<Numbers>().unwrap_err();
+            assert!(said.contains(word), "{text}: {said}");
+        }
+        assert_eq!("[]".parse::<Numbers>().unwrap(), Numbers(vec![]));
+        for number in ["18446744073709551616", "1e400", "1e-400", "9007199254740993.0"] {
+            let said = object(&format!("{{\"a\":[{number}]}}")).unwrap_err();
+            assert!(said.contains(number) && said.contains("as a string"), "{said}");
+        }
+        assert!(object("{\"a\":NaN}").unwrap_err().contains("JSON object"));
+        assert_eq!(object("{\"a\":9007199254740993}").unwrap()["a"], 9_007_199_254_740_993_u64);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `vectors upsert`: one vector from the command line, or JSON lines.
 
 use super::import::{Loader, Source};
-use super::{Numbers, object};
+use super::{NamedFields, Numbers, object};
 use crate::cli::dataset::{Dataset, Format, ReadOptions};
 use crate::cli::exit::Exit;
 use crate::cli::global::Global;
@@ -28,11 +28,13 @@ pub(crate) struct UpsertArgs {
     /// JSON lines {"id": …, "vector": […], "payload": {…}} from a file, or from stdin with `-`.
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
+    #[command(flatten)]
+    named: NamedFields,
 }
 
 pub(crate) async fn upsert(global: &Global, args: UpsertArgs) -> Result<Exit> {
     if let Some(path) = args.file {
-        return lines(global, &path).await;
+        return lines(global, &path, args.named).await;
     }
     let (Some(id), Some(Numbers(vector))) = (args.id, args.vector) else {
         // Clap has made sure of both.
@@ -48,8 +50,8 @@ pub(crate) async fn upsert(global: &Global, args: UpsertArgs) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-async fn lines(global: &Global, path: &Path) -> Result<Exit> {
-    let options = ReadOptions { require_ids: true, ..ReadOptions::default() };
+async fn lines(global: &Global, path: &Path, named: NamedFields) -> Result<Exit> {
+    let options = ReadOptions { require_ids: true, fields: named.fields(), ..ReadOptions::default() };
     let path = path.to_owned();
     let open = move || {
         let (name, input): (_, Box<dyn Read + Send>) = if path.as_os_str() == "-" {
