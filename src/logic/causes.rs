@@ -2,8 +2,8 @@
 //!
 //! Keeps: each reason is said once when it begins and once when it has ended for good. What goes away and comes
 //! back within [`HOLD`] is neither ended nor begun anew. What is merely tried again is shown only after it has
-//! failed for [`LASTING`], and lapses when nobody has tried it for [`LAPSE`]: a loop that ends without a word
-//! leaves nothing behind.
+//! failed [`TRIES`] times over [`LASTING`], and lapses when nobody has tried it for a while: a loop that ends without
+//! a word leaves nothing behind.
 
 use crate::error::shortened_to;
 use crate::model::ShardId;
@@ -14,8 +14,11 @@ use std::time::Duration;
 
 /// A step that fails and is tried again is a cause after so long.
 pub(crate) const LASTING: Duration = Duration::from_secs(2);
-/// A step that has not been tried again for so long is not under way any more.
+/// And after so many failures.
+const TRIES: u32 = 3;
+/// A step that has not been tried again for so long is not under way any more; a leader tries everything once a second.
 const LAPSE: Duration = Duration::from_secs(30);
+const LEADERS_LAPSE: Duration = Duration::from_secs(8);
 /// What has been gone for so long has ended.
 const HOLD: Duration = Duration::from_secs(10);
 /// Reasons that are kept at a time; further ones are counted.
@@ -55,20 +58,22 @@ struct Entry {
     /// Of these times: the first without a break, and the last.
     first: Duration,
     last: Duration,
-    /// It is a step that is tried again, not a state.
-    retried: bool,
+    /// Failures since the first.
+    tries: u32,
+    /// It is a step that is tried again, not a state; then it lapses after so long.
+    lapse: Option<Duration>,
     gone: Option<Duration>,
     said: Option<Severity>,
 }
 
 impl Entry {
     fn is_shown(&self, now: Duration) -> bool {
-        self.gone.is_none()
-            && (!self.retried || (now.saturating_sub(self.first) >= LASTING && !self.has_lapsed(now)))
+        let lasts = self.tries >= TRIES && now.saturating_sub(self.first) >= LASTING;
+        self.gone.is_none() && (self.lapse.is_none() || (lasts && !self.has_lapsed(now)))
     }
 
     fn has_lapsed(&self, now: Duration) -> bool {
-        self.retried && now.saturating_sub(self.last) >= LAPSE
+        self.lapse.is_some_and(|lapse| now.saturating_sub(self.last) >= lapse)
     }
 }
 
@@ -103,12 +108,13 @@ impl Registry {
         retried: bool,
     ) {
         let text = shortened_to(text, MOST_TEXT);
+        let lapse = retried.then_some(if key.0 == Scope::Leader { LEADERS_LAPSE } else { LAPSE });
         if let Some(entry) = self.entries.get_mut(&key) {
             if entry.gone.take().is_some() || entry.has_lapsed(now) {
-                entry.first = now;
-                entry.retried = retried;
+                (entry.first, entry.tries, entry.lapse) = (now, 0, lapse);
             }
-            entry.retried &= retried;
+            entry.tries = entry.tries.saturating_add(1);
+            entry.lapse = entry.lapse.and(lapse);
             (entry.severity, entry.text, entry.last) = (severity, text, now);
             return;
         }
@@ -116,8 +122,17 @@ impl Registry {
             self.refused += 1;
             return;
         }
-        let entry =
-            Entry { severity, text, since: wall, first: now, last: now, retried, gone: None, said: None };
+        let entry = Entry {
+            severity,
+            text,
+            since: wall,
+            first: now,
+            last: now,
+            tries: 1,
+            lapse,
+            gone: None,
+            said: None,
+        };
         self.entries.insert(key, entry);
     }
 

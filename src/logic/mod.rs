@@ -23,6 +23,7 @@ pub(crate) mod fencing;
 pub(crate) mod hash;
 pub(crate) mod holding;
 pub(crate) mod hotspots;
+pub(crate) mod jetstream;
 pub(crate) mod lease;
 pub(crate) mod log_loss;
 pub(crate) mod membership;

@@ -4,6 +4,7 @@
 //! two errors of a lost compare-and-set, so both are done here on the stream below the bucket.
 
 use super::connect::Nats;
+use super::trouble::{Asking, Reason};
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use async_nats::HeaderMap;
@@ -110,6 +111,20 @@ impl Bucket {
 
     /// With deleted keys, whose marker has a revision too.
     async fn get_raw(&self, key: &str) -> Result<Option<(Versioned, bool)>> {
+        let connected = self.nats.is_connected();
+        let mut reason = Reason::NoAnswer;
+        let found = self.ask_leader(key, &mut reason).await;
+        let trouble = &self.nats.trouble;
+        match &found {
+            Ok(_) => trouble.worked(&self.name, Asking::Read),
+            Err(Error::NotFound(_)) => {}
+            Err(error) if connected => trouble.failed(&self.name, Asking::Read, reason, error),
+            Err(_) => {}
+        }
+        found
+    }
+
+    async fn ask_leader(&self, key: &str, reason: &mut Reason) -> Result<Option<(Versioned, bool)>> {
         let stream = self.nats.jetstream.get_stream_no_info(self.stream()).await;
         let stream = stream.map_err(|e| unavailable(format!("bucket {}", self.name), e))?;
         match stream.get_last_raw_message_by_subject(&self.subject(key)).await {
@@ -126,7 +141,10 @@ impl Bucket {
             Err(error) if api_code(&error) == Some(10_059) => {
                 Err(Error::NotFound(format!("bucket {} does not exist", self.name)))
             }
-            Err(error) => Err(unavailable(format!("reading {key:?} of bucket {}", self.name), error)),
+            Err(error) => {
+                *reason = Reason::of(&error);
+                Err(unavailable(format!("reading {key:?} of bucket {}", self.name), error))
+            }
         }
     }
 
@@ -142,15 +160,25 @@ impl Bucket {
             ack.await
         };
         let what = || format!("writing {key:?} of bucket {}", self.name);
-        match tokio::time::timeout(API_TIMEOUT, sent).await {
+        let connected = self.nats.is_connected();
+        let mut reason = Reason::NoAnswer;
+        let written = match tokio::time::timeout(API_TIMEOUT, sent).await {
             Ok(Ok(ack)) => Cas::Applied(ack.sequence),
             Ok(Err(error)) => {
                 let lost = matches!(error.kind(), PublishErrorKind::WrongLastSequence)
                     || api_code(&error).is_some_and(|code| WRONG_LAST_SEQUENCE.contains(&code));
+                reason = Reason::of(&error);
                 if lost { Cas::Lost } else { Cas::Unknown(unavailable(what(), error)) }
             }
             Err(_) => Cas::Unknown(Error::Unavailable(format!("{}: no answer in time", what()))),
+        };
+        let trouble = &self.nats.trouble;
+        match &written {
+            Cas::Applied(_) | Cas::Lost => trouble.worked(&self.name, Asking::Write),
+            Cas::Unknown(error) if connected => trouble.failed(&self.name, Asking::Write, reason, error),
+            Cas::Unknown(_) => {}
         }
+        written
     }
 
     /// Creates the key, also over a deletion marker. `Lost` if it exists.

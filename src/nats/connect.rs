@@ -1,5 +1,6 @@
 //! Connecting to NATS, and knowing how the connection is.
 
+use super::trouble::{Reason, Trouble};
 use super::{API_TIMEOUT, unavailable};
 use crate::error::{Error, Result};
 use async_nats::connection::State;
@@ -162,6 +163,8 @@ pub(crate) struct Nats {
     pub(crate) client: Client,
     pub(crate) jetstream: jetstream::Context,
     pub(crate) health: Arc<Health>,
+    /// Streams that fail.
+    pub(crate) trouble: Arc<Trouble>,
 }
 
 /// How long to go on trying to connect for the first time.
@@ -173,6 +176,9 @@ pub(crate) enum Patience {
     For(Duration),
 }
 
+/// Said where JetStream has too few servers.
+pub(crate) const NO_QUORUM: &str =
+    "JetStream has no quorum: fewer than a majority of its servers are up and connected, start the others";
 /// Messages that wait in one subscription before NATS's client drops some.
 const SUBSCRIPTION_CAPACITY: usize = 8_192;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -246,7 +252,7 @@ impl Nats {
             .max_ack_inflight(4_096)
             .build(client.clone());
         jetstream.set_timeout(API_TIMEOUT);
-        Ok(Nats { client, jetstream, health })
+        Ok(Nats { client, jetstream, health, trouble: Arc::default() })
     }
 
     /// Whether the connection is up, now and later.
@@ -267,6 +273,24 @@ impl Nats {
     /// Whether this is still that connection, and there is one.
     pub(crate) fn is_still(&self, connection: u64) -> bool {
         self.is_connected() && self.connection() == connection
+    }
+
+    /// What JetStream itself says when something of it does not work: whether it has a majority, as far as can be told.
+    ///
+    /// # Errors
+    /// `Unavailable` with the cause, when it does not even say how much this account uses.
+    pub(crate) async fn ask_jetstream(&self) -> Result<()> {
+        match tokio::time::timeout(Duration::from_secs(2), self.jetstream.query_account()).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) if Reason::of_account(&error) == Reason::NoQuorum => {
+                Err(Error::Unavailable(NO_QUORUM.into()))
+            }
+            Ok(Err(error)) => Err(unavailable("JetStream does not answer", error)),
+            Err(_) if self.client.server_info().cluster.is_some() => {
+                Err(Error::Unavailable(format!("JetStream does not answer; if that goes on: {NO_QUORUM}")))
+            }
+            Err(_) => Err(Error::Unavailable("JetStream does not answer".into())),
+        }
     }
 
     /// The last permission violation that the server reported.

@@ -7,6 +7,7 @@ use super::bucket::creation_error;
 use super::bus::{Bus, CHECKSUM, MSGPACK, verify_checksum};
 use super::connect::Nats;
 use super::subjects::Subjects;
+use super::trouble::{Asking, Reason, is_own_limit};
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use crate::model::records::ClusterRecord;
@@ -191,7 +192,14 @@ impl Logs {
                 self.nats.jetstream.publish_with_headers(self.subjects.log(shard), headers, body).await?;
             ack.await
         };
-        match tokio::time::timeout(timeout, sent).await {
+        let (trouble, sent) = (&self.nats.trouble, tokio::time::timeout(timeout, sent).await);
+        let connected = self.nats.is_connected();
+        let reason = match &sent {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(Reason::of(error)),
+            Err(_) => Some(Reason::NoAnswer),
+        };
+        let appended = match sent {
             // "Duplicate" without a sequence: its first copy is not committed yet, so this is no ack.
             Ok(Ok(ack)) if ack.sequence == 0 => {
                 Appended::Unknown(Error::Unavailable(format!("{stream}: an earlier copy is still under way")))
@@ -205,7 +213,18 @@ impl Logs {
             Err(_) => Appended::Unknown(Error::Unavailable(format!(
                 "{stream}: no acknowledgement within {timeout:?}"
             ))),
+        };
+        match (&appended, reason) {
+            (Appended::At { .. }, _) | (_, None) => trouble.worked(&stream, Asking::Write),
+            // Too large, or malformed: that says nothing of the log.
+            (Appended::Refused(Error::Invalid(_)), _) => {}
+            // Without a connection there is no answer, whatever the log is.
+            (Appended::Refused(error) | Appended::Unknown(error), Some(reason)) if connected => {
+                trouble.failed(&stream, Asking::Write, reason, error);
+            }
+            _ => {}
         }
+        appended
     }
 
     /// Drops every entry below `first`. Idempotent.
@@ -278,12 +297,12 @@ fn classify(stream: &str, error: &async_nats::jetstream::context::PublishError) 
         )),
         PublishErrorKind::Other => match api_code(error) {
             // Maximum bytes, maximum messages, or no disk space below the stream.
-            Some(10_077) => Appended::Refused(Error::Full(format!(
+            Some(10_077) if is_own_limit(error) => Appended::Refused(Error::Full(format!(
                 "{stream} is full: writes are refused until replicas catch up and it is truncated; see log_max_bytes"
             ))),
-            Some(10_023 | 10_047 | 10_028) => {
-                Appended::Refused(Error::Full(format!("{stream}: JetStream has no space left")))
-            }
+            Some(10_077 | 10_023 | 10_047 | 10_028) => Appended::Refused(Error::Full(format!(
+                "{stream}: JetStream has no space left ({error}): free space below its store_dir, or raise its limits"
+            ))),
             Some(10_158) => {
                 Appended::Unknown(Error::Unavailable(format!("{stream}: an earlier copy is still under way")))
             }

@@ -10,6 +10,7 @@ pub(crate) mod events;
 pub(crate) mod log;
 pub(crate) mod service;
 pub(crate) mod subjects;
+pub(crate) mod trouble;
 
 pub use connect::NatsOptions;
 pub use events::EventStream;

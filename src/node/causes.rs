@@ -7,7 +7,7 @@
 //! ```text
 //! ctx.causes.raise("disk_full", Subject::Node, Severity::Red, text);    // a state: shown at once, until withdrawn
 //! ctx.causes.retry("log_create", shard.into(), Severity::Yellow, text); // a step that is tried again: shown when it
-//!                                                                       // has failed for 2 s, lapses 30 s after the last
+//!                                                                       // fails for 2 s, lapses 30 s after the last
 //! ctx.causes.withdraw("log_create", shard);                             // it worked; costs nothing if it was never raised
 //! ctx.causes.replace("log_full", found);                                // a whole kind, found anew at every look
 //! ctx.causes.leading().retry(…)                                         // what only a leader knows: ends with its term
@@ -145,12 +145,21 @@ impl Causes {
     /// An error of a request to this shard, with the reason that this node knows for it. Only errors that may go away
     /// by themselves have one.
     pub(crate) fn explain(&self, shard: ShardId, error: Error) -> Error {
-        if !matches!(error, Error::Unavailable(_)) {
-            return error;
-        }
+        // Whoever waits behind a log that takes nothing is told that, not to slow down.
+        let (busy, text) = match &error {
+            Error::Unavailable(text) => (false, text),
+            Error::Busy(text) => (true, text),
+            _ => return error,
+        };
         let known = self.of_shard(shard);
-        match known.into_iter().find(|cause| cause.severity == Severity::Red || cause.shard.is_some()) {
-            Some(cause) if !error.to_string().contains(&cause.text) => error.context(cause.text),
+        let cause = known.into_iter().find(|cause| match busy {
+            true => cause.severity == Severity::Red,
+            false => cause.severity == Severity::Red || cause.shard.is_some(),
+        });
+        match cause {
+            Some(cause) if !text.contains(&cause.text) => {
+                Error::Unavailable(format!("{}: {text}", cause.text))
+            }
             _ => error,
         }
     }

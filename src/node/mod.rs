@@ -14,6 +14,7 @@ mod rate;
 pub(crate) mod replica;
 mod replicas;
 mod requests;
+mod watchdog;
 
 use crate::client::Client;
 use crate::clock::wall;
@@ -76,6 +77,7 @@ impl Node {
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::throttle(ctx.clone()));
+        ctx.tasks.spawn(watchdog::run(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
         if let Some(dir) = &data_dir {
             ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));

@@ -228,7 +228,9 @@ fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
         metrics.nodes.with_label_values(&[&status.to_string()]).set(count as i64);
     }
     for status in [ShardStatus::Full, ShardStatus::Degraded, ShardStatus::Offline] {
-        let count = view.shards.values().filter(|(_, s)| s.status == status).count();
+        let placed = view.shards.values().filter(|(_, s)| s.status == status).count();
+        let unplaced = (ctx.cluster.num_shards as usize).saturating_sub(view.shards.len());
+        let count = placed + if status == ShardStatus::Offline { unplaced } else { 0 };
         metrics.shards.with_label_values(&[&status.to_string()]).set(count as i64);
     }
     metrics.causes.reset();

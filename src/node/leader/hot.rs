@@ -13,6 +13,7 @@ use crate::model::admin::{HotReply, HotShardView, NodeLoad};
 use crate::model::events::{Event, LoadReport};
 use crate::model::records::NodeStatus;
 use crate::model::{MigrationId, NodeId, ShardId};
+use crate::node::causes::Subject;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tracing::debug;
@@ -142,7 +143,7 @@ impl Leader {
                     }
                     Err(error) => {
                         self.heat.spots.on_move_ended(self.ctx.clock.now(), shard);
-                        self.soft(error)
+                        self.soft("migration_not_started", Subject::Node, error)
                     }
                 }
             }

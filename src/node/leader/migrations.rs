@@ -109,7 +109,7 @@ impl Leader {
         self.sourceless.retain(|id, _| running.iter().any(|m| m.id == *id));
         for migration in running {
             if let Err(error) = self.oversee(&migration, now).await {
-                self.soft(error)?;
+                self.soft("migration_stuck", migration.shard, error)?;
             }
         }
         self.release_orphans().await?;
@@ -282,13 +282,13 @@ impl Leader {
             let id = record.migration.clone().unwrap_or_default();
             let running = match self.ctx.buckets.migrations.get(&id).await {
                 Ok(found) => found.and_then(|found| parse::<MigrationRecord>(&found.value).ok()),
-                Err(error) => return self.soft(error),
+                Err(error) => return self.soft("migration_stuck", shard, error),
             };
             if running.is_some_and(|record| record.phase.is_running()) {
                 continue;
             }
             if let Err(error) = self.write_shard(released(&record)).await {
-                self.soft(error)?;
+                self.soft("migration_stuck", shard, error)?;
             }
         }
         Ok(())

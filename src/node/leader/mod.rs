@@ -40,7 +40,6 @@ use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tracing::warn;
@@ -132,8 +131,6 @@ struct Leader {
     log_suspects: BTreeMap<ShardId, Suspicion>,
     next_log_check: Duration,
     last_tick: Duration,
-    /// Something had to be put off since the last tick.
-    troubled: AtomicBool,
     last_gc: Duration,
     pinged: mpsc::Sender<(NodeId, PingOutcome)>,
 }
@@ -166,7 +163,6 @@ impl Leader {
             log_suspects: BTreeMap::new(),
             next_log_check: now,
             last_tick: now,
-            troubled: AtomicBool::new(false),
             last_gc: now,
             pinged,
         }
@@ -324,7 +320,7 @@ impl Leader {
         let found = match self.ctx.buckets.nodes.get(node).await {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(()),
-            Err(error) => return self.soft(error),
+            Err(error) => return self.soft("node_record", Subject::Named(node.to_owned()), error),
         };
         let Ok(mut record) = parse::<NodeRecord>(&found.value) else { return Ok(()) };
         // Another process took the name meanwhile: the verdict was about the old one.
@@ -386,24 +382,22 @@ impl Leader {
         } else {
             self.promote_only().await?;
         }
-        self.refresh_statuses().await?;
-        if !self.troubled.swap(false, Ordering::Relaxed) {
-            self.ctx.causes.leading().withdraw("placement", Subject::Node);
-        }
-        Ok(())
+        self.refresh_statuses().await
     }
 
-    /// What ends leadership, and what is merely tried again at the next tick.
-    fn soft(&self, error: Error) -> Result<()> {
+    /// What ends leadership, and what is merely tried again: then it is a cause while it lasts.
+    fn soft(&self, kind: &'static str, subject: impl Into<Subject>, error: Error) -> Result<()> {
         match error {
             Error::Fenced(_) => Err(error),
             other => {
-                if let Some(unsaid) = self.ctx.metrics.may_log("placement") {
-                    warn!(unsaid, "placement will be tried again: {other}");
+                if let Some(unsaid) = self.ctx.metrics.may_log(kind) {
+                    warn!(kind, unsaid, "put off: {other}");
                 }
-                let text = format!("placement is tried again: {other}");
-                self.ctx.causes.leading().retry("placement", Subject::Node, Severity::Yellow, text);
-                self.troubled.store(true, Ordering::Relaxed);
+                let severity = match (&other, kind) {
+                    (Error::Full(_), _) | (_, "log_not_created" | "log_not_rebuilt") => Severity::Red,
+                    _ => Severity::Yellow,
+                };
+                self.ctx.causes.leading().retry(kind, subject, severity, other.to_string());
                 Ok(())
             }
         }
@@ -461,7 +455,7 @@ impl Leader {
             let before = record.status;
             record.status = self.status_of(&record);
             let (shard, status) = (record.shard, record.status);
-            self.write_shard(record).await.or_else(|e| self.soft(e))?;
+            self.write_shard(record).await.or_else(|e| self.soft("shard_record", shard, e))?;
             if status != ShardStatus::Full && before == ShardStatus::Full {
                 let message = format!("shard {shard} is {status}");
                 self.ctx

@@ -279,7 +279,7 @@ impl Leader {
             return Ok(true);
         }
         if let Err(error) = self.start_migration(step.shard, from, &step.to, &step.reason).await {
-            self.soft(error)?;
+            self.soft("migration_not_started", step.shard, error)?;
         }
         Ok(true)
     }

@@ -11,6 +11,7 @@ use crate::model::records::{ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
+use crate::node::causes::{Severity, Subject};
 use crate::node::join::restore_buckets;
 use crate::node::replica::facts;
 use crate::view::{Rev, parse};
@@ -159,8 +160,11 @@ impl Leader {
             let key = shard.token();
             let found = match self.ctx.buckets.shards.get(&key).await {
                 Ok(found) => found,
-                Err(Error::NotFound(_)) => return restore_buckets(&self.ctx).await.or_else(|e| self.soft(e)),
-                Err(error) => return self.soft(error),
+                Err(Error::NotFound(_)) => {
+                    let restored = restore_buckets(&self.ctx).await;
+                    return restored.or_else(|e| self.soft("buckets_missing", Subject::Node, e));
+                }
+                Err(error) => return self.soft("shard_record", shard, error),
             };
             let good = found.as_ref().and_then(|found| self.good(&key, &found.value));
             let revision = found.map(|f| f.revision);
@@ -182,11 +186,16 @@ impl Leader {
                             self.shards.insert(shard, (revision, record));
                             self.unsure.remove(&shard);
                         }
-                        Err(error) => self.soft(error)?,
+                        Err(error) => self.soft("shard_record", shard, error)?,
                     }
                 }
                 (ReadBack::Remove, _) => {
-                    self.ctx.buckets.shards.delete(&key).await.or_else(|e| self.soft(e))?;
+                    self.ctx
+                        .buckets
+                        .shards
+                        .delete(&key)
+                        .await
+                        .or_else(|e| self.soft("shard_record", shard, e))?;
                     self.unsure.remove(&shard);
                 }
                 (ReadBack::Nothing, _) => drop(self.unsure.remove(&shard)),
@@ -222,7 +231,7 @@ impl Leader {
             let log = match log {
                 Ok(log) => log,
                 Err(error) => {
-                    self.soft(error)?;
+                    self.soft("log_not_created", shard, error)?;
                     continue;
                 }
             };
@@ -245,7 +254,7 @@ impl Leader {
             };
             match self.write_shard(record).await {
                 Ok(()) => self.ctx.event(event).await,
-                Err(error) => self.soft(error)?,
+                Err(error) => self.soft("shard_record", shard, error)?,
             }
             self.logs_checked.insert(shard);
         }
@@ -266,7 +275,7 @@ impl Leader {
                 self.ctx.event(event.with("from", from).with("to", to).with("reason", reason)).await;
                 Ok(())
             }
-            Err(error) => self.soft(error),
+            Err(error) => self.soft("shard_record", shard, error),
         }
     }
 
@@ -297,7 +306,7 @@ impl Leader {
                     .await;
                 Ok(())
             }
-            Err(error) => self.soft(error),
+            Err(error) => self.soft("shard_record", shard, error),
         }
     }
 
@@ -334,6 +343,8 @@ impl Leader {
                 // Not everybody has answered: look again.
                 Err(error) => {
                     debug!(%shard, "{error}");
+                    let text = format!("its log cannot be compared with its replicas: {error}");
+                    self.ctx.causes.leading().retry("log_unchecked", shard, Severity::Yellow, text);
                     continue;
                 }
             };
@@ -360,7 +371,7 @@ impl Leader {
                 Verdict::Rebuild(most, base) => self.rebuild(record, most, base).await,
             };
             if let Err(error) = done {
-                self.soft(error)?;
+                self.soft("log_not_rebuilt", shard, error)?;
             }
         }
         Ok(())

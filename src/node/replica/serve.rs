@@ -367,6 +367,12 @@ impl Replica {
         }
     }
 
+    /// Tries whether the log takes anything, by a barrier that nobody waits for; how that ended is known to
+    /// `nats::trouble`.
+    pub(crate) async fn try_log(&self, timeout: Duration) {
+        let _ = self.writer.append(LogOp::Barrier, 16, timeout).await;
+    }
+
     /// Whether the log still has the last entry that was applied here.
     async fn log_has_what_was_applied(&self) -> Result<bool> {
         let held = {

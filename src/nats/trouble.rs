@@ -1,0 +1,172 @@
+//! Which streams do not take or give what is asked of them, since when and why.
+//!
+//! Facts only: every call that ends says how, and whoever watches decides what that means. A call that works takes
+//! away what earlier ones have left.
+
+use super::api_code;
+use crate::error::Error;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// What nobody has tried for so long says nothing any more.
+const OLD: Duration = Duration::from_secs(60);
+
+/// What was asked of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Asking {
+    Write,
+    Read,
+}
+
+/// Why it was not done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The stream has as many bytes as it may.
+    StreamFull,
+    /// JetStream, its account or its disk has no room.
+    NoSpace,
+    /// JetStream has no majority of its servers, or of the stream's.
+    NoQuorum,
+    /// There was no answer, or one that says nothing.
+    NoAnswer,
+}
+
+impl Reason {
+    /// By JetStream's code; no code is no answer.
+    pub(crate) fn of(error: &(dyn std::error::Error + 'static)) -> Reason {
+        match api_code(error) {
+            // "Maximum bytes exceeded", or what the disk says.
+            Some(10_077) if is_own_limit(error) => Reason::StreamFull,
+            Some(10_077) => Reason::NoSpace,
+            Some(10_023 | 10_028 | 10_047) => Reason::NoSpace,
+            Some(10_005 | 10_008 | 10_009 | 10_118) => Reason::NoQuorum,
+            _ => Reason::NoAnswer,
+        }
+    }
+}
+
+impl Reason {
+    /// Of asking for the account: JetStream without a leader says that it is not available.
+    pub(crate) fn of_account(error: &(dyn std::error::Error + 'static)) -> Reason {
+        match Reason::of(error) {
+            Reason::NoAnswer
+                if error.to_string().to_ascii_lowercase().contains("temporarily unavailable") =>
+            {
+                Reason::NoQuorum
+            }
+            reason => reason,
+        }
+    }
+}
+
+/// Whether a store that takes nothing has reached a limit of the stream, and not one of the disk.
+pub(super) fn is_own_limit(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut text = error.to_string();
+    let mut at = error.source();
+    while let Some(error) = at {
+        text.push_str(&error.to_string());
+        at = error.source();
+    }
+    text.to_ascii_lowercase().contains("maximum")
+}
+
+/// A stream that fails without having worked in between.
+#[derive(Debug, Clone)]
+pub(crate) struct Failing {
+    pub(crate) stream: String,
+    pub(crate) asking: Asking,
+    pub(crate) reason: Reason,
+    pub(crate) error: Error,
+    /// How long ago it failed first.
+    pub(crate) since: Duration,
+}
+
+#[derive(Debug)]
+struct Known {
+    reason: Reason,
+    error: Error,
+    first: Instant,
+    last: Instant,
+}
+
+/// Of one connection.
+#[derive(Debug, Default)]
+pub(crate) struct Trouble(Mutex<BTreeMap<(String, Asking), Known>>);
+
+impl Trouble {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, Asking), Known>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn worked(&self, stream: &str, asking: Asking) {
+        let mut known = self.lock();
+        if !known.is_empty() {
+            known.remove(&(stream.to_owned(), asking));
+        }
+    }
+
+    pub(crate) fn failed(&self, stream: &str, asking: Asking, reason: Reason, error: &Error) {
+        let now = Instant::now();
+        let mut known = self.lock();
+        let entry = known.entry((stream.to_owned(), asking)).or_insert_with(|| Known {
+            reason,
+            error: error.clone(),
+            first: now,
+            last: now,
+        });
+        // What says more is kept: a full stream that now and then does not answer is full.
+        if reason != Reason::NoAnswer || entry.reason == Reason::NoAnswer {
+            (entry.reason, entry.error) = (reason, error.clone());
+        }
+        entry.last = now;
+    }
+
+    /// What fails now, streams in order.
+    pub(crate) fn failing(&self) -> Vec<Failing> {
+        let now = Instant::now();
+        let mut known = self.lock();
+        known.retain(|_, known| now - known.last < OLD);
+        let failing = known.iter().map(|((stream, asking), known)| Failing {
+            stream: stream.clone(),
+            asking: *asking,
+            reason: known.reason,
+            error: known.error.clone(),
+            since: now - known.first,
+        });
+        failing.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn silent() -> Error {
+        Error::Unavailable("no answer".into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_fails_since_its_first_failure_and_until_it_works() {
+        let trouble = Trouble::default();
+        trouble.failed("log", Asking::Write, Reason::NoAnswer, &silent());
+        tokio::time::advance(Duration::from_secs(5)).await;
+        trouble.failed("log", Asking::Write, Reason::StreamFull, &Error::Full("full".into()));
+        trouble.failed("log", Asking::Write, Reason::NoAnswer, &silent());
+        trouble.worked("log", Asking::Read);
+        let failing = trouble.failing();
+        assert_eq!((failing.len(), failing[0].since.as_secs()), (1, 5));
+        assert_eq!((failing[0].reason, &failing[0].error), (Reason::StreamFull, &Error::Full("full".into())));
+        trouble.worked("log", Asking::Write);
+        assert!(trouble.failing().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_tries_is_forgotten() {
+        let trouble = Trouble::default();
+        trouble.failed("log", Asking::Write, Reason::NoAnswer, &silent());
+        tokio::time::advance(OLD).await;
+        assert!(trouble.failing().is_empty());
+    }
+}
