@@ -12,10 +12,11 @@ use crate::model::records::{
     ThrottleRecord,
 };
 use crate::model::{MigrationId, NodeId, ShardId, Term};
-use crate::nats::bucket::{Bucket, Change, rewatch_pause};
+use crate::nats::bucket::{Bucket, Change, Versioned, rewatch_pause};
 use crate::nats::connect::Nats;
 use crate::nats::subjects::Subjects;
-use std::collections::BTreeMap;
+use futures::StreamExt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -31,6 +32,8 @@ pub(crate) const LEADER_KEY: &str = "leader";
 pub(crate) const REBALANCE_KEY: &str = "rebalance";
 /// Key of the rate at which shards move.
 pub(crate) const THROTTLE_KEY: &str = "throttle";
+/// Records read at a time where there is no watch.
+const FILL_PARALLEL: usize = 32;
 /// A watch can die silently: compare revisions this often.
 const RELIST: Duration = Duration::from_secs(30);
 
@@ -254,6 +257,36 @@ impl Views {
             Ok(Err(_)) => Err(Error::Unavailable("stopped".into())),
             Err(_) => Err(Error::Unavailable("the cluster's records could not be read in time".into())),
         }
+    }
+
+    /// Fills in the map, and the nodes that it names, from any server of JetStream. Watches bring the rest when they can.
+    pub(crate) async fn fill_from_any(
+        &self,
+        buckets: &Buckets,
+        shards: impl Iterator<Item = ShardId>,
+    ) -> bool {
+        let read = |shard: ShardId| async move { buckets.shards.get_from_any(&shard.token()).await };
+        let found = futures::stream::iter(shards).map(read).buffer_unordered(FILL_PARALLEL);
+        let found: Vec<Result<Option<Versioned>>> = found.collect().await;
+        let good = |found: Result<Option<Versioned>>| {
+            let found = found.ok()??;
+            let record: ShardRecord = parse(&found.value).ok()?;
+            record.check(&record.shard.token()).is_ok().then_some((found.revision, record))
+        };
+        let records: Vec<(u64, ShardRecord)> = found.into_iter().filter_map(good).collect();
+        let nodes: BTreeSet<NodeId> = records.iter().flat_map(|(_, r)| r.replicas.iter().cloned()).collect();
+        for (revision, record) in &records {
+            self.note_shard(*revision, record);
+        }
+        for node in nodes {
+            if let Ok(Some(found)) = buckets.nodes.get_from_any(&node).await
+                && let Ok(record) = parse::<NodeRecord>(&found.value)
+                && record.check(&node).is_ok()
+            {
+                self.note_node(found.revision, &record);
+            }
+        }
+        !records.is_empty()
     }
 
     /// Fills in what is known from before, where the bucket has nothing.

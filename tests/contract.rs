@@ -345,6 +345,19 @@ async fn a_full_log_refuses_writes_and_keeps_everything() {
     assert!(message(&reply).contains("log_max_bytes"), "{reply}");
     let count = cluster.api("count", json!({"consistency": "eventual"})).await;
     assert_eq!(count["count"], stored);
+    eventually("the full log is a cause", || async {
+        let status = cluster.status().await?;
+        let causes = status["causes"].as_array().ok_or("no causes")?;
+        let full = causes.iter().find(|c| c["kind"] == "log_full").ok_or_else(|| status.to_string())?;
+        assert_eq!(
+            (&status["status"], &full["severity"], &full["shard"]),
+            (&json!("red"), &json!("red"), &json!(0))
+        );
+        Ok(())
+    })
+    .await;
+    let explained = cluster.admin("explain", json!({"shard": 0})).await.unwrap();
+    assert!(explained["causes"].to_string().contains("log_full"), "{explained}");
     cluster.node("n3").restart().unwrap();
     eventually("the log is truncated and takes writes again", || async {
         let entry = json!({"id": "after", "vector": [1, 2, 3, 4], "payload": {"text": text}});
@@ -354,6 +367,15 @@ async fn a_full_log_refuses_writes_and_keeps_everything() {
     .await;
     let count = cluster.api("count", json!({"consistency": "linearizable"})).await;
     assert_eq!(count["count"], stored + 1);
+    cluster.wait_green().await;
+    for words in ["cause.raised", "cause.withdrawn"] {
+        let said = |line: &&str| line.contains(words) && line.contains("log_full");
+        eventually(words, || async {
+            let events = cluster.command("events --since 5m").await.done().out;
+            if events.lines().any(|line| said(&line)) { Ok(()) } else { Err(events) }
+        })
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

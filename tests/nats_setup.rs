@@ -2,8 +2,9 @@
 
 mod harness;
 
-use harness::{Setup, TestCluster, eventually};
+use harness::{Setup, TestCluster, eventually, http_get, program};
 use ruvector_cluster::playground::{NatsServer, NodeProcess, ServerOptions, find_nats_server};
+use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 
@@ -191,4 +192,42 @@ async fn a_node_that_starts_while_nats_hangs_joins_when_it_answers_again() {
     signal("-CONT");
     cluster.wait_green().await;
     assert!(cluster.node(&id).is_running());
+}
+
+/// Two of three NATS servers are gone: no write is acknowledged, nobody can lead, and everybody says why.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_jetstream_majority_everybody_says_so_and_eventual_reads_go_on() {
+    let mut cluster = TestCluster::start(Setup { nats_cluster: true, ..Setup::default() }).await;
+    let entry = json!({"entries": [{"id": "a", "vector": [1, 2, 3, 4]}]});
+    assert_eq!(cluster.api("upsert", entry.clone()).await["upserted"], 1);
+    let bucket = cluster.bucket("nodes").await;
+    let record: Value = serde_json::from_slice(&bucket.get("n1").await.unwrap().unwrap()).unwrap();
+    let addr = record["addr"].as_str().unwrap().to_owned();
+    for server in [1, 2] {
+        cluster.nats[server].kill().await.unwrap();
+    }
+    eventually("the node is not ready, and says why", || async {
+        let text = http_get(&addr, "/readyz").await.map_err(|e| e.to_string())?;
+        if text.starts_with("HTTP/1.1 503") && text.contains("quorum") { Ok(()) } else { Err(text) }
+    })
+    .await;
+    let metrics = http_get(&addr, "/metrics").await.unwrap();
+    assert!(metrics.contains("ruvector_causes{kind=\"jetstream_no_quorum\"}"), "{metrics}");
+    let url = cluster.nats[0].url();
+    let raw = async_nats::connect(&url).await.unwrap();
+    let reply = raw.request("ruvector.api.upsert", entry.to_string().into()).await.unwrap();
+    let reply: Value = serde_json::from_slice(&reply.payload).unwrap();
+    assert_eq!(reply["error"]["code"], "unavailable", "{reply}");
+    assert!(reply["error"]["message"].to_string().contains("quorum"), "{reply}");
+    let args = ["vectors", "get", "a", "--consistency", "eventual", "--output", "json"];
+    let got = program::run(&url, &args).await.done();
+    assert!(got.out.contains("[1.0") || got.out.contains("1.0,"), "{got:?}");
+    let status = program::run(&url, &["status"]).await;
+    assert!(status.code != Some(0) && status.err.contains("quorum"), "{status:?}");
+    for server in [1, 2] {
+        cluster.nats[server].restart().await.unwrap();
+    }
+    cluster.wait_green().await;
+    let text = http_get(&addr, "/readyz").await.unwrap();
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
 }

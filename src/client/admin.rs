@@ -4,6 +4,7 @@
 //! A question that merely went unanswered is asked again only if it changes nothing.
 
 use super::Client;
+use super::heard::explained;
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::admin::{
@@ -200,10 +201,11 @@ impl Admin {
                 Asked::NoAnswer(error) => return Err(error),
             };
             if Instant::now() + PAUSE >= deadline {
-                return Err(Error::Unavailable(format!(
+                let error = Error::Unavailable(format!(
                     "no leader has answered for {} s ({last}): check that nodes are running, and try again",
                     self.patience.as_secs()
-                )));
+                ));
+                return Err(explained(error, &self.bus.nats, &self.subjects).await);
             }
             tokio::time::sleep(PAUSE).await;
         }

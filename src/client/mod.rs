@@ -6,6 +6,7 @@
 
 mod admin;
 mod budget;
+mod heard;
 mod route;
 mod search;
 mod watch;
@@ -67,6 +68,8 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bound on what a node does on behalf of others, who usually wait 5 s: they should see our error, not
 /// a time-out of theirs.
 const INSIDE_TIMEOUT: Duration = Duration::from_secs(4);
+/// The leader of a stream answers within this, or there is none.
+const LEADERS_TIME: Duration = Duration::from_secs(2);
 /// Shards written at a time by one bulk write.
 const PARALLEL_SHARDS: usize = 16;
 /// Entries of one message.
@@ -147,10 +150,19 @@ impl Client {
                 options.nats.shown()
             ))
         };
-        let found = match buckets.cluster.get(CONFIG_KEY).await {
+        // What the stream's leader has; without one, what any server has: settings do not change.
+        let asked = tokio::time::timeout(LEADERS_TIME, buckets.cluster.get(CONFIG_KEY)).await;
+        let asked = asked.unwrap_or_else(|_| Err(Error::Unavailable("its bucket does not answer".into())));
+        let found = match asked {
             Ok(found) => found.ok_or_else(absent)?,
             Err(Error::NotFound(_)) => return Err(absent()),
-            Err(error) => return Err(error),
+            Err(error) => match buckets.cluster.get_from_any(CONFIG_KEY).await {
+                Ok(Some(found)) => found,
+                Ok(None) | Err(_) => {
+                    let error = error.context("the cluster's settings cannot be read");
+                    return Err(nats.permitted(heard::explained(error, &nats, &subjects).await));
+                }
+            },
         };
         let cluster: ClusterRecord = parse(&found.value)?;
         cluster.check()?;
@@ -159,7 +171,13 @@ impl Client {
         let metrics = Arc::new(Metrics::new()?);
         let views = Views::start(&buckets, &nats, Scope::Client, &metrics, &stop, &TaskTracker::new());
         let guard = stop.drop_guard();
-        views.synced(options.connect_timeout).await?;
+        if let Err(error) = views.synced(options.connect_timeout).await {
+            // Watches need JetStream's majority; what any of its servers has is enough for reads, and the watches go on.
+            let shards = (0..cluster.num_shards).map(ShardId);
+            if !views.fill_from_any(&buckets, shards).await {
+                return Err(nats.permitted(heard::explained(error, &nats, &subjects).await));
+            }
+        }
         let mut client = Client::inside(Bus::new(&nats, "client"), subjects, views, cluster, router);
         if let Some(inner) = Arc::get_mut(&mut client.inner) {
             inner.timeout = options.timeout.min(MAX_TIMEOUT);

@@ -18,6 +18,9 @@ use tracing::debug;
 /// Errors of JetStream that mean "the revision is another one": before and since server 2.11.
 const WRONG_LAST_SEQUENCE: [u64; 2] = [10_071, 10_164];
 
+/// One question to any server of a stream.
+const FROM_ANY: Duration = Duration::from_secs(2);
+
 /// What became of a compare-and-set.
 #[derive(Debug)]
 pub(crate) enum Cas {
@@ -107,6 +110,22 @@ impl Bucket {
     /// The value as the stream's leader has it; `None` if the key is missing or deleted.
     pub(crate) async fn get(&self, key: &str) -> Result<Option<Versioned>> {
         Ok(self.get_raw(key).await?.filter(|(_, deleted)| !deleted).map(|(found, _)| found))
+    }
+
+    /// The value as any server of the stream has it: it may be old, but needs no majority.
+    pub(crate) async fn get_from_any(&self, key: &str) -> Result<Option<Versioned>> {
+        let stream = self.nats.jetstream.get_stream_no_info(self.stream()).await;
+        let stream = stream.map_err(|e| unavailable(format!("bucket {}", self.name), e))?;
+        let asked =
+            tokio::time::timeout(FROM_ANY, stream.direct_get_last_for_subject(self.subject(key))).await;
+        let late =
+            |_| Error::Unavailable(format!("reading {key:?} of bucket {}: no answer in time", self.name));
+        match asked.map_err(late)? {
+            Ok(message) if message.headers.get("KV-Operation").is_some() => Ok(None),
+            Ok(message) => Ok(Some(Versioned { revision: message.sequence, value: message.payload })),
+            Err(error) if matches!(error.kind(), jetstream::stream::DirectGetErrorKind::NotFound) => Ok(None),
+            Err(error) => Err(unavailable(format!("reading {key:?} of bucket {}", self.name), error)),
+        }
     }
 
     /// With deleted keys, whose marker has a revision too.

@@ -298,6 +298,11 @@ impl Nats {
         self.health.violation.borrow().clone()
     }
 
+    /// The same error, or what NATS does not permit, if it has said so.
+    pub(crate) fn permitted(&self, error: Error) -> Error {
+        self.violation().map_or(error, |violation| permission_error(&violation))
+    }
+
     /// Waits for a permission violation.
     pub(crate) async fn violated(&self) -> String {
         let mut seen = self.health.violation.subscribe();
