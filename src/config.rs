@@ -102,6 +102,8 @@ pub struct ClusterConfig {
     pub migrations_per_node: usize,
     /// How long a replica that moved away is kept on disk. Default: 60 s.
     pub retire_after: Duration,
+    /// How often each replica's copy on the disk is read and compared with its checksums; 0: never. Default: 24 h.
+    pub scrub_interval: Duration,
     /// JetStream replicas of every log and bucket, 1, 3 or 5. `None`: 3 in a NATS cluster, else 1.
     pub log_replicas: Option<usize>,
     /// Most bytes of one shard's log; when it is full, writes are refused. Default: 1 GiB.
@@ -144,6 +146,7 @@ impl Default for ClusterConfig {
             migration_window: 16,
             migrations_per_node: 2,
             retire_after: Duration::from_secs(60),
+            scrub_interval: Duration::from_secs(86_400),
             log_replicas: None,
             log_max_bytes: 1 << 30,
         }

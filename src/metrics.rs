@@ -32,6 +32,12 @@ pub(crate) struct Metrics {
     pub(crate) migration_bytes: IntCounterVec,
     /// Causes that hold now, by kind.
     pub(crate) causes: IntGaugeVec,
+    /// Copies set aside here since the start, by kind.
+    pub(crate) copies_set_aside: IntCounterVec,
+    /// Copies that are kept aside here now, by kind.
+    pub(crate) copies_aside: IntGaugeVec,
+    /// Bytes that were read to look for damage.
+    pub(crate) scrubbed_bytes: IntCounter,
     /// Requests by verb and outcome.
     pub(crate) requests: IntCounterVec,
     /// Time from taking a request to answering it.
@@ -132,6 +138,17 @@ impl Metrics {
                 "Reasons why something is not as it should be, known to this node, by kind",
                 &["kind"],
             )?,
+            copies_set_aside: counters(
+                "ruvector_copies_set_aside_total",
+                "Copies of shards on this node's disk that were damaged or did not belong there",
+                &["kind"],
+            )?,
+            copies_aside: gauges(
+                "ruvector_copies_aside",
+                "Copies of shards that are kept under other names on this node's disk",
+                &["kind"],
+            )?,
+            scrubbed_bytes: counter("ruvector_scrubbed_bytes_total", "Bytes read to look for damage")?,
             requests: counters(
                 "ruvector_requests_total",
                 "Requests answered by this node",

@@ -20,6 +20,7 @@ mod nodes;
 mod patience;
 mod rebalance;
 mod render;
+mod salvage;
 mod shards;
 mod status;
 mod vectors;

@@ -74,6 +74,10 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_parser = humantime::parse_duration)]
     #[serde(deserialize_with = "duration")]
     retire_after: Option<Duration>,
+    /// How often each copy on the disk is read and compared with its checksums, 0s for never [default: 1day].
+    #[arg(long, value_parser = humantime::parse_duration)]
+    #[serde(deserialize_with = "duration")]
+    scrub_interval: Option<Duration>,
     /// Bytes per second that this node sends while shards move: 64MiB, 500k, unlimited [default: 64MiB].
     #[arg(long)]
     migration_rate: Option<String>,
@@ -135,6 +139,7 @@ impl NodeArgs {
             lease_ttl: self.lease_ttl.or(file.lease_ttl),
             rereplicate_after: self.rereplicate_after.or(file.rereplicate_after),
             retire_after: self.retire_after.or(file.retire_after),
+            scrub_interval: self.scrub_interval.or(file.scrub_interval),
             migration_rate: self.migration_rate.or(file.migration_rate),
             max_skew: self.max_skew.or(file.max_skew),
             hot_window: self.hot_window.or(file.hot_window),
@@ -179,6 +184,7 @@ impl NodeArgs {
             lease_ttl: self.lease_ttl.unwrap_or(base.lease_ttl),
             rereplicate_after: self.rereplicate_after.unwrap_or(base.rereplicate_after),
             retire_after: self.retire_after.unwrap_or(base.retire_after),
+            scrub_interval: self.scrub_interval.unwrap_or(base.scrub_interval),
             migration_rate: match self.migration_rate.as_deref() {
                 Some("unlimited") => None,
                 Some(text) => Some(parse_bytes(text)?),

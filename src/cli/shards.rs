@@ -36,6 +36,10 @@ pub(crate) enum ShardsCommand {
     },
     /// Moves a replica to another node, while reads and writes go on.
     Move(MoveArgs),
+    /// Reads what is intact in the files of a shard on disks, without the cluster, when no whole copy is left.
+    ///
+    /// Also reads copies that nodes have set aside because they are damaged. Says what is missing.
+    Salvage(super::salvage::SalvageArgs),
     /// Why a shard is where it is, or is not: every node, every rule; and what would be done for it now.
     Explain {
         /// Its number, from 0.
@@ -59,8 +63,13 @@ pub(crate) struct MoveArgs {
 }
 
 pub(crate) async fn run(global: &Global, command: ShardsCommand) -> Result<Exit> {
+    let command = match command {
+        ShardsCommand::Salvage(args) => return super::salvage::run(global, args),
+        other => other,
+    };
     let client = global.client().await?;
     match command {
+        ShardsCommand::Salvage(args) => super::salvage::run(global, args),
         ShardsCommand::Ls => ls(global, &client).await,
         ShardsCommand::Show { shard } => show(global, &client, shard).await,
         ShardsCommand::Locate { key } => locate(global, &client, key),

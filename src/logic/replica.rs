@@ -297,6 +297,22 @@ pub(crate) fn course_beside(
     }
 }
 
+/// Whether what is here belongs to another log although the shard's own is whole: every other holder has said what it
+/// has, and somebody follows the log that counts. Then it was put here by hand, or is a backup of other times, and waiting
+/// for that log to be rebuilt would be waiting for ever. It is set aside, never deleted: should nobody be right about
+/// the log, everything is still there.
+pub(crate) fn is_foreign(held: &Held, ordered: &Ordered, log: Option<LogFacts>, peers: &Peers) -> bool {
+    let followed = peers.applied.is_some_and(|applied| applied > 0);
+    let whole = log.is_some_and(|log| log.id == ordered.log_id && peers.applied <= Some(log.last_seq));
+    held.applied > 0
+        && held.log_id != ordered.log_id
+        && ordered.log_first_seq > 0
+        && followed
+        && whole
+        && peers.all_have_said
+        && !peers.lost
+}
+
 /// The body's part of a stamp.
 pub(crate) fn body_sum(stamp: &str) -> &str {
     stamp.split('-').next().unwrap_or_default()
@@ -366,6 +382,29 @@ mod tests {
             assert!(!may_go_on(&peers, Duration::ZERO));
             assert!(!peers.empty, "nobody may say that nothing is left");
         }
+    }
+
+    #[test]
+    fn what_belongs_to_another_log_is_foreign_only_beside_somebody_who_follows_a_whole_one() {
+        let mine = held(B, 40);
+        let follows = Peers { applied: Some(7), empty: false, ..Peers::NONE };
+        let foreign = |peers: &Peers, log| is_foreign(&mine, &ordered(A, 1), log, peers);
+        assert!(foreign(&follows, log(A, 1, 7)));
+        assert!(
+            !foreign(&Peers { applied: Some(0), ..follows.clone() }, log(A, 1, 7)),
+            "nobody has anything else"
+        );
+        assert!(!foreign(&Peers { applied: None, ..follows.clone() }, log(A, 1, 7)), "nobody follows it");
+        assert!(!foreign(&Peers { all_have_said: false, ..follows.clone() }, log(A, 1, 7)));
+        assert!(!foreign(&Peers { lost: true, ..follows.clone() }, log(A, 1, 7)));
+        assert!(!foreign(&follows, log(A, 1, 6)), "the log has lost its end");
+        assert!(!foreign(&follows, log(B, 1, 7)), "the log is not the one");
+        assert!(!is_foreign(&mine, &ordered(A, 0), log(A, 1, 7), &follows), "it is being rebuilt");
+        assert!(!is_foreign(&held(A, 5), &ordered(A, 1), log(A, 1, 7), &follows));
+        assert!(
+            !is_foreign(&held(Uuid::nil(), 0), &ordered(A, 1), log(A, 1, 7), &follows),
+            "nothing is here"
+        );
     }
 
     /// It is behind, so nothing of its own is missing; a write of another one that was refused came late.

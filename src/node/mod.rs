@@ -3,7 +3,8 @@
 mod api;
 mod causes;
 mod context;
-mod data_dir;
+mod copies;
+pub(crate) mod data_dir;
 mod failpoint;
 mod join;
 mod leader;
@@ -79,6 +80,8 @@ impl Node {
         ctx.tasks.spawn(pulse::throttle(ctx.clone()));
         ctx.tasks.spawn(watchdog::run(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(copies::keep(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(copies::scrub(ctx.clone(), replicas.clone()));
         if let Some(dir) = &data_dir {
             ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));
         }

@@ -9,9 +9,10 @@ use crate::model::ShardId;
 use crate::model::records::{MigrationPhase, ShardRecord};
 use crate::node::causes::Severity;
 use crate::node::context::Context;
+use crate::node::copies;
 use crate::node::migration;
-use crate::node::replica::{Replica, blocking};
-use crate::store::StoreFactory;
+use crate::node::replica::{Repair, Replica, blocking};
+use crate::store::{AsideKind, StoreFactory};
 use crate::view::parse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -127,6 +128,11 @@ impl Replicas {
                     self.open(&mut slots, *shard, wanted == Order::Serve);
                 }
                 (Some(Slot::Opening { .. } | Slot::Closing), _) => {}
+                (Some(Slot::Open(open)), Order::Serve | Order::Build(_)) if open.repair().is_some() => {
+                    let (open, repair) = (open.clone(), open.repair().unwrap_or(Repair::Reopen));
+                    slots.insert(*shard, Slot::Closing);
+                    self.repair(*shard, open, repair);
+                }
                 (Some(Slot::Open(open)), Order::Serve) => open.allow_serving(),
                 (Some(Slot::Open(open)), Order::Build(Some(id))) => self.drive(&id, open),
                 (Some(Slot::Open(_)), Order::Build(None)) => {}
@@ -152,8 +158,10 @@ impl Replicas {
                     let text = format!("its replica on {} cannot be opened: {error}", this.ctx.node);
                     this.ctx.causes.raise("replica_not_open", shard, Severity::Yellow, text);
                     warn!(%shard, "the replica cannot be opened: {error}");
-                    if let Error::Corrupt(_) = error {
-                        this.give_up(shard).await;
+                    match &error {
+                        Error::Corrupt(why) => this.set_aside(shard, AsideKind::Damaged, why).await,
+                        Error::Conflict(why) => this.set_aside(shard, AsideKind::Foreign, why).await,
+                        _ => {}
                     }
                     Slot::Opening { not_before: this.ctx.clock.now() + RETRY }
                 }
@@ -163,20 +171,31 @@ impl Replicas {
         });
     }
 
-    /// A damaged store is deleted, to be copied again, if there is somebody to copy it from.
-    async fn give_up(&self, shard: ShardId) {
-        let view = self.ctx.view();
-        let others = view.shard(shard).is_some_and(|record| {
-            record.replicas.iter().any(|n| *n != self.ctx.node && view.node_status(n).is_live())
+    async fn set_aside(&self, shard: ShardId, kind: AsideKind, why: &str) {
+        copies::set_aside(&self.ctx, &self.stores, shard, kind, why).await;
+    }
+
+    pub(crate) fn stores(&self) -> &Arc<dyn StoreFactory> {
+        &self.stores
+    }
+
+    /// Whether the map orders a replica of the shard here, as far as this node has acted on that.
+    pub(crate) fn holds(&self, shard: ShardId) -> bool {
+        self.slots().contains_key(&shard)
+    }
+
+    /// Its store is of no use as it is: closes it, and opens it again, or another one.
+    fn repair(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>, repair: Repair) {
+        let this = self.clone();
+        self.ctx.tasks.spawn(async move {
+            replica.close().await;
+            // Whoever still reads lets go of the store in time, and until then it cannot be opened.
+            if let Repair::SetAside(kind, why) = repair {
+                this.set_aside(shard, kind, &why).await;
+            }
+            this.slots().remove(&shard);
+            this.reconcile();
         });
-        if !others {
-            return;
-        }
-        let stores = self.stores.clone();
-        match blocking(move || stores.destroy(shard)).await {
-            Ok(()) => warn!(%shard, "the damaged store is deleted and will be copied from another replica"),
-            Err(error) => warn!(%shard, "the damaged store cannot be deleted: {error}"),
-        }
     }
 
     fn close(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>) {

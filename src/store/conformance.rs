@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::model::{DistanceMetric, ShardId, VectorEntry};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// Declares one test per behaviour and store.
 macro_rules! conformance {
@@ -37,7 +38,7 @@ pub(super) fn redb_stores(dir: &std::path::Path) -> RedbStores {
 
 /// Shard 7, two dimensions, dot product: any vector is valid.
 pub(super) fn spec() -> StoreSpec {
-    StoreSpec { shard: ShardId(7), dimensions: 2, metric: DistanceMetric::DotProduct }
+    StoreSpec { shard: ShardId(7), dimensions: 2, metric: DistanceMetric::DotProduct, cluster: Uuid::nil() }
 }
 
 /// An entry of two small whole numbers.

@@ -21,11 +21,15 @@ mod redb;
 mod scan;
 
 pub use memory::MemoryStores;
+#[cfg(feature = "cli")]
+pub(crate) use redb::salvage::{Salvage, SalvagedFile, files_of, salvage};
 pub use redb::{RedbOptions, RedbStores};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{DistanceMetric, SearchQuery, SearchResult, ShardId, VectorEntry};
+use serde::Serialize;
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// One change to the content.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,6 +140,24 @@ pub trait ShardStore: Send + Sync + std::fmt::Debug + 'static {
     fn durable(&self) -> u64;
     /// Number of vectors and bytes.
     fn stats(&self) -> StoreStats;
+    /// Reads all that is on the disk and checks it against its checksums, beside whatever else is done. `pace` is
+    /// called with the bytes that were read, may block, and ends the pass by returning `false`.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`](crate::Error::Corrupt) when the disk does not have what was written; then
+    /// [`rewrite`](Self::rewrite) it. What is served is not affected.
+    fn scrub(&self, pace: &mut dyn FnMut(usize) -> bool) -> Result<()> {
+        let _ = pace;
+        Ok(())
+    }
+    /// Sets the copy on the disk aside and writes a new one from what is in memory, if all of it is there.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) when that cannot be done: close the store, set it aside, and
+    /// have it rebuilt from another copy. State as before the call.
+    fn rewrite(&self) -> Result<()> {
+        Err(Error::Unavailable("this kind of store cannot be written anew from memory".into()))
+    }
 }
 
 /// What a store is opened for.
@@ -147,6 +169,64 @@ pub struct StoreSpec {
     pub dimensions: usize,
     /// What `search` ranks by.
     pub metric: DistanceMetric,
+    /// The cluster that the store belongs to; nil if that does not matter.
+    pub cluster: Uuid,
+}
+
+/// Why a copy was set aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AsideKind {
+    /// Something in it is not what was written.
+    Damaged,
+    /// It is the file of another shard.
+    Misplaced,
+    /// It belongs to another cluster or another log, or is no store at all.
+    Foreign,
+    /// It was sound, and a newer copy has taken its place.
+    Replaced,
+}
+
+impl AsideKind {
+    const ALL: [AsideKind; 4] =
+        [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced];
+
+    /// Whether nothing is in it that a whole copy of the shard does not have. One of another shard, cluster or log may
+    /// hold anything, and only an operator knows.
+    pub fn is_superseded(self) -> bool {
+        match self {
+            AsideKind::Damaged | AsideKind::Replaced => true,
+            AsideKind::Misplaced | AsideKind::Foreign => false,
+        }
+    }
+
+    fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.to_string() == word)
+    }
+}
+
+impl std::fmt::Display for AsideKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            AsideKind::Damaged => "damaged",
+            AsideKind::Misplaced => "misplaced",
+            AsideKind::Foreign => "foreign",
+            AsideKind::Replaced => "replaced",
+        })
+    }
+}
+
+/// A copy of a shard that is kept under another name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct SetAside {
+    /// The shard under whose name it lay.
+    pub shard: ShardId,
+    /// Why.
+    pub kind: AsideKind,
+    /// Its size.
+    pub bytes: u64,
+    /// Its name now.
+    pub name: String,
 }
 
 /// Opens and removes the stores of one node. Bring your own database by implementing this and
@@ -156,10 +236,11 @@ pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
     ///
     /// # Errors
     /// [`Error::Unavailable`](crate::Error::Unavailable) while an earlier `Arc` to it is still alive
-    /// (also in another process): retry. [`Error::Corrupt`](crate::Error::Corrupt) when it is damaged:
-    /// `destroy` it and rebuild it from another copy. [`Error::Invalid`](crate::Error::Invalid) when
-    /// it is sound but not what the spec says, such as other dimensions: a mistake in the
-    /// configuration, so do *not* destroy it.
+    /// (also in another process): retry. [`Error::Corrupt`](crate::Error::Corrupt) when it is damaged, and
+    /// [`Error::Conflict`](crate::Error::Conflict) when it belongs to another shard or cluster or is something else
+    /// altogether: [set it aside](Self::set_aside) and rebuild it from another copy.
+    /// [`Error::Invalid`](crate::Error::Invalid) when it is sound but not what the spec says, such as other
+    /// dimensions: a mistake in the configuration, so leave it where it is.
     fn open(&self, spec: &StoreSpec) -> Result<Arc<dyn ShardStore>>;
     /// Shards of which a store exists here.
     fn list(&self) -> Result<Vec<ShardId>>;
@@ -169,6 +250,27 @@ pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
     /// # Errors
     /// [`Error::Unavailable`](crate::Error::Unavailable) while an `Arc` to it is still alive: retry.
     fn destroy(&self, shard: ShardId) -> Result<()>;
+    /// Gives the shard's copy, which is closed, another name, so that the next `open` begins with an empty store.
+    /// `None` if there was nothing. The number of copies that are kept is bounded; the newest and the one with most
+    /// intact entries stay.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) while an `Arc` to it is still alive, and for stores that
+    /// cannot do so: then the shard stays closed here until somebody has repaired or removed its copy.
+    fn set_aside(&self, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
+        Err(Error::Unavailable(format!(
+            "the {kind} copy of shard {shard} is left where it is: this kind of store cannot set it aside"
+        )))
+    }
+    /// Copies that were set aside and are still there.
+    fn asides(&self) -> Result<Vec<SetAside>> {
+        Ok(Vec::new())
+    }
+    /// Deletes a copy that was set aside. Deleting what is not there is no error.
+    fn forget(&self, aside: &SetAside) -> Result<()> {
+        let _ = aside;
+        Ok(())
+    }
 }
 
 #[cfg(test)]

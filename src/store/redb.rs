@@ -10,29 +10,41 @@
 //! redb's own non-durable commits are not used: after an error they are gone with the rest of its
 //! state, and what readers had already seen would have to be taken back.
 //!
+//! When other content begins (`Batch::clear`), it is written into a file beside the old one, which it replaces when
+//! it is complete.
+//!
 //! It runs no thread and no timer of its own: the bound of time holds if somebody calls `flush` after
 //! the last batch.
 
+mod aside;
 #[cfg(test)]
 mod faults;
 mod file;
 mod pending;
+mod raw;
 mod record;
+#[cfg(feature = "cli")]
+pub(super) mod salvage;
+mod scrub;
 #[cfg(test)]
 mod tests;
 
 use super::claims::{Claim, Claims};
 use super::content::{Content, Shared, poisoned};
-use super::{Batch, Digest, Page, ShardStore, StoreFactory, StoreSpec, StoreStats};
+use super::{AsideKind, Batch, Digest, Page, SetAside, ShardStore, StoreFactory, StoreSpec, StoreStats};
 use crate::error::{Error, Result};
 use crate::model::{SearchQuery, SearchResult, ShardId, VectorEntry};
 use ::redb::Database;
-use file::{ShardFile, io_error};
+use ::redb::ReadableDatabase;
+use aside::{Folder, meta_of};
+use file::{ShardFile, close, io_error};
 use pending::{DurablePoint, Pending};
+use record::Meta;
+use scrub::Scrub;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Least cache of one store: the inner pages of a file of some hundred MB.
@@ -69,12 +81,14 @@ impl Default for RedbOptions {
     }
 }
 
-/// Opens stores that keep their shard in `<dir>/shard-00007.redb`.
+/// Opens stores that keep their shard in `<dir>/shard-00007.redb`; see `aside` for the other names there.
 #[derive(Debug)]
 pub struct RedbStores {
-    dir: PathBuf,
+    folder: Folder,
     options: RedbOptions,
     claims: Claims,
+    /// Whether files under wrong names have been looked for.
+    sorted: Mutex<bool>,
     #[cfg(test)]
     disk: Arc<faults::Disk>,
 }
@@ -83,111 +97,178 @@ impl RedbStores {
     /// Stores under `dir`, which is created with the first of them.
     pub fn new(dir: PathBuf, options: RedbOptions) -> Self {
         RedbStores {
-            dir,
+            folder: Folder::new(dir),
             options,
             claims: Claims::default(),
+            sorted: Mutex::default(),
             #[cfg(test)]
             disk: Arc::default(),
         }
     }
 
+    #[cfg(test)]
     fn path(&self, shard: ShardId) -> PathBuf {
-        self.dir.join(format!("shard-{}.redb", shard.token()))
+        self.folder.main(shard)
     }
 
-    /// The database, its content and the number of its last durable point; `empty` if it is new.
-    fn open_file(&self, file: &ShardFile, empty: Content) -> Result<(Database, Content, u64)> {
+    fn file(&self, path: PathBuf, spec: &StoreSpec) -> ShardFile {
+        let share = self.options.cache_bytes_total / self.options.expected_stores.max(1);
+        ShardFile {
+            path,
+            spec: spec.clone(),
+            cache_bytes: share.max(MIN_CACHE_BYTES),
+            #[cfg(test)]
+            disk: Arc::clone(&self.disk),
+        }
+    }
+
+    /// Opens and reads a file; it is new if it has no meta record.
+    fn open_file(&self, file: ShardFile, spec: &StoreSpec) -> Result<(Disk, Content)> {
         let database = file.open()?;
-        if let Some((content, flush)) = file.load(&database)? {
-            return Ok((database, content, flush));
+        let disk = |database, file, meta: Meta| Disk {
+            database: Some(database),
+            file,
+            flush: meta.flush,
+            has_content: meta.applied > 0 || meta.vectors > 0,
+            beside: meta.replaces,
+        };
+        if let Some((content, meta)) = file.load(&database)? {
+            return Ok((disk(database, file, meta), content));
         }
         // The first durable point says whose file it is.
-        let point = DurablePoint::take(&mut Pending::default(), &empty, &file.meta(&empty, 1))?;
+        let empty = Content::new(spec)?;
+        let meta = file.meta(&empty, 1, None);
+        let point = DurablePoint::take(&mut Pending::default(), &empty, &meta)?;
         file.write(&database, &point)?;
-        self.sync_dir()?;
-        Ok((database, empty, 1))
+        self.folder.sync()?;
+        Ok((disk(database, file, meta), empty))
     }
 
-    /// Makes the creation or removal of a file in `dir` survive a crash of the machine.
-    fn sync_dir(&self) -> Result<()> {
-        // Windows cannot open a directory, and does not need to.
-        #[cfg(unix)]
-        std::fs::File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|e| io_error("sync", &self.dir, &e))?;
+    /// What a process left that died while a copy was being made beside the file: a complete one takes the file's
+    /// place, one in the making is gone on with, and any other goes. Says whether to go on with it.
+    fn take_up(&self, spec: &StoreSpec) -> Result<bool> {
+        let (main, beside) = (self.folder.main(spec.shard), self.folder.beside(spec.shard));
+        if !beside.exists() {
+            return Ok(false);
+        }
+        let renamed = |e: std::io::Error| io_error("rename", &beside, &e);
+        match meta_of(&beside) {
+            Some(meta) if meta.shard != spec.shard => {
+                self.folder.set_aside(&beside, spec.shard, AsideKind::Foreign)?;
+                Ok(false)
+            }
+            Some(meta) if meta.applied > 0 || !main.exists() => {
+                if main.exists() {
+                    self.folder.keep(&main, spec.shard, AsideKind::Replaced)?;
+                }
+                std::fs::rename(&beside, &main).map_err(renamed)?;
+                self.folder.sync()?;
+                Ok(false)
+            }
+            Some(meta) if meta_of(&main).is_none_or(|main| meta.replaces == Some(main.flush)) => Ok(true),
+            _ => {
+                remove(&beside)?;
+                Ok(false)
+            }
+        }
+    }
+
+    fn sort_out(&self, spec: &StoreSpec) -> Result<()> {
+        let mut sorted = self.sorted.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*sorted {
+            self.folder.sort_out(spec.cluster)?;
+            *sorted = true;
+        }
         Ok(())
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(io_error("remove", path, &e)),
+        _ => Ok(()),
     }
 }
 
 impl StoreFactory for RedbStores {
     fn open(&self, spec: &StoreSpec) -> Result<Arc<dyn ShardStore>> {
-        let empty = Content::new(spec)?;
+        Content::new(spec)?;
+        self.sort_out(spec)?;
         let claim = self.claims.claim(spec.shard)?;
-        std::fs::create_dir_all(&self.dir).map_err(|e| io_error("create", &self.dir, &e))?;
-        let share = self.options.cache_bytes_total / self.options.expected_stores.max(1);
-        let file = ShardFile {
-            path: self.path(spec.shard),
-            spec: spec.clone(),
-            cache_bytes: share.max(MIN_CACHE_BYTES),
-            #[cfg(test)]
-            disk: Arc::clone(&self.disk),
-        };
-        let exists = file.path.exists();
-        let (database, content, flush) = self.open_file(&file, empty).inspect_err(|error| {
-            // Nothing was stored in it, and `list` should not show it. Only when full: then it was
-            // surely created here, and not at the same time by another process that is using it.
-            if !exists && matches!(error, Error::Full(_)) {
-                let _ = std::fs::remove_file(&file.path);
+        let dir = self.folder.dir();
+        std::fs::create_dir_all(dir).map_err(|e| io_error("create", dir, &e))?;
+        let main = self.folder.main(spec.shard);
+        let mut opened = None;
+        if self.take_up(spec)? {
+            let beside = self.folder.beside(spec.shard);
+            match self.open_file(self.file(beside.clone(), spec), spec) {
+                // Only a part of a copy was in it, and the file that it was to replace is there.
+                Err(Error::Corrupt(_)) => remove(&beside)?,
+                other => opened = Some(other?),
             }
-        })?;
+        }
+        let (disk, content) = match opened {
+            Some(opened) => opened,
+            None => {
+                let exists = main.exists();
+                self.open_file(self.file(main.clone(), spec), spec).inspect_err(|error| {
+                    // Nothing was stored in it, and `list` should not show it. Only when full: then it was
+                    // surely created here, and not at the same time by another process that is using it.
+                    if !exists && matches!(error, Error::Full(_)) {
+                        let _ = std::fs::remove_file(&main);
+                    }
+                })?
+            }
+        };
         Ok(Arc::new(RedbStore {
             durable: AtomicU64::new(content.applied),
             content: Shared::new(content),
             pending: Mutex::default(),
-            disk: Mutex::new(Disk { database: Some(database), flush }),
-            file,
+            disk: Mutex::new(disk),
+            folder: self.folder.clone(),
             options: self.options.clone(),
             _claim: claim,
         }))
     }
 
     fn list(&self) -> Result<Vec<ShardId>> {
-        let failed = |e: std::io::Error| io_error("read", &self.dir, &e);
-        let files = match std::fs::read_dir(&self.dir) {
-            Ok(files) => files,
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(failed(e)),
-        };
-        let mut shards = Vec::new();
-        for file in files {
-            let name = file.map_err(failed)?.file_name();
-            let token = name.to_str().and_then(|name| name.strip_prefix("shard-")?.strip_suffix(".redb"));
-            // What has another name is not ours, and none of our business.
-            if let Some(Ok(shard)) = token.map(ShardId::parse)
-                && Some(shard.token().as_str()) == token
-            {
-                shards.push(shard);
-            }
-        }
-        shards.sort_unstable();
-        Ok(shards)
+        self.folder.shards()
     }
 
     fn destroy(&self, shard: ShardId) -> Result<()> {
         let _claim = self.claims.claim(shard)?;
-        let path = self.path(shard);
-        match std::fs::remove_file(&path) {
-            Ok(()) => self.sync_dir(),
-            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(io_error("remove", &path, &e)),
+        let (main, beside) = (self.folder.main(shard), self.folder.beside(shard));
+        if !main.exists() && !beside.exists() {
+            return Ok(());
         }
+        remove(&beside)?;
+        remove(&main)?;
+        self.folder.sync()
+    }
+
+    fn set_aside(&self, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
+        let _claim = self.claims.claim(shard)?;
+        self.folder.set_aside(&self.folder.main(shard), shard, kind)
+    }
+
+    fn asides(&self) -> Result<Vec<SetAside>> {
+        self.folder.asides()
+    }
+
+    fn forget(&self, aside: &SetAside) -> Result<()> {
+        // Only what is one of ours: the name may come from anywhere.
+        if !self.folder.asides()?.contains(aside) {
+            return Ok(());
+        }
+        remove(&self.folder.dir().join(&aside.name))?;
+        self.folder.sync()
     }
 }
 
 /// One open shard. Locks are taken in the order `disk`, `pending`, `content`.
 #[derive(Debug)]
 struct RedbStore {
-    file: ShardFile,
+    folder: Folder,
     options: RedbOptions,
     /// All that readers see. Changed only under the lock of `pending`.
     content: Shared,
@@ -205,8 +286,19 @@ struct RedbStore {
 struct Disk {
     /// `None` after an error: redb refuses all writes from then on, so the next attempt opens anew.
     database: Option<Database>,
+    file: ShardFile,
     /// Number of the last durable point.
     flush: u64,
+    /// The file holds something that must not go before there is something better.
+    has_content: bool,
+    /// `file` is a copy in the making, beside the one that it is to replace, which is at this durable point.
+    beside: Option<u64>,
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        close(self.database.take());
+    }
 }
 
 impl RedbStore {
@@ -220,20 +312,34 @@ impl RedbStore {
         if self.pending()?.is_empty() {
             return Ok(());
         }
+        if self.pending()?.fresh && disk.has_content && disk.beside.is_none() {
+            self.begin_beside(&mut disk)?;
+        }
         let database = match disk.database.take() {
             Some(database) => database,
             None => self.reopen(&mut disk)?,
         };
         let point = {
             let (mut pending, content) = (self.pending()?, self.content.read()?);
-            DurablePoint::take(&mut pending, &content, &self.file.meta(&content, disk.flush + 1))?
+            let meta = disk.file.meta(&content, disk.flush + 1, disk.beside.filter(|_| content.applied == 0));
+            DurablePoint::take(&mut pending, &content, &meta)?
         };
-        if let Err(error) = self.file.write(&database, &point) {
+        if let Err(error) = disk.file.write(&database, &point) {
+            close(Some(database));
             self.pending()?.put_back(point.pending);
             return Err(error);
         }
         disk.database = Some(database);
         disk.flush += 1;
+        disk.has_content |= point.applied > 0;
+        if disk.beside.is_some() && point.applied > 0 {
+            self.finish_beside(&mut disk, AsideKind::Replaced).inspect_err(|_| {
+                // It is all in the file, but under the wrong name: the next attempt finishes that.
+                if let Ok(mut pending) = self.pending() {
+                    pending.touch(now());
+                }
+            })?;
+        }
         // Unless the content was cleared meanwhile: then this was the old history.
         let pending = self.pending()?;
         if !pending.cleared {
@@ -242,9 +348,34 @@ impl RedbStore {
         Ok(())
     }
 
+    /// Other content begins: it goes into a file of its own, and the one that is there stays until the new one is
+    /// complete, which is when it says what it has `applied`. Whoever dies before that finds both, and goes on.
+    fn begin_beside(&self, disk: &mut Disk) -> Result<()> {
+        let path = self.folder.beside(disk.file.spec.shard);
+        remove(&path)?;
+        let file = ShardFile { path, ..disk.file.clone() };
+        let database = file.open()?;
+        close(disk.database.replace(database));
+        disk.beside = Some(disk.flush);
+        (disk.file, disk.flush, disk.has_content) = (file, 0, false);
+        Ok(())
+    }
+
+    /// The new file takes the place of the old one, which is kept under another name until somebody has seen that
+    /// another whole copy serves.
+    fn finish_beside(&self, disk: &mut Disk, kind: AsideKind) -> Result<()> {
+        let shard = disk.file.spec.shard;
+        let main = self.folder.main(shard);
+        self.folder.keep(&main, shard, kind)?;
+        std::fs::rename(&disk.file.path, &main).map_err(|e| io_error("rename", &disk.file.path, &e))?;
+        disk.file.path = main;
+        disk.beside = None;
+        self.folder.sync()
+    }
+
     /// Opens the file after an error. Only a first step to writing: what was pending still is.
     fn reopen(&self, disk: &mut Disk) -> Result<Database> {
-        let (database, flush) = self.file.reopen(disk.flush)?;
+        let (database, flush) = disk.file.reopen(disk.flush)?;
         if flush != disk.flush {
             // Written to the end, and then the sync failed. The kernel takes such pages for clean from
             // then on and may never bring them to the disk, so everything is written again.
@@ -252,6 +383,44 @@ impl RedbStore {
             disk.flush = flush;
         }
         Ok(database)
+    }
+
+    /// Writes all that is in memory into a new file.
+    fn write_anew(&self, disk: &mut Disk) -> Result<u64> {
+        let path = self.folder.beside(disk.file.spec.shard);
+        remove(&path)?;
+        let file = ShardFile { path, ..disk.file.clone() };
+        let point = {
+            let (mut pending, content) = (self.pending()?, self.content.read()?);
+            if pending.fresh {
+                // What is in memory is a part of a copy, and must not take the place of what is there.
+                return Err(Error::Unavailable(
+                    "a copy is being made: it is checked when it is complete".into(),
+                ));
+            }
+            let mut all = Pending::default();
+            all.rewrite(&content);
+            let point = DurablePoint::take(&mut all, &content, &file.meta(&content, 1, None))?;
+            *pending = Pending::default();
+            point
+        };
+        let written = file.open().and_then(|database| {
+            let written = file.write(&database, &point).map(|()| database);
+            written.inspect_err(|_| drop(remove(&file.path)))
+        });
+        let database = match written {
+            Ok(database) => database,
+            Err(error) => {
+                // None of it is certain to be in the old file, either.
+                let (mut pending, content) = (self.pending()?, self.content.read()?);
+                pending.rewrite(&content);
+                pending.touch(now());
+                return Err(error);
+            }
+        };
+        close(disk.database.replace(database));
+        (disk.file, disk.flush, disk.has_content) = (file, 1, point.applied > 0);
+        Ok(point.applied)
     }
 }
 
@@ -314,6 +483,35 @@ impl ShardStore for RedbStore {
 
     fn stats(&self) -> StoreStats {
         self.content.peek().stats()
+    }
+
+    fn scrub(&self, pace: &mut dyn FnMut(usize) -> bool) -> Result<()> {
+        let disk = self.disk.lock().map_err(|_| poisoned())?;
+        // After an error: the next write opens the file with a check of all of it.
+        let Some(database) = &disk.database else { return Ok(()) };
+        // As long as this lives, redb puts nothing into the pages of the present commit.
+        let kept = disk.file.caught("read", || {
+            database.begin_read().map_err(|e| Error::Unavailable(format!("cannot read a store: {e}")))
+        })?;
+        let scrubbed = Scrub::begin(&disk.file, disk.flush);
+        drop(disk);
+        let result = scrubbed.and_then(|scrub| scrub.run(pace));
+        drop(kept);
+        result
+    }
+
+    fn rewrite(&self) -> Result<()> {
+        let mut disk = self.disk.lock().map_err(|_| poisoned())?;
+        if disk.beside.is_some() {
+            return Err(Error::Unavailable("a copy is being made: it is checked when it is complete".into()));
+        }
+        disk.beside = Some(disk.flush);
+        let applied = self.write_anew(&mut disk).inspect_err(|_| disk.beside = None)?;
+        self.finish_beside(&mut disk, AsideKind::Damaged)?;
+        if !self.pending()?.cleared {
+            self.durable.store(applied, Ordering::Release);
+        }
+        Ok(())
     }
 }
 

@@ -357,7 +357,8 @@ mod tests {
 
     fn empty() -> Applier {
         let cluster = cluster();
-        let spec = StoreSpec { shard: ShardId(0), dimensions: cluster.dimensions, metric: cluster.metric };
+        let (dimensions, metric) = (cluster.dimensions, cluster.metric);
+        let spec = StoreSpec { shard: ShardId(0), dimensions, metric, cluster: Uuid::nil() };
         Applier::load(MemoryStores::new().open(&spec).unwrap(), &cluster).unwrap()
     }
 

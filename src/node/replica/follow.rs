@@ -1,16 +1,17 @@
 //! The loop's work: look at record, store, other holders and log, decide, then apply the log until something changes.
 
 use super::apply::{self, Applier};
-use super::{CHECKPOINTS, Replica, SnapshotAsks, blocking, facts, lock};
+use super::{CHECKPOINTS, Repair, Replica, SnapshotAsks, blocking, facts, lock};
 use crate::error::{Error, Result, shortened};
 use crate::logic::replica::{
-    Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_nowhere, may_go_on,
-    still_has,
+    Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_foreign, is_nowhere,
+    may_go_on, still_has,
 };
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest};
 use crate::nats::bus::Asked;
 use crate::node::failpoint::pause;
+use crate::store::AsideKind;
 use crate::view::View;
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,6 +86,19 @@ impl Replica {
         course = course_beside(course, held, &ordered, &peers, &mut lock(&self.condemned));
         if joining {
             course = course_of_joining(course, log, &peers);
+        }
+        if matches!(course, Course::LogLost(_)) && is_foreign(held, &ordered, log, &peers) {
+            let why = format!(
+                "it has {} entries of log {}, while the shard's log is {}",
+                held.applied, held.log_id, ordered.log_id
+            );
+            self.wants(Repair::SetAside(AsideKind::Foreign, why.clone()));
+            self.close_gate(Error::Unavailable(format!(
+                "the copy of shard {} here is foreign: {why}",
+                self.shard
+            )));
+            let _ = tokio::time::timeout(Duration::from_secs(2), views.changed()).await;
+            return Ok(());
         }
         if is_nowhere(&course, held, &peers) {
             return Err(self.lose_data(log.map_or(0, |info| info.first_seq)).await);

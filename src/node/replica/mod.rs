@@ -16,14 +16,14 @@ pub(crate) use source::stream_snapshot;
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
 use crate::logic::replica::{Condition, LogFacts};
-use crate::model::events::{ReplicaLoad, ReplicaState};
+use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, ReplicaReport};
 use crate::model::{OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
 use crate::node::causes::Severity;
 use crate::node::context::Context;
-use crate::store::{Digest, ShardStore, StoreFactory, StoreSpec};
+use crate::store::{AsideKind, Digest, ShardStore, StoreFactory, StoreSpec};
 use apply::Outcome;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -83,6 +83,15 @@ pub(crate) struct Counters {
     pub(crate) searches: AtomicU64,
 }
 
+/// What a replica cannot do while its store is open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Repair {
+    /// Its store is to be opened again.
+    Reopen,
+    /// Its store is to get another name, and the replica begins with an empty one.
+    SetAside(AsideKind, String),
+}
+
 /// A replica that is open on this node.
 #[derive(Debug)]
 pub(crate) struct Replica {
@@ -95,6 +104,10 @@ pub(crate) struct Replica {
     reload: tokio::sync::Notify,
     /// Since when other live holders have not said what they have applied.
     silent_since: Mutex<Option<(u64, Duration)>>,
+    /// What has to be done with it, see [`Repair`].
+    repair: Mutex<Option<Repair>>,
+    /// Held while its store is being written anew.
+    mending: tokio::sync::Mutex<()>,
     /// The log in which two entries were seen to have had one place.
     condemned: Mutex<Option<Uuid>>,
     /// Counts up before the content is thrown away: an answer that was looked up across that is void.
@@ -125,7 +138,9 @@ impl Replica {
         shard: ShardId,
         may_serve: bool,
     ) -> Result<Arc<Replica>> {
-        let spec = StoreSpec { shard, dimensions: ctx.cluster.dimensions, metric: ctx.cluster.metric };
+        let cluster = &ctx.cluster;
+        let (dimensions, metric) = (cluster.dimensions, cluster.metric);
+        let spec = StoreSpec { shard, dimensions, metric, cluster: cluster.cluster_id };
         let _permit = ctx.opens.acquire().await.map_err(|_| Error::Unavailable("stopping".into()))?;
         let factory = stores.clone();
         let store = blocking(move || factory.open(&spec)).await?;
@@ -160,6 +175,8 @@ impl Replica {
             may_serve: watch::Sender::new(may_serve),
             reload: tokio::sync::Notify::new(),
             silent_since: Mutex::default(),
+            repair: Mutex::default(),
+            mending: tokio::sync::Mutex::default(),
             condemned: Mutex::default(),
             generation: AtomicU64::new(0),
             repairs: Arc::new(tokio::sync::Semaphore::new(1)),
@@ -353,6 +370,9 @@ impl Replica {
                 _ => debug!(shard = %self.shard, "looking again in {pause:?}: {error}"),
             }
             let failed = matches!(error, Error::Corrupt(_) | Error::Internal(_));
+            if failed {
+                self.mend().await;
+            }
             self.change(|status| {
                 status.gate = Some(error);
                 status.failed = failed;
@@ -386,6 +406,69 @@ impl Replica {
             if let Err(error) = self.make_durable().await {
                 // The next apply meets the same error, closes the gate and says so.
                 debug!(shard = %self.shard, "flushing: {error}");
+                if matches!(error, Error::Corrupt(_) | Error::Internal(_)) {
+                    self.mend().await;
+                }
+            }
+        }
+    }
+
+    /// What is wanted of whoever opened this replica.
+    pub(crate) fn repair(&self) -> Option<Repair> {
+        lock(&self.repair).clone()
+    }
+
+    fn wants(&self, repair: Repair) {
+        lock(&self.repair).get_or_insert(repair);
+    }
+
+    /// Something has failed that may be the store: looks whether it is, and does what helps.
+    async fn mend(&self) {
+        let store = self.store.clone();
+        match blocking(move || store.digest().and_then(|_| store.flush())).await {
+            Err(Error::Corrupt(why)) => self.write_anew(&why).await,
+            Err(Error::Internal(why)) => {
+                warn!(shard = %self.shard, "the store is opened again: {why}");
+                self.wants(Repair::Reopen);
+            }
+            _ => {}
+        }
+    }
+
+    /// The disk does not have what was written to it: it gets another copy from memory, or, where that does not go,
+    /// the store is opened again, which finds out what there is.
+    pub(crate) async fn write_anew(&self, why: &str) {
+        let _mending = self.mending.lock().await;
+        let (store, why) = (self.store.clone(), why.to_owned());
+        // Somebody else may have done so while we waited: then all is well.
+        let mended = blocking(move || match store.scrub(&mut |_| true).and_then(|()| store.flush()) {
+            Err(Error::Corrupt(_)) => store.rewrite().map(|()| true),
+            other => other.map(|()| false),
+        });
+        let shard = self.shard;
+        match mended.await {
+            Ok(true) => {
+                let text = format!(
+                    "the copy of shard {shard} on {} was damaged on the disk, and was written anew from memory; what was                      there is kept beside it: {why}",
+                    self.ctx.node
+                );
+                self.ctx.metrics.copies_set_aside.with_label_values(&["damaged"]).inc();
+                let event = Event::new("shard.copy_damaged", text).shard(shard).node(&self.ctx.node);
+                self.ctx.event(event.with("reason", why)).await;
+                self.ctx.causes.withdraw("copy_not_mended", shard);
+            }
+            Ok(false) => self.ctx.causes.withdraw("copy_not_mended", shard),
+            Err(error @ (Error::Full(_) | Error::Busy(_))) => {
+                let text = format!(
+                    "its copy on {} is damaged on the disk, and cannot be written anew from memory: {error}",
+                    self.ctx.node
+                );
+                warn!(%shard, "{text}");
+                self.ctx.causes.raise("copy_not_mended", shard, Severity::Red, text);
+            }
+            Err(error) => {
+                warn!(%shard, "the store is opened again: {why}; {error}");
+                self.wants(Repair::Reopen);
             }
         }
     }

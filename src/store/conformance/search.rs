@@ -39,7 +39,6 @@ fn reference(entries: &[VectorEntry], query: &SearchQuery, metric: DistanceMetri
         id: entry.id.clone(),
         score: score(&entry.vector),
         payload: entry.payload.clone(),
-        vector: None,
     };
     let mut results: Vec<SearchResult> = entries.iter().filter(passes).map(result).collect();
     results.sort_by(|a, b| metric.order(a, b));
@@ -73,7 +72,8 @@ fn whole_numbers_give_exactly_the_reference(stores: &dyn StoreFactory) {
     let mut random = Random(5);
     for (shard, metric) in (0..).zip([DistanceMetric::Euclidean, DistanceMetric::DotProduct]) {
         for dimensions in [1, 3, 16, 33] {
-            let spec = StoreSpec { shard: ShardId(shard * 100 + dimensions as u32), dimensions, metric };
+            let shard = ShardId(shard * 100 + dimensions as u32);
+            let spec = StoreSpec { shard, dimensions, metric, ..spec() };
             let mut vector = || (0..dimensions).map(|_| random.whole()).collect::<Vec<f32>>();
             let entries: Vec<_> = (0..80).map(|i| VectorEntry::new(format!("e{i}"), vector())).collect();
             let queries: Vec<_> = [1, 2, 10, 79, 80].map(|k| SearchQuery::new(vector(), k)).into();
@@ -95,7 +95,8 @@ fn real_numbers_give_the_reference_within_rounding(stores: &dyn StoreFactory) {
     let mut random = Random(6);
     for (shard, metric) in (0..).zip(METRICS) {
         for dimensions in [2, 17, 128] {
-            let spec = StoreSpec { shard: ShardId(shard * 1000 + dimensions as u32), dimensions, metric };
+            let shard = ShardId(shard * 1000 + dimensions as u32);
+            let spec = StoreSpec { shard, dimensions, metric, ..spec() };
             let mut vector = || (0..dimensions).map(|_| random.real()).collect::<Vec<f32>>();
             let entries: Vec<_> = (0..200).map(|i| VectorEntry::new(format!("e{i}"), vector())).collect();
             let queries: Vec<_> = [1, 10, 200].map(|k| SearchQuery::new(vector(), k)).into();
@@ -139,7 +140,7 @@ fn a_filter_keeps_the_nearest_of_what_passes(stores: &dyn StoreFactory) {
     for filter in filters {
         for k in [1, 3, 50, 1000] {
             let filter = filter.as_object().cloned();
-            let query = SearchQuery { filter, ..SearchQuery::new(vec![random.whole(), random.whole()], k) };
+            let query = SearchQuery { vector: vec![random.whole(), random.whole()], k, filter };
             let expected = reference(&entries, &query, spec.metric);
             assert_eq!(store.search(&query).unwrap(), expected, "{query:?}");
         }

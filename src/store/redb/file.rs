@@ -10,6 +10,7 @@ use crate::store::content::Content;
 use crate::store::{Digest, StoreSpec};
 use ::redb::{Builder, Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use std::io::ErrorKind;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 const ENTRIES: TableDefinition<&str, &[u8]> = TableDefinition::new("entries");
@@ -17,7 +18,7 @@ const NOTES: TableDefinition<u64, &[u8]> = TableDefinition::new("notes");
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 
 /// Where a shard is kept and how it is opened.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct ShardFile {
     pub(super) path: PathBuf,
     pub(super) spec: StoreSpec,
@@ -29,6 +30,21 @@ pub(super) struct ShardFile {
 impl ShardFile {
     /// Opens the file, creating it if there is none, and repairs it if the last process crashed.
     pub(super) fn open(&self) -> Result<Database> {
+        self.caught("open", || self.open_unguarded())
+    }
+
+    fn open_unguarded(&self) -> Result<Database> {
+        match std::fs::metadata(&self.path) {
+            // A folder, a pipe: opening some of these would wait for ever.
+            Ok(found) if !found.is_file() => {
+                return Err(Error::Conflict(format!("{} is no file", self.path.display())));
+            }
+            // It may be what a crash in the very first moment leaves, but nobody knows: that must be said.
+            Ok(found) if found.len() == 0 => return Err(self.corrupt("it is empty")),
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error("open", &self.path, &e)),
+        }
         let mut builder = Builder::new();
         builder.set_cache_size(self.cache_bytes);
         // Costs about one more pass over a file that is about to be read from end to end. Without it
@@ -57,7 +73,7 @@ impl ShardFile {
         }
         let database = self.open()?;
         // The write that failed may have reached the disk entirely.
-        match self.read_meta(&database)? {
+        match self.caught("read", || self.read_meta(&database))? {
             Some(Meta { flush, .. }) if flush == last_flush || flush == last_flush + 1 => {
                 Ok((database, flush))
             }
@@ -72,9 +88,13 @@ impl ShardFile {
     /// Everything that is in the file, checked; `None` if nothing was ever written.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] when a checksum, the count or the digest is wrong, [`Error::Invalid`] when
-    /// the file is sound but belongs to another shard, dimension or version.
-    pub(super) fn load(&self, database: &Database) -> Result<Option<(Content, u64)>> {
+    /// [`Error::Corrupt`] when a checksum, the count or the digest is wrong, [`Error::Conflict`] when the file is sound
+    /// but belongs to another shard or cluster, [`Error::Invalid`] when it has other dimensions or another version.
+    pub(super) fn load(&self, database: &Database) -> Result<Option<(Content, Meta)>> {
+        self.caught("read", || self.load_unguarded(database))
+    }
+
+    fn load_unguarded(&self, database: &Database) -> Result<Option<(Content, Meta)>> {
         let Some(meta) = self.read_meta(database)? else { return Ok(None) };
         self.check_meta(&meta)?;
         let mut content = Content::new(&self.spec)?;
@@ -91,14 +111,15 @@ impl ShardFile {
             )));
         }
         content.applied = meta.applied;
-        Ok(Some((content, meta.flush)))
+        Ok(Some((content, meta)))
     }
 
     /// The meta record for a durable point of this content.
-    pub(super) fn meta(&self, content: &Content, flush: u64) -> Meta {
+    pub(super) fn meta(&self, content: &Content, flush: u64, replaces: Option<u64>) -> Meta {
         let Digest { applied, vectors, hash } = content.digest();
-        let StoreSpec { shard, dimensions, metric: _ } = self.spec;
-        Meta { format: FORMAT, shard, dimensions, applied, flush, vectors, hash }
+        let StoreSpec { shard, dimensions, metric: _, cluster } = self.spec;
+        let cluster = (!cluster.is_nil()).then_some(cluster);
+        Meta { format: FORMAT, shard, dimensions, applied, flush, vectors, hash, cluster, replaces }
     }
 
     /// Writes a durable point in one transaction.
@@ -130,7 +151,16 @@ impl ShardFile {
             drop((entries, notes));
             Ok(transaction.commit()?)
         };
-        write().map_err(|e| self.error("write", e))
+        self.caught("write", || write().map_err(|e| self.error("write", e)))
+    }
+
+    /// Keeps a panic of redb at a damaged page from going further: it is what redb says of some damage.
+    ///
+    /// Nothing that is seen afterwards can be half done: whoever is told of an error drops the database, and the file
+    /// changes by whole transactions.
+    pub(super) fn caught<T>(&self, doing: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        std::panic::catch_unwind(AssertUnwindSafe(work))
+            .unwrap_or_else(|_| Err(self.corrupt(&format!("redb panicked while it was to {doing} it"))))
     }
 
     fn read_meta(&self, database: &Database) -> Result<Option<Meta>> {
@@ -153,12 +183,16 @@ impl ShardFile {
 
     fn check_meta(&self, meta: &Meta) -> Result<()> {
         let wrong = |what: String| Err(Error::Invalid(format!("{}: {what}", self.path.display())));
-        let StoreSpec { shard, dimensions, metric: _ } = self.spec;
+        let foreign = |what: String| Err(Error::Conflict(format!("{}: {what}", self.path.display())));
+        let StoreSpec { shard, dimensions, metric: _, cluster } = self.spec;
+        if let Some(other) = meta.cluster.filter(|other| *other != cluster && !cluster.is_nil()) {
+            return foreign(format!("it belongs to cluster {other}, this one is {cluster}"));
+        }
         if meta.format != FORMAT {
             return wrong(format!("its format is {}, this program reads {FORMAT}", meta.format));
         }
         if meta.shard != shard {
-            return wrong(format!("it belongs to shard {}, not {shard}: was it renamed?", meta.shard));
+            return foreign(format!("it belongs to shard {}, not {shard}: was it renamed?", meta.shard));
         }
         if meta.dimensions != dimensions {
             return wrong(format!("its vectors have {} dimensions, not {dimensions}", meta.dimensions));
@@ -186,9 +220,9 @@ impl ShardFile {
         Ok(None)
     }
 
-    fn corrupt(&self, what: &str) -> Error {
+    pub(super) fn corrupt(&self, what: &str) -> Error {
         Error::Corrupt(format!(
-            "{}: {what}; destroy this copy and have it rebuilt from another one",
+            "{}: {what}; this copy is to be set aside and rebuilt from another one",
             self.path.display()
         ))
     }
@@ -211,6 +245,11 @@ impl ShardFile {
             _ => Error::Unavailable(format!("cannot {doing} {}: {error}", self.path.display())),
         }
     }
+}
+
+/// Closes a database that may be in any state.
+pub(super) fn close(database: Option<Database>) {
+    let _ = std::panic::catch_unwind(AssertUnwindSafe(|| drop(database)));
 }
 
 /// Sorts an error of the file system by what to do about it.

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 pub(super) struct Pending {
     /// Everything in the file is to go first.
     pub(super) cleared: bool,
+    /// Because other content has begun, not because the same is written again.
+    pub(super) fresh: bool,
     /// Entries to write, or to remove if they are no longer in memory. In the file's own order, which
     /// makes neighbours share a page.
     pub(super) ids: BTreeSet<String>,
@@ -34,7 +36,7 @@ impl Pending {
     pub(super) fn record(&mut self, batch: &Batch, now: Instant) {
         self.since.get_or_insert(now);
         if batch.clear {
-            *self = Pending { cleared: true, since: self.since, ..Pending::default() };
+            *self = Pending { cleared: true, fresh: true, since: self.since, ..Pending::default() };
         }
         for mutation in &batch.mutations {
             let (Mutation::Upsert(VectorEntry { id, .. }) | Mutation::Delete(id)) = mutation;
@@ -50,6 +52,11 @@ impl Pending {
         self.cleared = true;
         self.ids = content.index.after(None).map(|entry| entry.id.to_owned()).collect();
         self.notes = content.notes.keys().copied().collect();
+    }
+
+    /// Has the next durable point written even if nothing else is applied.
+    pub(super) fn touch(&mut self, now: Instant) {
+        self.since.get_or_insert(now);
     }
 
     /// Takes back what could not be written. `self` has gathered since, and is the newer.

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::model::{Payload, ShardId, VectorEntry};
 use crate::store::flat::EntryRef;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 use xxhash_rust::xxh3::Xxh3;
 
 /// Layout of the file. Raised when an older program could not read it any more.
@@ -36,6 +37,13 @@ pub(super) struct Meta {
     pub(super) vectors: u64,
     /// See `vectors`.
     pub(super) hash: u128,
+    /// The cluster that it belongs to. Older programs do not write it: what they wrote is taken as ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) cluster: Option<Uuid>,
+    /// Of a copy that is being made: the durable point at which the file is that it is to replace. If that has gone on
+    /// since, by an older program that knows nothing of the copy, the copy counts for nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) replaces: Option<u64>,
 }
 
 /// The record of an entry.
@@ -51,6 +59,11 @@ pub(super) fn entry(entry: EntryRef<'_>) -> Result<Vec<u8>> {
         })?;
     }
     Ok(seal(entry.id.as_bytes(), out))
+}
+
+/// Whether a record has its checksum, without taking it apart.
+pub(super) fn is_sound(key: &[u8], bytes: &[u8]) -> bool {
+    unseal(key, bytes).is_some()
 }
 
 /// Reads what [`entry`] wrote; `None` when it is something else.
@@ -188,9 +201,13 @@ mod tests {
             flush: 3,
             vectors: 1,
             hash: u128::MAX,
+            cluster: Some(Uuid::from_u128(5)),
+            replaces: Some(4),
         };
         let packed = meta(&written).unwrap();
-        assert_eq!(read_meta(&packed), Some(written));
+        assert_eq!(read_meta(&packed), Some(written.clone()));
+        let older = Meta { cluster: None, replaces: None, ..written };
+        assert_eq!(read_meta(&meta(&older).unwrap()), Some(older));
         assert_eq!(read_meta(&packed[1..]), None);
     }
 }

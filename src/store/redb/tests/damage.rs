@@ -2,11 +2,12 @@
 
 use crate::error::{Error, Result};
 use crate::model::ShardId;
-use crate::store::conformance::{Model, Random, redb_stores, spec};
+use crate::store::conformance::{Model, Random, batch, entry, redb_stores, spec, upsert};
 use crate::store::redb::RedbStores;
-use crate::store::{StoreFactory, StoreSpec};
+use crate::store::{AsideKind, SetAside, ShardStore, StoreFactory, StoreSpec};
 use ::redb::{Database, TableDefinition};
 use std::path::Path;
+use uuid::Uuid;
 
 const ENTRIES: TableDefinition<&str, &[u8]> = TableDefinition::new("entries");
 
@@ -46,9 +47,9 @@ fn a_file_of_something_else_is_corrupt() {
         assert_corrupt(&stores, "");
         stores.destroy(ShardId(7)).unwrap();
     }
-    // What a crash in the very first moment leaves.
+    // What a crash in the very first moment leaves; but it may have held something.
     std::fs::write(stores.path(ShardId(7)), "").unwrap();
-    assert_eq!(open(&stores), Ok(Model::default()));
+    assert_corrupt(&stores, "empty");
 }
 
 #[test]
@@ -123,13 +124,183 @@ fn a_changed_a_moved_and_a_missing_record_are_found_out_by_their_own_checksums()
 }
 
 #[test]
-fn a_sound_file_in_the_wrong_place_is_invalid_and_is_kept() {
+fn a_sound_file_of_another_shard_or_cluster_does_not_belong_and_other_dimensions_are_a_mistake() {
     let dir = tempfile::tempdir().unwrap();
     let (stores, model) = filled(dir.path());
     std::fs::copy(stores.path(ShardId(7)), stores.path(ShardId(8))).unwrap();
     let error = stores.open(&StoreSpec { shard: ShardId(8), ..spec() }).unwrap_err();
-    assert!(matches!(&error, Error::Invalid(text) if text.contains("shard 7")), "{error}");
+    assert!(matches!(&error, Error::Conflict(text) if text.contains("shard 7")), "{error}");
     let error = stores.open(&StoreSpec { dimensions: 3, ..spec() }).unwrap_err();
     assert!(matches!(&error, Error::Invalid(text) if text.contains("2 dimensions")), "{error}");
+    // A file of an older program says nothing of its cluster: it is taken, and says so from then on.
+    let ours = StoreSpec { cluster: Uuid::from_u128(1), ..spec() };
+    let store = stores.open(&ours).unwrap();
+    assert_eq!(Model::of(&*store), model);
+    store.apply(batch(1_000, vec![upsert(entry("z", 1, 1))])).unwrap();
+    store.flush().unwrap();
+    drop(store);
+    let error = stores.open(&StoreSpec { cluster: Uuid::from_u128(2), ..spec() }).unwrap_err();
+    assert!(matches!(&error, Error::Conflict(text) if text.contains("belongs to cluster")), "{error}");
+    stores.open(&ours).unwrap();
+}
+
+#[test]
+fn files_that_were_swapped_are_put_back_before_any_is_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, model) = filled(dir.path());
+    let eight = StoreSpec { shard: ShardId(8), ..spec() };
+    let other = stores.open(&eight).unwrap();
+    other.apply(batch(5, vec![upsert(entry("eight", 8, 8))])).unwrap();
+    other.flush().unwrap();
+    drop(other);
+    let swap = || {
+        let [seven, eight] = [7, 8].map(|shard| stores.path(ShardId(shard)));
+        std::fs::rename(&seven, dir.path().join("x")).unwrap();
+        std::fs::rename(&eight, seven).unwrap();
+        std::fs::rename(dir.path().join("x"), eight).unwrap();
+    };
+    swap();
+    let stores = redb_stores(dir.path());
+    assert!(stores.open(&eight).unwrap().contains("eight").unwrap());
     assert_eq!(open(&stores), Ok(model));
+    assert_eq!(stores.asides().unwrap(), []);
+    // One that lies over another is kept, and the other one begins anew.
+    std::fs::rename(stores.path(ShardId(8)), stores.path(ShardId(7))).unwrap();
+    let stores = redb_stores(dir.path());
+    assert_eq!(open(&stores), Ok(Model::default()));
+    assert!(stores.open(&eight).unwrap().contains("eight").unwrap(), "put back");
+}
+
+#[test]
+fn what_is_no_file_is_set_aside_and_the_shard_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = redb_stores(dir.path());
+    std::fs::create_dir_all(stores.path(ShardId(7)).join("folder")).unwrap();
+    let error = open(&stores).unwrap_err();
+    assert!(matches!(&error, Error::Conflict(text) if text.contains("no file")), "{error}");
+    let aside = stores.set_aside(ShardId(7), AsideKind::Foreign).unwrap().unwrap();
+    assert_eq!(open(&stores), Ok(Model::default()));
+    assert!(dir.path().join(&aside.name).join("folder").is_dir());
+    assert_eq!(stores.list().unwrap(), [ShardId(7)]);
+}
+
+#[test]
+fn a_damaged_copy_is_set_aside_whole_and_forgotten_only_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, _) = filled(dir.path());
+    let mut bytes = std::fs::read(stores.path(ShardId(7))).unwrap();
+    bytes.truncate(9_000);
+    std::fs::write(stores.path(ShardId(7)), &bytes).unwrap();
+    assert_corrupt(&stores, "");
+    let aside = stores.set_aside(ShardId(7), AsideKind::Damaged).unwrap().unwrap();
+    assert_eq!(std::fs::read(dir.path().join(&aside.name)).unwrap(), bytes);
+    let kept = vec![aside.clone()];
+    assert_eq!(stores.asides().unwrap(), kept);
+    assert_eq!(open(&stores), Ok(Model::default()));
+    for name in ["shard-00007.redb", "../x"] {
+        let other = SetAside { name: name.into(), shard: aside.shard, kind: aside.kind, bytes: aside.bytes };
+        stores.forget(&other).unwrap();
+    }
+    assert_eq!(stores.asides().unwrap(), kept);
+    stores.forget(&aside).unwrap();
+    assert_eq!(stores.asides().unwrap(), []);
+}
+
+#[test]
+fn the_tenth_damage_in_a_row_finds_a_bounded_number_of_copies() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, _) = filled(dir.path());
+    let best = stores.set_aside(ShardId(7), AsideKind::Damaged).unwrap().unwrap();
+    for round in 0..10_u64 {
+        std::fs::write(stores.path(ShardId(7)), format!("round {round}")).unwrap();
+        let newest = stores.set_aside(ShardId(7), AsideKind::Damaged).unwrap().unwrap();
+        let kept = stores.asides().unwrap();
+        assert!(kept.len() <= 4 && kept.contains(&best) && kept.contains(&newest), "{kept:?}");
+    }
+}
+
+fn whole(store: &dyn ShardStore) -> Result<()> {
+    store.scrub(&mut |_| true)
+}
+
+/// Flips a bit of every record of this id, in pages that are in use or not.
+fn flip(path: &Path, id: &str) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let at: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(id.as_bytes())).collect();
+    assert!(!at.is_empty());
+    at.into_iter().for_each(|at| bytes[at] ^= 1);
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn damage_under_an_open_store_is_found_and_what_is_in_memory_is_written_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = redb_stores(dir.path());
+    let store = stores.open(&spec()).unwrap();
+    let mut random = Random(22);
+    for applied in 1..200 {
+        let mut random_batch = random.batch(applied);
+        random_batch.clear = false;
+        store.apply(random_batch).unwrap();
+        if applied % 7 == 0 {
+            store.flush().unwrap();
+        }
+        assert_eq!(whole(&*store), Ok(()), "nothing is wrong at {applied}");
+    }
+    for round in 0..6_u64 {
+        store.apply(batch(1_000 + round, vec![upsert(entry("needle", 3, 4))])).unwrap();
+        store.flush().unwrap();
+        flip(&stores.path(ShardId(7)), "needle");
+        let error = whole(&*store).unwrap_err();
+        assert!(matches!(error, Error::Corrupt(_)), "{error}");
+        store.rewrite().unwrap();
+        assert_eq!(whole(&*store), Ok(()));
+        assert_eq!(store.durable(), store.applied());
+    }
+    let model = Model::of(&*store);
+    drop(store);
+    assert_eq!(open(&stores), Ok(model), "and it outlives the process");
+    let asides = stores.asides().unwrap();
+    assert!(asides.len() == 4 && asides.iter().all(|aside| aside.kind == AsideKind::Damaged), "{asides:?}");
+}
+
+#[test]
+fn a_file_that_disappears_or_is_replaced_under_an_open_store_is_found_and_written_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, model) = filled(dir.path());
+    let path = stores.path(ShardId(7));
+    let older = std::fs::read(&path).unwrap();
+    let store = stores.open(&spec()).unwrap();
+    let mut applied = store.applied();
+    let harm: [&dyn Fn(); 3] =
+        [&|| std::fs::remove_file(&path).unwrap(), &|| std::fs::write(&path, "").unwrap(), &|| {
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, &older).unwrap();
+        }];
+    for harm in harm {
+        applied += 1;
+        store.apply(batch(applied, vec![])).unwrap();
+        store.flush().unwrap();
+        harm();
+        let error = whole(&*store).unwrap_err();
+        assert!(matches!(error, Error::Corrupt(_)), "{error}");
+        store.rewrite().unwrap();
+        assert_eq!(whole(&*store), Ok(()));
+    }
+    drop(store);
+    assert_eq!(open(&stores), Ok(Model { applied, ..model }));
+}
+
+#[test]
+fn a_pass_over_the_disk_ends_when_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, _) = filled(dir.path());
+    let store = stores.open(&spec()).unwrap();
+    flip(&stores.path(ShardId(7)), "meta");
+    let mut calls = 0;
+    let stopped = store.scrub(&mut |_| {
+        calls += 1;
+        false
+    });
+    assert_eq!((stopped, calls), (Ok(()), 1));
 }

@@ -1,0 +1,218 @@
+//! Copies of shards on this node's disk that cannot be used, and looking for damage before somebody needs the copy.
+//!
+//! Nothing that may be the last copy is deleted. A copy that is damaged, or that does not belong here, gets another
+//! name; the replica begins again with nothing, and replays its log or loads a snapshot. What was set aside goes when
+//! a whole copy serves elsewhere: another replica has answered that it serves and has had the same content as the one
+//! here at one sequence of the log. Whoever dies between any two of these steps leaves a file too many, which is
+//! found at the next start; a message that is lost, late or doubled only makes it stay longer.
+
+use crate::error::{Error, Result};
+use crate::model::ShardId;
+use crate::model::events::{Event, ReplicaState};
+use crate::model::wire::{DigestRequest, PingReply, PingRequest};
+use crate::node::causes::Severity;
+use crate::node::context::Context;
+use crate::node::replica::{Replica, blocking};
+use crate::node::replicas::Replicas;
+use crate::store::{AsideKind, Digest, SetAside, StoreFactory};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::{debug, info, warn};
+
+/// Pause between two looks at what was set aside.
+const LOOK: Duration = Duration::from_secs(2);
+/// Pause before content is compared again that could not be, or was another: each takes an entry in the log.
+const COMPARE_AGAIN: Duration = Duration::from_secs(30);
+/// One comparison.
+const COMPARE: Duration = Duration::from_secs(5);
+/// Bytes per second that a scrub reads.
+const SCRUB_RATE: u64 = 8 << 20;
+
+/// Says that a copy is not what it should be, once for each.
+pub(crate) async fn announce(ctx: &Context, aside: &SetAside, why: &str) {
+    let SetAside { shard, kind, bytes, name } = aside;
+    ctx.metrics.copies_set_aside.with_label_values(&[&kind.to_string()]).inc();
+    let (event, text) = match kind {
+        AsideKind::Damaged => ("shard.copy_damaged", "is damaged"),
+        AsideKind::Replaced => return,
+        AsideKind::Misplaced | AsideKind::Foreign => ("shard.copy_foreign", "does not belong here"),
+    };
+    let message = format!(
+        "the copy of shard {shard} on {} {text} and is kept as {name}, to be read by `shards salvage`: {why}",
+        ctx.node
+    );
+    let event = Event::new(event, message).shard(*shard).node(&ctx.node);
+    ctx.event(event.with("file", name.clone()).with("bytes", *bytes).with("reason", why.to_owned())).await;
+}
+
+fn unusable(ctx: &Context, aside: &SetAside) -> String {
+    let what = match aside.kind {
+        AsideKind::Damaged | AsideKind::Replaced => "was damaged",
+        AsideKind::Misplaced | AsideKind::Foreign => "did not belong there",
+    };
+    format!(
+        "its copy on {} {what} and is kept as {}; another one is being made, from its log or from another replica",
+        ctx.node, aside.name
+    )
+}
+
+/// Gives the shard's copy, which is closed, another name.
+pub(crate) async fn set_aside(
+    ctx: &Context,
+    stores: &Arc<dyn StoreFactory>,
+    shard: ShardId,
+    kind: AsideKind,
+    why: &str,
+) {
+    let factory = stores.clone();
+    match blocking(move || factory.set_aside(shard, kind)).await {
+        Ok(Some(aside)) => announce(ctx, &aside, why).await,
+        Ok(None) => {}
+        // It stays where it is, and the next opening says so again.
+        Err(error) => warn!(%shard, "the {kind} copy cannot be set aside: {error}"),
+    }
+}
+
+/// Looks after what was set aside until the node stops.
+pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
+    let mut known: BTreeMap<SetAside, Duration> = BTreeMap::new();
+    let mut compared: BTreeMap<ShardId, Duration> = BTreeMap::new();
+    let mut tick = tokio::time::interval(LOOK.min(ctx.config.retire_after));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let stores = replicas.stores().clone();
+        let Ok(asides) = blocking(move || stores.asides()).await else { continue };
+        let now = ctx.clock.now();
+        known.retain(|aside, _| asides.contains(aside));
+        for kind in [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced] {
+            let count = asides.iter().filter(|aside| aside.kind == kind).count();
+            ctx.metrics.copies_aside.with_label_values(&[&kind.to_string()]).set(count as i64);
+        }
+        let unserved = asides.iter().filter(|aside| {
+            let serving = replicas.get(aside.shard).is_ok_and(|r| r.status().state == ReplicaState::Serving);
+            aside.kind != AsideKind::Replaced && replicas.holds(aside.shard) && !serving
+        });
+        let unserved = unserved.map(|aside| (aside.shard.into(), Severity::Yellow, unusable(&ctx, aside)));
+        ctx.causes.replace("copy_damaged", unserved.collect::<Vec<_>>());
+        for aside in asides {
+            let since = *known.entry(aside.clone()).or_insert(now);
+            let shard = aside.shard;
+            let replica = replicas.get(shard).ok();
+            let serving = replica.as_ref().is_some_and(|r| r.status().state == ReplicaState::Serving);
+            let Some(replica) = replica.filter(|_| serving) else { continue };
+            let rests = compared.get(&shard).is_some_and(|at| now < *at + COMPARE_AGAIN);
+            if rests || !aside.kind.is_superseded() || now < since + ctx.config.retire_after {
+                continue;
+            }
+            match serves_elsewhere(&ctx, &replica).await {
+                Ok(node) => {
+                    let (stores, name) = (replicas.stores().clone(), aside.name.clone());
+                    match blocking(move || stores.forget(&aside)).await {
+                        Ok(()) => {
+                            info!(%shard, "{name} is deleted: {node} has the same content as the new copy")
+                        }
+                        Err(error) => warn!(%shard, "{name} cannot be deleted: {error}"),
+                    }
+                }
+                Err(error) => {
+                    compared.insert(shard, now);
+                    debug!(%shard, "{} is kept: {error}", aside.name);
+                }
+            }
+        }
+    }
+}
+
+/// Another node whose replica serves and has had the same content as the one here at one sequence.
+async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<String> {
+    let (view, shard) = (ctx.view(), replica.shard);
+    let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard} has no record")))?;
+    let mut last = Error::Unavailable("no other replica serves".into());
+    let others = record.replicas.iter().filter(|n| **n != ctx.node && view.node_status(n).is_live());
+    let mut mine: Option<(uuid::Uuid, Digest)> = None;
+    for node in others {
+        let ask = PingRequest { shards: vec![shard] };
+        let reply: PingReply = match ctx.data.call(ctx.subjects.node(node, "ping"), &ask, COMPARE).await {
+            Ok(reply) => reply,
+            Err(error) => {
+                last = error;
+                continue;
+            }
+        };
+        let serves = |r: &crate::model::wire::ReplicaReport| r.state == ReplicaState::Serving;
+        if !reply.replicas.iter().any(|report| report.shard == shard && serves(report)) {
+            continue;
+        }
+        let (checkpoint, digest) = match mine {
+            Some(mine) => mine,
+            None => *mine.insert(replica.checkpoint(COMPARE).await?),
+        };
+        let ask = DigestRequest { shard, checkpoint, timeout_ms: COMPARE.as_millis() as u64 };
+        match ctx.data.call::<_, Digest>(ctx.subjects.node(node, "digest"), &ask, COMPARE).await {
+            Ok(theirs) if theirs == digest => return Ok(node.clone()),
+            Ok(_) => last = Error::Unavailable(format!("{node} has other content")),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Reads what is on the disk, one replica after the other, each once in the interval, until the node stops.
+///
+/// It only reads; what it finds is written anew from memory, which has been checked when it was read and holds all of
+/// the shard. So damage that is found while the replica serves costs nobody anything, also where it is the only one.
+pub(crate) async fn scrub(ctx: Arc<Context>, replicas: Arc<Replicas>) {
+    let every = ctx.config.scrub_interval;
+    if every.is_zero() {
+        return;
+    }
+    let mut due: BTreeMap<ShardId, Duration> = BTreeMap::new();
+    let pause = (every / 100).clamp(Duration::from_millis(100), Duration::from_secs(60));
+    loop {
+        tokio::select! {
+            () = ctx.stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+        let (all, now) = (replicas.all(), ctx.clock.now());
+        due.retain(|shard, _| all.iter().any(|replica| replica.shard == *shard));
+        for replica in &all {
+            // Spread over the interval, instead of all at once.
+            let part = f64::from(replica.shard.0.wrapping_mul(2_654_435_769) >> 8) / f64::from(1 << 24);
+            due.entry(replica.shard).or_insert(now + every.mul_f64(part));
+        }
+        while let Some((shard, at)) = due.iter().min_by_key(|(_, at)| **at).map(|(shard, at)| (*shard, *at)) {
+            let Some(replica) = all.iter().find(|replica| replica.shard == shard) else { break };
+            if at > ctx.clock.now() || ctx.stop.is_cancelled() {
+                break;
+            }
+            if let Err(error) = scrub_one(&ctx, replica).await {
+                debug!(%shard, "the disk could not be looked at: {error}");
+            }
+            due.insert(shard, ctx.clock.now() + every);
+        }
+    }
+}
+
+async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<()> {
+    let (store, stop, bytes) =
+        (replica.store().clone(), ctx.stop.clone(), ctx.metrics.scrubbed_bytes.clone());
+    let scrubbed = blocking(move || {
+        store.scrub(&mut |read| {
+            bytes.inc_by(read as u64);
+            std::thread::sleep(Duration::from_micros(read as u64 * 1_000_000 / SCRUB_RATE));
+            !stop.is_cancelled()
+        })
+    });
+    match scrubbed.await {
+        Err(Error::Corrupt(why)) => {
+            replica.write_anew(&why).await;
+            Ok(())
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,287 @@
+//! The names that a shard's files have in the folder, and what is done with those that cannot be used.
+//!
+//! | name | what |
+//! |---|---|
+//! | `shard-00007.redb` | the shard's file |
+//! | `shard-00007.redb.new` | a copy that is being made; it takes the file's place when it is complete |
+//! | `shard-00007.redb.damaged-3` | set aside, see [`AsideKind`]; larger numbers are newer |
+//!
+//! A file is only ever renamed here, never written. Each step is one rename, so whoever dies in between leaves
+//! every file whole, under its old name or its new one; the next opening goes on from what it finds.
+
+use super::file::io_error;
+use super::raw::{Found, Raw};
+use super::record::{Meta, read_entry};
+use crate::error::Result;
+use crate::model::ShardId;
+use crate::store::{AsideKind, SetAside};
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use tracing::warn;
+use uuid::Uuid;
+
+/// Copies of one shard that are kept aside. When there are more, one goes that is neither the newest nor the one with
+/// most intact entries.
+const MOST: usize = 4;
+
+/// The folder of a node's stores.
+#[derive(Debug, Clone)]
+pub(super) struct Folder(PathBuf);
+
+impl Folder {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Folder(dir)
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.0
+    }
+
+    /// The shard's file.
+    pub(super) fn main(&self, shard: ShardId) -> PathBuf {
+        self.0.join(format!("shard-{}.redb", shard.token()))
+    }
+
+    /// The copy that is being made.
+    pub(super) fn beside(&self, shard: ShardId) -> PathBuf {
+        self.0.join(format!("shard-{}.redb.new", shard.token()))
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        let failed = |e: std::io::Error| io_error("read", &self.0, &e);
+        let files = match std::fs::read_dir(&self.0) {
+            Ok(files) => files,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) => return Err(failed(e)),
+        };
+        let mut names = Vec::new();
+        for file in files {
+            // What has another name is not ours, and none of our business.
+            names.extend(file.map_err(failed)?.file_name().into_string().ok());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Shards that have a file, or a copy in the making.
+    pub(super) fn shards(&self) -> Result<Vec<ShardId>> {
+        let shard = |name: &String| match parse(name)? {
+            (shard, "" | ".new") => Some(shard),
+            _ => None,
+        };
+        let mut shards: Vec<ShardId> = self.names()?.iter().filter_map(shard).collect();
+        shards.dedup();
+        Ok(shards)
+    }
+
+    /// Every copy that was set aside, the oldest of each shard first.
+    pub(super) fn asides(&self) -> Result<Vec<SetAside>> {
+        let aside = |name: String| {
+            let (shard, rest) = parse(&name)?;
+            let (kind, number) = rest.strip_prefix('.')?.split_once('-')?;
+            let (kind, number) = (AsideKind::parse(kind)?, number.parse::<u64>().ok()?);
+            let bytes = std::fs::metadata(self.0.join(&name)).map_or(0, |file| file.len());
+            Some((shard, number, SetAside { shard, kind, bytes, name }))
+        };
+        let mut asides: Vec<_> = self.names()?.into_iter().filter_map(aside).collect();
+        asides.sort_by_key(|(shard, number, _)| (*shard, *number));
+        Ok(asides.into_iter().map(|(.., aside)| aside).collect())
+    }
+
+    fn free_name(&self, shard: ShardId, kind: AsideKind) -> Result<String> {
+        let asides = self.asides()?;
+        let numbers = asides.iter().filter(|aside| aside.shard == shard).map(SetAside::number);
+        let number = numbers.max().unwrap_or(0) + 1;
+        Ok(format!("shard-{}.redb.{kind}-{number}", shard.token()))
+    }
+
+    /// Gives whatever lies at `path` another name.
+    pub(super) fn set_aside(&self, path: &Path, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
+        if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+            return Ok(None);
+        }
+        let name = self.free_name(shard, kind)?;
+        std::fs::rename(path, self.0.join(&name)).map_err(|e| io_error("rename", path, &e))?;
+        self.set(shard, kind, name)
+    }
+
+    /// Gives the file a second name, so that another one can take its place in one step.
+    pub(super) fn keep(&self, path: &Path, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
+        let name = self.free_name(shard, kind)?;
+        match std::fs::hard_link(path, self.0.join(&name)) {
+            Ok(()) => self.set(shard, kind, name),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            // A file system without such links: for a moment there is only the complete copy beside it, which the
+            // next opening takes up.
+            Err(_) => self.set_aside(path, shard, kind),
+        }
+    }
+
+    fn set(&self, shard: ShardId, kind: AsideKind, name: String) -> Result<Option<SetAside>> {
+        self.sync()?;
+        let bytes = std::fs::metadata(self.0.join(&name)).map_or(0, |file| file.len());
+        let aside = SetAside { shard, kind, bytes, name };
+        self.bound(shard, &aside);
+        Ok(Some(aside))
+    }
+
+    /// Keeps the number of a shard's copies within its bound.
+    fn bound(&self, shard: ShardId, newest: &SetAside) {
+        let Ok(asides) = self.asides() else { return };
+        let of_shard: Vec<SetAside> = asides.into_iter().filter(|aside| aside.shard == shard).collect();
+        if of_shard.len() <= MOST {
+            return;
+        }
+        let intact: Vec<u64> =
+            of_shard.iter().map(|aside| intact_entries(&self.0.join(&aside.name))).collect();
+        let plain = |aside: &SetAside| self.0.join(&aside.name).is_file();
+        let Some(victim) = surplus(&of_shard, &intact, newest).filter(|aside| plain(aside)) else { return };
+        match std::fs::remove_file(self.0.join(&victim.name)) {
+            Ok(()) => warn!(%shard, "{} is deleted: newer and better copies are kept aside", victim.name),
+            Err(error) => warn!(%shard, "{} cannot be deleted: {error}", victim.name),
+        }
+    }
+
+    /// Makes the creation, renaming or removal of a file survive a crash of the machine.
+    pub(super) fn sync(&self) -> Result<()> {
+        // Windows cannot open a directory, and does not need to.
+        #[cfg(unix)]
+        std::fs::File::open(&self.0)
+            .and_then(|dir| dir.sync_all())
+            .map_err(|e| io_error("sync", &self.0, &e))?;
+        Ok(())
+    }
+
+    /// Files of this cluster that lie under the name of another shard go to where they belong, or aside. Before any
+    /// store is open. What cannot be read is left alone: opening it says why.
+    pub(super) fn sort_out(&self, cluster: Uuid) -> Result<()> {
+        let belongs = |meta: &Meta| meta.cluster.is_none_or(|c| c == cluster) || cluster.is_nil();
+        for shard in self.shards()? {
+            let path = self.main(shard);
+            let Some(meta) = meta_of(&path).filter(|meta| meta.shard != shard && belongs(meta)) else {
+                continue;
+            };
+            warn!(%shard, "{} belongs to shard {}", path.display(), meta.shard);
+            self.set_aside(&path, shard, AsideKind::Misplaced)?;
+        }
+        // The newest of several that belong to one shard.
+        let mut homeless: BTreeMap<ShardId, PathBuf> = BTreeMap::new();
+        for aside in self.asides()?.into_iter().filter(|aside| aside.kind == AsideKind::Misplaced) {
+            let path = self.0.join(&aside.name);
+            if let Some(meta) = meta_of(&path).filter(belongs) {
+                homeless.insert(meta.shard, path);
+            }
+        }
+        for (shard, path) in homeless {
+            let main = self.main(shard);
+            if main.exists() || self.beside(shard).exists() {
+                continue;
+            }
+            warn!(%shard, "{} is put back to where it belongs", path.display());
+            std::fs::rename(&path, &main).map_err(|e| io_error("rename", &path, &e))?;
+            self.sync()?;
+        }
+        Ok(())
+    }
+}
+
+impl SetAside {
+    fn number(&self) -> u64 {
+        self.name.rsplit('-').next().and_then(|number| number.parse().ok()).unwrap_or(0)
+    }
+}
+
+/// The shard of one of our names, and what follows `.redb`.
+fn parse(name: &str) -> Option<(ShardId, &str)> {
+    let (token, rest) = name.strip_prefix("shard-")?.split_once(".redb")?;
+    let shard = ShardId::parse(token).ok()?;
+    (shard.token() == token).then_some((shard, rest))
+}
+
+/// What the file says of itself; `None` when it says nothing.
+pub(super) fn meta_of(path: &Path) -> Option<Meta> {
+    if !path.is_file() {
+        return None;
+    }
+    Raw::open(path).and_then(|mut raw| raw.meta()).ok().flatten()
+}
+
+/// How many entries of a file can still be read.
+fn intact_entries(path: &Path) -> u64 {
+    let Some(meta) = meta_of(path) else { return 0 };
+    let mut intact = 0;
+    let walked = Raw::open(path).and_then(|mut raw| {
+        raw.walk(&mut |_| true, &mut |record| {
+            if let Found::Entry(id, bytes) = record
+                && let Ok(id) = std::str::from_utf8(id)
+            {
+                intact += u64::from(read_entry(id, meta.dimensions, bytes).is_some());
+            }
+        })
+    });
+    walked.map_or(0, |_| intact)
+}
+
+/// Which of too many copies goes: the poorest of those that are neither the newest nor the best, and of equals the
+/// oldest. `intact` are their entries.
+fn surplus<'a>(asides: &'a [SetAside], intact: &[u64], newest: &SetAside) -> Option<&'a SetAside> {
+    // Of equals the newest is the best.
+    let best = intact.iter().enumerate().max_by_key(|(_, entries)| **entries).map(|(at, _)| at);
+    let others = asides.iter().zip(intact).enumerate();
+    let others = others.filter(|(at, (aside, _))| Some(*at) != best && *aside != newest);
+    others.min_by_key(|(_, (_, entries))| **entries).map(|(_, (aside, _))| aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asides(count: usize) -> Vec<SetAside> {
+        let aside = |n: usize| SetAside {
+            shard: ShardId(1),
+            kind: AsideKind::Damaged,
+            bytes: 1,
+            name: format!("shard-00001.redb.damaged-{n}"),
+        };
+        (1..=count).map(aside).collect()
+    }
+
+    #[test]
+    fn of_ten_damages_in_a_row_the_newest_and_the_best_copy_are_kept() {
+        let mut kept: Vec<(SetAside, u64)> = Vec::new();
+        // The third is the best by far, the sixth is empty.
+        for (aside, intact) in asides(10).into_iter().zip([5, 6, 900, 7, 8, 0, 9, 10, 11, 12]) {
+            kept.push((aside.clone(), intact));
+            if kept.len() > MOST {
+                let (list, intact): (Vec<SetAside>, Vec<u64>) = kept.iter().cloned().unzip();
+                let victim = surplus(&list, &intact, &aside).unwrap().clone();
+                kept.retain(|(kept, _)| *kept != victim);
+            }
+            assert!(kept.iter().any(|(kept, _)| *kept == aside), "the newest");
+        }
+        let left: Vec<u64> = kept.iter().map(|(_, intact)| *intact).collect();
+        assert_eq!(left, [900, 10, 11, 12]);
+    }
+
+    #[test]
+    fn only_whole_names_of_ours_are_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().into());
+        for name in [
+            "shard-00007.redb",
+            "shard-00007.redb.new",
+            "shard-00007.redb.damaged-2",
+            "shard-00007.redb.foreign-10",
+            "shard-7.redb",
+            "shard-00008.redb.damaged-x",
+            "shard-00009.redb.bak",
+        ] {
+            std::fs::write(dir.path().join(name), "x").unwrap();
+        }
+        assert_eq!(folder.shards().unwrap(), [ShardId(7)]);
+        let names: Vec<String> = folder.asides().unwrap().into_iter().map(|aside| aside.name).collect();
+        assert_eq!(names, ["shard-00007.redb.damaged-2", "shard-00007.redb.foreign-10"]);
+        assert!(folder.free_name(ShardId(7), AsideKind::Replaced).unwrap().ends_with("replaced-11"));
+    }
+}

@@ -1,0 +1,126 @@
+//! Other content takes the place of what is there only when it is complete.
+
+use crate::error::Error;
+use crate::model::ShardId;
+use crate::store::conformance::{Model, batch, entry, redb_stores, spec, upsert};
+use crate::store::redb::RedbStores;
+use crate::store::redb::aside::meta_of;
+use crate::store::{AsideKind, Batch, ShardStore, StoreFactory};
+use std::path::Path;
+use std::sync::Arc;
+
+fn clear() -> Batch {
+    Batch { clear: true, notes: vec![(9, Some(b"a copy begins".to_vec()))], ..Batch::default() }
+}
+
+/// A store with old content, durable; a copy of something else has begun, and this much of it is durable.
+fn begun(dir: &Path, parts: u16) -> (RedbStores, Arc<dyn ShardStore>, Model) {
+    let stores = redb_stores(dir);
+    let store = stores.open(&spec()).unwrap();
+    store.apply(batch(5, vec![upsert(entry("old", 1, 1))])).unwrap();
+    store.flush().unwrap();
+    let old = Model::of(&*store);
+    store.apply(clear()).unwrap();
+    for part in 0..parts {
+        store.apply(batch(0, vec![upsert(entry(&format!("new-{part}"), 2, 2))])).unwrap();
+        store.flush().unwrap();
+    }
+    assert_eq!(store.durable(), 0);
+    (stores, store, old)
+}
+
+#[test]
+fn what_is_there_stays_until_the_new_copy_is_complete() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, old) = begun(dir.path(), 3);
+    let main = stores.path(ShardId(7));
+    // What an older program would open, or whoever looks for what is left.
+    let kept = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(kept.path()).unwrap();
+    std::fs::copy(&main, kept.path().join("shard-00007.redb")).unwrap();
+    assert_eq!(Model::of(&*redb_stores(kept.path()).open(&spec()).unwrap()), old);
+    // Also over a restart, which goes on with the copy.
+    let part = Model::of(&*store);
+    drop(store);
+    let store = stores.open(&spec()).unwrap();
+    assert_eq!(Model::of(&*store), part);
+    store.apply(batch(9, vec![])).unwrap();
+    store.flush().unwrap();
+    assert_eq!(store.durable(), 9);
+    let asides = stores.asides().unwrap();
+    assert!(matches!(&asides[..], [one] if one.kind == AsideKind::Replaced), "{asides:?}");
+    assert_eq!(meta_of(&dir.path().join(&asides[0].name)).unwrap().applied, 5);
+    assert_eq!(meta_of(&main).unwrap().applied, 9);
+    let complete = Model::of(&*store);
+    drop(store);
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), complete);
+}
+
+#[test]
+fn a_copy_that_was_not_begun_on_the_disk_leaves_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, old) = begun(dir.path(), 0);
+    drop(store);
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), old);
+}
+
+#[test]
+fn an_unreadable_part_of_a_copy_gives_way_to_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, old) = begun(dir.path(), 3);
+    drop(store);
+    let beside = dir.path().join("shard-00007.redb.new");
+    let whole = std::fs::read(&beside).unwrap();
+    for damaged in [Vec::new(), whole[..whole.len() / 2].to_vec(), vec![7; whole.len()]] {
+        std::fs::write(&beside, damaged).unwrap();
+        assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), old);
+        assert!(!beside.exists());
+    }
+}
+
+#[test]
+fn a_copy_counts_for_nothing_once_an_older_program_has_gone_on_with_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, _) = begun(dir.path(), 2);
+    drop(store);
+    let beside = dir.path().join("shard-00007.redb.new");
+    let copy = std::fs::read(&beside).unwrap();
+    std::fs::remove_file(&beside).unwrap();
+    let store = stores.open(&spec()).unwrap();
+    store.apply(batch(6, vec![])).unwrap();
+    store.flush().unwrap();
+    let gone_on = Model::of(&*store);
+    drop(store);
+    std::fs::write(&beside, copy).unwrap();
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), gone_on);
+}
+
+#[test]
+fn whoever_dies_between_the_two_names_finds_the_complete_copy() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, _) = begun(dir.path(), 2);
+    store.apply(batch(9, vec![])).unwrap();
+    store.flush().unwrap();
+    let complete = Model::of(&*store);
+    drop(store);
+    let main = stores.path(ShardId(7));
+    let aside = dir.path().join(&stores.asides().unwrap()[0].name);
+    // As before the second step.
+    std::fs::rename(&main, dir.path().join("shard-00007.redb.new")).unwrap();
+    std::fs::rename(&aside, &main).unwrap();
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), complete);
+    assert_eq!(stores.asides().unwrap().len(), 1);
+    // And where there are no links, between the first and the second.
+    std::fs::rename(&main, dir.path().join("shard-00007.redb.new")).unwrap();
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), complete);
+}
+
+#[test]
+fn a_copy_in_the_making_is_not_written_anew_over_what_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    for parts in [0, 2] {
+        let (stores, store, old) = begun(&dir.path().join(parts.to_string()), parts);
+        assert!(matches!(store.rewrite(), Err(Error::Unavailable(_))));
+        assert_eq!(meta_of(&stores.path(ShardId(7))).unwrap().applied, old.applied);
+    }
+}

@@ -1,0 +1,194 @@
+//! Copies of shards on disks that are damaged, or that do not belong there: nothing that may be the last copy is deleted,
+//! everything is said, and what can be made whole again is.
+
+mod harness;
+
+use harness::map::truncate;
+use harness::tamper::{store_file, swap};
+use harness::{Setup, TestCluster, eventually};
+use ruvector_cluster::store::{Batch, Mutation, StoreSpec};
+use ruvector_cluster::{DistanceMetric, RedbOptions, RedbStores, ShardId, StoreFactory, VectorEntry};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use uuid::Uuid;
+
+const IDS: usize = 200;
+
+fn id(n: usize) -> String {
+    format!("needle-{n:04}")
+}
+
+async fn fill(cluster: &TestCluster) {
+    let entries: Vec<Value> = (0..IDS).map(|n| json!({"id": id(n), "vector": [1, 2, 3, n]})).collect();
+    for part in entries.chunks(20) {
+        let reply = cluster.api("upsert", json!({"entries": part})).await;
+        assert_eq!(reply["upserted"], 20, "{reply}");
+    }
+}
+
+async fn count(cluster: &TestCluster) -> u64 {
+    eventually("linearizable reads work", || async {
+        let reply = cluster.ask("ruvector.api.count", &json!({"consistency": "linearizable"})).await?;
+        reply["count"].as_u64().ok_or_else(|| reply.to_string())
+    })
+    .await
+}
+
+/// Files of a shard that are kept under other names.
+fn asides(dir: &Path, kind: &str) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(dir.join("shards")).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = files.map(|file| file.path()).collect();
+    found.retain(|path| path.to_string_lossy().contains(&format!(".redb.{kind}-")));
+    found.sort();
+    found
+}
+
+fn cli(cluster: &TestCluster, args: &[&str]) -> (bool, String, String) {
+    let out =
+        Command::new(harness::PROGRAM).arg("--nats").arg(cluster.url()).args(args).output().expect("it runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (out.status.success(), text(&out.stdout), text(&out.stderr))
+}
+
+/// Waits for an event of this kind about this shard on this node.
+async fn wait_event(cluster: &TestCluster, kind: &str, shard: u32, node: &str) {
+    eventually(&format!("{kind} of shard {shard} on {node}"), || async {
+        let (_, out, _) = cli(cluster, &["events", "--since", "1h", "--output", "json"]);
+        let said = out
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .any(|event| event["event"] == kind && event["shard"] == shard && event["node"] == node);
+        if said { Ok(()) } else { Err(out) }
+    })
+    .await;
+}
+
+/// Each copy has one bad place, another one each: nobody deletes anything, and both together are whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_copy_is_damaged_and_what_is_intact_is_had_back_by_one_command() {
+    let setup = Setup { nodes: 2, shards: 1, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    truncate(&cluster).await;
+    let dirs: Vec<PathBuf> = cluster.nodes.iter().map(|node| node.data_dir()).collect();
+    for node in &mut cluster.nodes {
+        node.stop(std::time::Duration::from_secs(20)).await.unwrap();
+    }
+    for (dir, id) in dirs.iter().zip([id(7), id(123)]) {
+        flip_everywhere(&store_file(dir, 0), &id);
+    }
+    for node in &mut cluster.nodes {
+        node.restart().unwrap();
+    }
+    for node in ["n1", "n2"] {
+        wait_event(&cluster, "shard.copy_damaged", 0, node).await;
+    }
+    eventually("it is red, and says why", || async {
+        let status = cluster.status().await?;
+        let said = status["warnings"].to_string().contains("damaged");
+        if status["status"] == "red" && said { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    for dir in &dirs {
+        assert_eq!(asides(dir, "damaged").len(), 1);
+    }
+    let out = cluster.dir().join("salvaged.jsonl");
+    let [a, b] = [&dirs[0], &dirs[1]].map(|dir| dir.to_str().unwrap());
+    let to = out.to_str().unwrap();
+    let args = ["shards", "salvage", "0", "--data-dir", a, "--data-dir", b, "--to", to, "--output", "json"];
+    let (done, report, said) = cli(&cluster, &args);
+    assert!(done, "{said}");
+    let report: Value = serde_json::from_str(&report).unwrap();
+    assert_eq!((&report["entries"], &report["complete"]), (&json!(IDS), &json!(true)), "{report}");
+    // The shard begins again, with nothing, and gets it all back.
+    harness::by_hand::ByHand::new(&cluster.raw).delete_stream("ruvector_log_00000").await.unwrap();
+    cluster.wait_green().await;
+    assert_eq!(count(&cluster).await, 0);
+    let (done, _, said) = cli(&cluster, &["vectors", "import", to]);
+    assert!(done, "{said}");
+    assert_eq!(count(&cluster).await, IDS as u64);
+}
+
+fn flip_everywhere(file: &Path, text: &str) {
+    let mut bytes = std::fs::read(file).unwrap();
+    let at: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(text.as_bytes())).collect();
+    assert!(!at.is_empty(), "{text} is not in {}", file.display());
+    at.into_iter().for_each(|at| bytes[at + 3] ^= 1);
+    std::fs::write(file, bytes).unwrap();
+}
+
+/// A store of this shard as another cluster would have left it.
+fn foreign_file(path: &Path, shard: u32) {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = RedbStores::new(dir.path().into(), RedbOptions::default());
+    let (metric, cluster) = (DistanceMetric::Euclidean, Uuid::from_u128(5));
+    let store = stores.open(&StoreSpec { shard: ShardId(shard), dimensions: 4, metric, cluster }).unwrap();
+    let mutations = vec![Mutation::Upsert(VectorEntry::new("ghost", vec![1.0; 4]))];
+    store.apply(Batch { mutations, applied: 40, ..Batch::default() }).unwrap();
+    store.flush().unwrap();
+    drop(store);
+    std::fs::copy(dir.path().join(format!("shard-{shard:05}.redb")), path).unwrap();
+}
+
+/// One node comes back with a folder that was put together by hand.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_damaged_or_does_not_belong_is_set_aside_and_copied_again() {
+    let setup = Setup { nodes: 2, shards: 6, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    truncate(&cluster).await;
+    let dir = cluster.node("n2").data_dir();
+    cluster.node("n2").stop(std::time::Duration::from_secs(20)).await.unwrap();
+    let file = |shard| store_file(&dir, shard);
+    // 0: damaged. 1: of another cluster. 2: a folder. 3 and 4: exchanged. 5: nothing left.
+    let bytes = std::fs::read(file(0)).unwrap();
+    std::fs::write(file(0), &bytes[..bytes.len() / 2]).unwrap();
+    foreign_file(&file(1), 1);
+    std::fs::remove_file(file(2)).unwrap();
+    std::fs::create_dir(file(2)).unwrap();
+    swap(&file(3), &file(4));
+    std::fs::write(file(5), "").unwrap();
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green().await;
+    for (kind, shard) in [("damaged", 0), ("foreign", 1), ("foreign", 2), ("damaged", 5)] {
+        wait_event(&cluster, &format!("shard.copy_{kind}"), shard, "n2").await;
+    }
+    // A damaged copy goes when a whole one serves elsewhere; whatever does not belong may be somebody's only copy.
+    eventually("damaged copies are gone", || async {
+        let left = asides(&dir, "damaged");
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    assert_eq!(asides(&dir, "foreign").len(), 2);
+    assert_eq!(count(&cluster).await, IDS as u64);
+    // All of it is on the node that had lost it.
+    cluster.node("n1").kill().await.unwrap();
+    assert_eq!(count(&cluster).await, IDS as u64);
+    let reply = cluster.api("get", json!({"id": "ghost", "consistency": "linearizable"})).await;
+    assert!(reply["entry"].is_null() && reply["error"].is_null(), "{reply}");
+}
+
+/// The only copy of everything is damaged while it serves: what is in memory is written to the disk again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_is_found_while_the_only_copy_serves_and_nothing_is_lost() {
+    let setup = Setup { nodes: 1, shards: 2, replication_factor: 1, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--scrub-interval", "1s")).await;
+    fill(&cluster).await;
+    truncate(&cluster).await;
+    let dir = cluster.node("n1").data_dir();
+    let shard = cluster.client().await.shard_of(&id(9)).0;
+    flip_everywhere(&store_file(&dir, shard), &id(9));
+    wait_event(&cluster, "shard.copy_damaged", shard, "n1").await;
+    eventually("it is kept aside, and counted", || async {
+        let counted = cluster.metric("n1", "ruvector_copies_set_aside_total{kind=\"damaged\"}").await;
+        let left = asides(&dir, "damaged");
+        if counted == Some(1.0) && left.len() == 1 { Ok(()) } else { Err(format!("{counted:?} {left:?}")) }
+    })
+    .await;
+    cluster.node("n1").kill().await.unwrap();
+    cluster.node("n1").restart().unwrap();
+    cluster.wait_green().await;
+    assert_eq!(count(&cluster).await, IDS as u64);
+    assert_eq!(asides(&dir, "damaged").len(), 1, "nobody else has it");
+}
