@@ -22,7 +22,8 @@ pub enum Error {
     /// The log or the disk is full: free space, then retry. Nothing has changed.
     #[error("{0}")]
     Full(String),
-    /// Somebody else changed the record first: read again, decide again. Nothing has changed.
+    /// What the call rests on is not so (any more): somebody else changed the record first, or the session
+    /// is of a log that is gone. Read again, decide again. Nothing has changed.
     #[error("{0}")]
     Conflict(String),
     /// This process has been replaced (another instance, a newer term): stop. Nothing has changed.
@@ -37,6 +38,9 @@ pub enum Error {
     /// The input is wrong, and will be wrong again: correct it. Nothing has changed.
     #[error("{0}")]
     Invalid(String),
+    /// The answer does not fit into a message: ask for less. Nothing has changed.
+    #[error("{0}")]
+    TooLarge(String),
     /// Stored data does not have its checksum or form: the copy must be rebuilt from another one.
     #[error("{0}")]
     Corrupt(String),
@@ -54,6 +58,7 @@ impl Error {
             | Error::Fenced(_)
             | Error::NotFound(_)
             | Error::Invalid(_)
+            | Error::TooLarge(_)
             | Error::Corrupt(_)
             | Error::Internal(_) => false,
         }
@@ -70,6 +75,7 @@ impl Error {
             Error::NotLeader(_) => "not_leader",
             Error::NotFound(_) => "not_found",
             Error::Invalid(_) => "invalid",
+            Error::TooLarge(_) => "too_large",
             Error::Corrupt(_) => "corrupt",
             Error::Internal(_) => "internal",
         }
@@ -82,6 +88,7 @@ impl Error {
             Error::Fenced(_) => 403,
             Error::NotFound(_) => 404,
             Error::Conflict(_) => 409,
+            Error::TooLarge(_) => 413,
             Error::NotLeader(_) => 421,
             Error::Busy(_) => 429,
             Error::Corrupt(_) | Error::Internal(_) => 500,
@@ -102,6 +109,7 @@ impl Error {
             Error::NotLeader(text) => Error::NotLeader(said(text)),
             Error::NotFound(text) => Error::NotFound(said(text)),
             Error::Invalid(text) => Error::Invalid(said(text)),
+            Error::TooLarge(text) => Error::TooLarge(said(text)),
             Error::Corrupt(text) => Error::Corrupt(said(text)),
             Error::Internal(text) => Error::Internal(said(text)),
         }
@@ -162,6 +170,7 @@ impl From<WireError> for Error {
             "not_leader" => Error::NotLeader(text),
             "not_found" => Error::NotFound(text),
             "invalid" => Error::Invalid(text),
+            "too_large" => Error::TooLarge(text),
             "corrupt" => Error::Corrupt(text),
             // A newer peer may know more kinds than we do.
             _ if wire.retryable => Error::Unavailable(text),
@@ -185,6 +194,7 @@ mod tests {
             Error::NotLeader,
             Error::NotFound,
             Error::Invalid,
+            Error::TooLarge,
             Error::Corrupt,
             Error::Internal,
         ] {

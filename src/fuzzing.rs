@@ -97,7 +97,7 @@ fn api_requests(bytes: &[u8]) {
     json::<admin::ThrottleRequest>(bytes);
     json::<admin::LeaveRequest>(bytes);
     if let Ok(request) = view::parse::<api::GetRequest>(bytes) {
-        let _ = api::from_seqs(&request.after);
+        let _ = api::from_seqs(&request.after, 64);
     }
 }
 

@@ -321,7 +321,8 @@ fn requests_between_machines() {
             timeout_ms: 1_000,
         },
     );
-    let hits = vec![SearchResult { id: "vector-1".into(), score: 0.5, payload: entry().payload }];
+    let hits =
+        vec![SearchResult { id: "vector-1".into(), score: 0.5, payload: entry().payload, vector: None }];
     let failed = vec![wire::ShardFailure {
         shard: ShardId(4),
         error: (&ruvector_cluster::Error::Busy("too many requests".into())).into(),
@@ -359,7 +360,16 @@ fn the_api_of_every_language() {
     );
     json_form("api_delete_reply", &api::DeleteReply { deleted: 1, seqs });
     let consistency = Consistency::Eventual;
-    json_form("api_get_request", &api::GetRequest { id: "a".into(), consistency, after: after.clone() });
+    json_form(
+        "api_get_request",
+        &api::GetRequest {
+            id: "a".into(),
+            consistency,
+            after: after.clone(),
+            with_payload: true,
+            with_vector: true,
+        },
+    );
     let stored = api::StoredEntry { id: "a".into(), vector: vec![1.0, 2.5], payload: None };
     json_form("api_get_reply", &api::GetReply { entry: Some(stored), shard: ShardId(3), seq: 99 });
     let request = api::SearchRequest {
@@ -369,12 +379,17 @@ fn the_api_of_every_language() {
         consistency: Consistency::Session,
         after: after.clone(),
         allow_partial: true,
+        with_payload: true,
+        with_vector: false,
     };
     json_form("api_search_request", &request);
-    let hits = vec![SearchResult { id: "a".into(), score: 0.25, payload: None }];
-    json_form("api_search_reply", &api::SearchReply { hits, shards_ok: 7, shards_total: 8 });
+    let hits = vec![SearchResult { id: "a".into(), score: 0.25, payload: None, vector: None }];
+    json_form(
+        "api_search_reply",
+        &api::SearchReply { hits, shards_ok: 7, shards_total: 8, seqs: BTreeMap::new() },
+    );
     json_form("api_count_request", &api::CountRequest { consistency, after });
-    json_form("api_count_reply", &api::CountReply { count: 10 });
+    json_form("api_count_reply", &api::CountReply { count: 10, seqs: BTreeMap::new() });
     json_form("admin_migrate", &admin::MigrateRequest { shard: ShardId(3), to: "n2".into(), from: None });
     json_form("admin_rebalance", &admin::RebalanceRequest { dry_run: true, plan: None });
     json_form("admin_drain", &admin::NodeRequest { node: "n1".into() });

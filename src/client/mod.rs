@@ -372,7 +372,7 @@ impl Client {
         let mut parts: BTreeMap<ShardId, Vec<WriteOp>> = BTreeMap::new();
         let mut sizes: BTreeMap<ShardId, usize> = BTreeMap::new();
         for entry in entries {
-            entry.validate(cluster.dimensions, cluster.metric)?;
+            entry.validate_new(cluster.dimensions, cluster.metric)?;
             let (shard, bytes) = (self.shard_of(&entry.id), entry.wire_bytes());
             let (ops, size) = (parts.entry(shard).or_default(), sizes.entry(shard).or_default());
             match ops.last_mut() {

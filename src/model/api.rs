@@ -1,6 +1,6 @@
 //! Requests and replies of `ruvector.api.*`, for any language: JSON, or MessagePack by `Content-Type`.
 
-use super::vector::vector_bytes;
+use super::vector::{is_no, is_yes, vector_bytes, yes};
 use super::{Consistency, OpId, Payload, SearchResult, ShardId, VectorEntry};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -16,8 +16,23 @@ pub(crate) fn to_seqs(seqs: &BTreeMap<ShardId, u64>) -> Seqs {
 }
 
 /// Sequences as they came.
-pub(crate) fn from_seqs(seqs: &Seqs) -> Result<BTreeMap<ShardId, u64>> {
-    seqs.iter().map(|(shard, seq)| Ok((ShardId::parse(shard)?, *seq))).collect()
+///
+/// # Errors
+/// `Invalid` for what is no shard of this cluster, or is there twice (`7` and `00007`).
+pub(crate) fn from_seqs(seqs: &Seqs, num_shards: u32) -> Result<BTreeMap<ShardId, u64>> {
+    let mut found = BTreeMap::new();
+    for (text, seq) in seqs {
+        let shard = ShardId::parse(text).map_err(|e| e.context("after"))?;
+        if shard.0 >= num_shards {
+            return Err(Error::Invalid(format!(
+                "after names shard {shard}: there are {num_shards}, counted from 0"
+            )));
+        }
+        if found.insert(shard, *seq).is_some() {
+            return Err(Error::Invalid(format!("after names shard {shard} twice")));
+        }
+    }
+    Ok(found)
 }
 
 /// `upsert`.
@@ -66,9 +81,15 @@ pub struct GetRequest {
     /// How fresh; default `session`.
     #[serde(default)]
     pub consistency: Consistency,
-    /// What the session has seen.
+    /// What the session has seen: sequences of earlier answers, by shard.
     #[serde(default)]
     pub after: Seqs,
+    /// Whether the answer carries the payload.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub with_payload: bool,
+    /// Whether the answer carries the vector.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub with_vector: bool,
 }
 
 /// A stored vector in an answer: its payload is always named.
@@ -76,10 +97,10 @@ pub struct GetRequest {
 pub struct StoredEntry {
     /// Id.
     pub id: String,
-    /// Numbers.
-    #[serde(with = "vector_bytes")]
+    /// Numbers; none if they were not asked for.
+    #[serde(default, with = "vector_bytes", skip_serializing_if = "Vec::is_empty")]
     pub vector: Vec<f32>,
-    /// Payload or `null`.
+    /// Payload or `null`; `null` too if it was not asked for.
     pub payload: Option<Payload>,
 }
 
@@ -108,7 +129,7 @@ pub struct SearchRequest {
     pub vector: Vec<f32>,
     /// How many.
     pub k: usize,
-    /// Only with these payload fields.
+    /// Only with these payload fields: see [`SearchQuery`](super::SearchQuery).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filter: Option<Payload>,
     /// How fresh; default `session`.
@@ -120,6 +141,12 @@ pub struct SearchRequest {
     /// Whether some shards may be missing in the answer.
     #[serde(default)]
     pub allow_partial: bool,
+    /// Whether hits carry their payload.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub with_payload: bool,
+    /// Whether hits carry their vector.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub with_vector: bool,
 }
 
 /// Answer to `search`.
@@ -131,6 +158,9 @@ pub struct SearchReply {
     pub shards_ok: usize,
     /// Shards that there are.
     pub shards_total: usize,
+    /// Sequences that the answer covers: what a session passes on as `after`.
+    #[serde(default, skip_serializing_if = "Seqs::is_empty")]
+    pub seqs: Seqs,
 }
 
 /// `count`.
@@ -149,6 +179,9 @@ pub struct CountRequest {
 pub struct CountReply {
     /// Vectors in all shards.
     pub count: u64,
+    /// Sequences that the answer covers: what a session passes on as `after`.
+    #[serde(default, skip_serializing_if = "Seqs::is_empty")]
+    pub seqs: Seqs,
 }
 
 /// Longest text of an operation id.
@@ -207,6 +240,23 @@ mod tests {
             (vec![1.0, 2.5], 5, Consistency::Linearizable)
         );
         let request: GetRequest = serde_json::from_str(r#"{"id":"a","after":{"7":12}}"#).unwrap();
-        assert_eq!(from_seqs(&request.after).unwrap()[&ShardId(7)], 12);
+        assert_eq!(from_seqs(&request.after, 8).unwrap()[&ShardId(7)], 12);
+    }
+
+    #[test]
+    fn a_session_names_each_shard_that_there_is_once() {
+        let check = |seqs: &[(&str, u64)]| {
+            from_seqs(&seqs.iter().map(|(shard, seq)| ((*shard).to_owned(), *seq)).collect(), 8)
+        };
+        assert_eq!(check(&[("7", u64::MAX)]).unwrap()[&ShardId(7)], u64::MAX);
+        for (seqs, words) in [
+            (&[("8", 1)][..], "there are 8"),
+            (&[("7", 1), ("00007", 2)], "twice"),
+            (&[("-1", 1)], "after"),
+            (&[("", 1)], "after"),
+        ] {
+            let text = check(seqs).unwrap_err().to_string();
+            assert!(text.contains(words), "{text}");
+        }
     }
 }

@@ -8,6 +8,7 @@ pub mod ids;
 pub mod number;
 pub mod plan;
 pub mod records;
+pub(crate) mod strict;
 pub mod vector;
 pub mod wire;
 

@@ -20,6 +20,9 @@ pub const MAX_PAYLOAD_DEPTH: usize = 64;
 pub const MAX_DIMENSIONS: usize = 65_536;
 /// Most results that one search may ask for.
 pub const MAX_K: usize = 10_000;
+/// Longest vector where scores grow with length: the distance and the product of two such vectors are still
+/// numbers in f32, with room for rounding. The root of an eighth of the largest f32.
+pub const MAX_LENGTH: f64 = 6.5e18;
 
 /// One stored vector.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -40,7 +43,8 @@ impl VectorEntry {
         VectorEntry { id: id.into(), vector, payload: None }
     }
 
-    /// Checks everything that a store may rely on.
+    /// Checks everything that a store may rely on, which is what a log may hold: replicas of all versions must
+    /// agree on it, so it does not change. What is written anew is also [checked](Self::validate_new).
     ///
     /// # Errors
     /// [`Error::Invalid`] for an empty or over-long id, a wrong dimension, NaN or infinity, a zero
@@ -65,6 +69,16 @@ impl VectorEntry {
             }
         }
         Ok(())
+    }
+
+    /// Checks an entry that is about to be written: besides what [`validate`](Self::validate) looks at, all its
+    /// scores will be numbers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that says what is wrong with which entry.
+    pub fn validate_new(&self, dimensions: usize, metric: DistanceMetric) -> Result<()> {
+        self.validate(dimensions, metric)?;
+        validate_length(&self.vector, metric).map_err(|e| e.context(format!("vector {:?}", self.id)))
     }
 
     /// 128-bit XXH3 of id, vector bits and canonical payload. A shard's content digest is the
@@ -147,6 +161,51 @@ pub fn validate_vector(vector: &[f32], dimensions: usize, metric: DistanceMetric
     Ok(())
 }
 
+/// Refuses a vector with which a score might be no number.
+fn validate_length(vector: &[f32], metric: DistanceMetric) -> Result<()> {
+    let length = vector.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    if metric == DistanceMetric::Cosine || length <= MAX_LENGTH {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "its length is {length:.1e}, at most {MAX_LENGTH:e} is possible with {metric}: scores beyond are no numbers"
+    )))
+}
+
+/// Refuses a filter that means something else than it says: there is equality, and nothing else.
+fn validate_filter(filter: &Payload) -> Result<()> {
+    let supported = "a filter compares fields of the payload for equality with a text, a number, true, false, null \
+                     or an array of those, and all fields must be equal";
+    for (field, value) in filter {
+        if field.starts_with('$') {
+            return Err(Error::Invalid(format!("there is no operator {field:?}: {supported}")));
+        }
+        if has_object(value) {
+            let shown: String = value.to_string().chars().take(64).collect();
+            return Err(Error::Invalid(format!("field {field:?} is compared with {shown}: {supported}")));
+        }
+        if deeper_than(value, MAX_PAYLOAD_DEPTH) {
+            return Err(Error::Invalid(format!(
+                "field {field:?} is nested deeper than {MAX_PAYLOAD_DEPTH} levels, which no payload is"
+            )));
+        }
+    }
+    match payload_json(filter).len() {
+        bytes if bytes > MAX_PAYLOAD_BYTES => Err(Error::Invalid(format!(
+            "it has {bytes} bytes, more than the largest payload ({MAX_PAYLOAD_BYTES})"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn has_object(value: &serde_json::Value) -> bool {
+    match value {
+        serde_json::Value::Array(items) => items.iter().any(has_object),
+        serde_json::Value::Object(_) => true,
+        _ => false,
+    }
+}
+
 /// How near two vectors are.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -216,26 +275,50 @@ pub struct SearchQuery {
     pub vector: Vec<f32>,
     /// How many results, 1 to [`MAX_K`].
     pub k: usize,
-    /// Only vectors whose payload has every one of these fields with an equal value.
+    /// Only vectors whose payload has every one of these fields with an equal value: a text, a number, `true`,
+    /// `false`, `null`, or an array of those.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub filter: Option<Payload>,
+    /// Whether results carry their payload.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub with_payload: bool,
+    /// Whether results carry their vector.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub with_vector: bool,
+}
+
+pub(crate) fn yes() -> bool {
+    true
+}
+
+pub(crate) fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+pub(crate) fn is_no(value: &bool) -> bool {
+    !*value
 }
 
 impl SearchQuery {
-    /// The `k` nearest of all vectors.
+    /// The `k` nearest of all vectors, with their payloads.
     pub fn new(vector: Vec<f32>, k: usize) -> Self {
-        SearchQuery { vector, k, filter: None }
+        SearchQuery { vector, k, filter: None, with_payload: true, with_vector: false }
     }
 
     /// Checks the query against the cluster's settings.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a bad vector or `k` outside of 1 to [`MAX_K`].
+    /// [`Error::Invalid`] for a bad vector, `k` outside of 1 to [`MAX_K`], or a filter that asks for more than
+    /// equality.
     pub fn validate(&self, dimensions: usize, metric: DistanceMetric) -> Result<()> {
         if self.k == 0 || self.k > MAX_K {
             return Err(Error::Invalid(format!("k is {}, use 1 to {MAX_K}", self.k)));
         }
-        validate_vector(&self.vector, dimensions, metric).map_err(|e| e.context("query"))
+        if let Some(filter) = &self.filter {
+            validate_filter(filter).map_err(|e| e.context("filter"))?;
+        }
+        validate_vector(&self.vector, dimensions, metric).map_err(|e| e.context("query"))?;
+        validate_length(&self.vector, metric).map_err(|e| e.context("query"))
     }
 }
 
@@ -246,9 +329,12 @@ pub struct SearchResult {
     pub id: String,
     /// Similarity (cosine, dot product: higher is nearer) or distance (Euclidean: lower is nearer).
     pub score: f32,
-    /// The vector's payload.
+    /// The vector's payload, unless the query does without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
+    /// The vector itself, if the query asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "optional_vector")]
+    pub vector: Option<Vec<f32>>,
 }
 
 /// How fresh a read must be.
@@ -275,6 +361,30 @@ impl std::str::FromStr for Consistency {
                 "{text:?} is no consistency: use eventual, session or linearizable"
             ))),
         }
+    }
+}
+
+/// The same where there may be none.
+mod optional_vector {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Vector(#[serde(with = "super::vector_bytes")] Vec<f32>);
+
+    struct Borrowed<'a>(&'a [f32]);
+
+    impl Serialize for Borrowed<'_> {
+        fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+            super::vector_bytes::serialize(self.0, out)
+        }
+    }
+
+    pub(super) fn serialize<S: Serializer>(vector: &Option<Vec<f32>>, out: S) -> Result<S::Ok, S::Error> {
+        vector.as_deref().map(Borrowed).serialize(out)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<f32>>, D::Error> {
+        Ok(Option::<Vector>::deserialize(input)?.map(|Vector(numbers)| numbers))
     }
 }
 
@@ -374,8 +484,52 @@ mod tests {
         check(|e| e.vector[2] = f32::INFINITY, "inf");
         check(|e| e.vector = vec![0.0; 3], "zero");
         check(|e| e.payload = serde_json::json!({"x": "y".repeat(70_000)}).as_object().cloned(), "payload");
+        let long = VectorEntry::new("long", vec![1e18, 6.5e18, 1e18]);
+        // Those that are in logs already stay as they are.
+        long.validate(3, DistanceMetric::DotProduct).unwrap();
+        for metric in [DistanceMetric::DotProduct, DistanceMetric::Euclidean] {
+            let text = long.validate_new(3, metric).unwrap_err().to_string();
+            assert!(text.contains("\"long\"") && text.contains("6.5e18"), "{text}");
+            assert!(SearchQuery::new(long.vector.clone(), 1).validate(3, metric).is_err());
+            VectorEntry::new("fits", vec![6e18, 0.0, 0.0]).validate_new(3, metric).unwrap();
+        }
         entry().validate(3, DistanceMetric::Cosine).unwrap();
         VectorEntry::new("0", vec![0.0; 3]).validate(3, DistanceMetric::Euclidean).unwrap();
+    }
+
+    #[test]
+    fn a_filter_with_an_operator_is_refused_with_what_there_is() {
+        let check = |filter: serde_json::Value| {
+            let filter = filter.as_object().cloned();
+            SearchQuery { filter, ..SearchQuery::new(vec![1.0], 1) }.validate(1, DistanceMetric::Cosine)
+        };
+        for filter in [
+            serde_json::json!({"age": {"$gt": 5}}),
+            serde_json::json!({"age": {"gte": 5}}),
+            serde_json::json!({"tenant": "a", "age": {}}),
+            serde_json::json!({"$or": [1, 2]}),
+            serde_json::json!({"tags": [["a", {"$in": []}]]}),
+        ] {
+            let text = check(filter).unwrap_err().to_string();
+            assert!(text.contains("equality") && text.contains("filter: "), "{text}");
+        }
+        check(serde_json::json!({"a": "x", "b": 1.5, "c": null, "d": [1, [true, "x"]], "e.f": false}))
+            .unwrap();
+        let many: Payload = (0..10_000).map(|i| (format!("field {i}"), i.into())).collect();
+        let text = check(many.into()).unwrap_err().to_string();
+        assert!(text.contains("the largest payload"), "{text}");
+    }
+
+    #[test]
+    fn a_hit_carries_its_vector_only_if_it_has_one() {
+        let hit = SearchResult { id: "a".into(), score: 0.5, payload: None, vector: Some(vec![1.0, 2.0]) };
+        let packed = rmp_serde::to_vec_named(&hit).unwrap();
+        assert!(packed.windows(3).any(|bytes| bytes == [0xc4, 8, 0]), "one bin of 8 bytes");
+        assert_eq!(rmp_serde::from_slice::<SearchResult>(&packed).unwrap(), hit);
+        let json = serde_json::to_string(&hit).unwrap();
+        assert_eq!(serde_json::from_str::<SearchResult>(&json).unwrap(), hit);
+        let without = SearchResult { vector: None, ..hit };
+        assert_eq!(serde_json::to_string(&without).unwrap(), r#"{"id":"a","score":0.5}"#);
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>> {
 
 /// Deepest nesting of a message, the same as that of JSON: twice that of a payload. Whoever sends deeper ones must
 /// not get a thread to the end of its stack, which would end the process.
-const MAX_DEPTH: usize = 128;
+pub(crate) const MAX_DEPTH: usize = 128;
 
 /// Decodes MessagePack.
 ///

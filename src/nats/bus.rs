@@ -236,10 +236,7 @@ impl Bus {
 
     async fn deliver(&self, reply: String, headers: HeaderMap, body: Vec<u8>, content_type: &str) {
         if body.len() > self.nats.max_body() {
-            let error = Error::Invalid(format!(
-                "the reply of {} bytes is larger than NATS's max_payload: ask for less at once",
-                body.len()
-            ));
+            let error = too_large(body.len(), self.nats.max_body());
             let headers = self.reply_headers(content_type, Some(&error));
             let short = if content_type == JSON {
                 serde_json::to_vec(&Failure { error: (&error).into() }).unwrap_or_default()
@@ -252,6 +249,14 @@ impl Bus {
         // Whoever asked sees a time-out if this fails, and asks again.
         let _ = self.send(reply, None, headers, body.into()).await;
     }
+}
+
+/// How to ask for less, said wherever an answer turns out to be too large.
+pub(crate) fn too_large(bytes: usize, limit: usize) -> Error {
+    Error::TooLarge(format!(
+        "the answer has {bytes} bytes or more, {limit} fit into a message (NATS's max_payload): ask for less, with \
+         with_payload: false, with_vector: false or a smaller k"
+    ))
 }
 
 /// Damages some chunks within a long text, so that they still parse.
@@ -281,12 +286,15 @@ pub(crate) fn sender(message: &Message) -> &str {
     message.headers.as_ref().and_then(|h| h.get(NODE)).map_or("?", |v| v.as_str())
 }
 
-/// Whether the message says that it is JSON, or says nothing and looks like it.
-pub(crate) fn is_json(message: &Message) -> bool {
-    match message.headers.as_ref().and_then(|h| h.get(CONTENT_TYPE)) {
-        Some(kind) => !kind.as_str().contains("msgpack"),
-        None => true,
-    }
+/// What the message says that it is. Names of headers differ by case in NATS; a client that spells this one
+/// as HTTP/2 does means the same.
+pub(crate) fn content_type(message: &Message) -> Option<&str> {
+    let mut headers = message.headers.as_ref()?.iter();
+    let (_, values) = headers.find(|(name, _)| {
+        let name: &str = name.as_ref();
+        name.eq_ignore_ascii_case(CONTENT_TYPE)
+    })?;
+    values.first().map(async_nats::HeaderValue::as_str)
 }
 
 /// Checks the body against its checksum header.

@@ -4,15 +4,16 @@ use super::context::Context;
 use crate::client::Client;
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
-use crate::model::SearchQuery;
 use crate::model::api::{
     CountReply, CountRequest, DeleteReply, DeleteRequest, GetReply, GetRequest, SearchReply, SearchRequest,
-    UpsertReply, UpsertRequest, from_seqs, op_id, to_seqs,
+    Seqs, UpsertReply, UpsertRequest, from_seqs, op_id, to_seqs,
 };
-use crate::model::wire::decode;
-use crate::nats::bus::{Message, is_json, sender};
+use crate::model::strict::{self, Format};
+use crate::model::{SearchQuery, ShardId};
+use crate::nats::bus::{Message, content_type, sender};
 use crate::nats::service::ApiService;
 use serde::{Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -76,20 +77,15 @@ async fn respond<T: Serialize>(ctx: &Context, message: &Message, result: Result<
 }
 
 async fn reply<T: Serialize>(ctx: &Context, message: &Message, result: Result<T>) {
-    if is_json(message) {
-        ctx.data.answer_json(message, result).await;
-    } else {
-        ctx.data.answer_plain(message, result).await;
+    match strict::format(content_type(message)) {
+        Ok(Format::MessagePack) => ctx.data.answer_plain(message, result).await,
+        Ok(Format::Json) | Err(_) => ctx.data.answer_json(message, result).await,
     }
 }
 
 fn request<T: DeserializeOwned>(message: &Message) -> Result<T> {
-    if is_json(message) {
-        let body: &[u8] = if message.payload.is_empty() { b"{}" } else { &message.payload };
-        serde_json::from_slice(body).map_err(|e| Error::Invalid(format!("the request does not parse: {e}")))
-    } else {
-        decode(&message.payload)
-    }
+    let format = strict::format(content_type(message))?;
+    Ok(strict::read(format, &message.payload)?.value)
 }
 
 async fn upsert(client: &Client, message: &Message) -> Result<UpsertReply> {
@@ -105,20 +101,40 @@ async fn delete(client: &Client, message: &Message) -> Result<DeleteReply> {
 }
 
 async fn get(client: &Client, message: &Message) -> Result<GetReply> {
-    let GetRequest { id, consistency, after } = request(message)?;
-    let found = client.get_after(&id, consistency, &from_seqs(&after)?).await?;
-    Ok(GetReply { entry: found.entry.map(Into::into), shard: found.shard, seq: found.seq })
+    let GetRequest { id, consistency, after, with_payload, with_vector } = request(message)?;
+    let found = client.get_after(&id, consistency, &session(client, &after)?).await?;
+    let entry = found.entry.map(|mut entry| {
+        if !with_payload {
+            entry.payload = None;
+        }
+        if !with_vector {
+            entry.vector = Vec::new();
+        }
+        entry.into()
+    });
+    Ok(GetReply { entry, shard: found.shard, seq: found.seq })
 }
 
 async fn search(client: &Client, message: &Message) -> Result<SearchReply> {
-    let SearchRequest { vector, k, filter, consistency, after, allow_partial } = request(message)?;
-    let query = SearchQuery { vector, k, filter };
-    let outcome = client.search_after(Some(query), consistency, &from_seqs(&after)?, allow_partial).await?;
-    Ok(SearchReply { hits: outcome.hits, shards_ok: outcome.shards_ok, shards_total: outcome.shards_total })
+    let SearchRequest { vector, k, filter, consistency, after, allow_partial, with_payload, with_vector } =
+        request(message)?;
+    let query = SearchQuery { vector, k, filter, with_payload, with_vector };
+    let after = session(client, &after)?;
+    let outcome = client.search_after(Some(query), consistency, &after, allow_partial).await?;
+    Ok(SearchReply {
+        hits: outcome.hits,
+        shards_ok: outcome.shards_ok,
+        shards_total: outcome.shards_total,
+        seqs: to_seqs(&outcome.seqs),
+    })
 }
 
 async fn count(client: &Client, message: &Message) -> Result<CountReply> {
     let CountRequest { consistency, after } = request(message)?;
-    let outcome = client.search_after(None, consistency, &from_seqs(&after)?, false).await?;
-    Ok(CountReply { count: outcome.vectors })
+    let outcome = client.search_after(None, consistency, &session(client, &after)?, false).await?;
+    Ok(CountReply { count: outcome.vectors, seqs: to_seqs(&outcome.seqs) })
+}
+
+fn session(client: &Client, after: &Seqs) -> Result<BTreeMap<ShardId, u64>> {
+    from_seqs(after, client.settings().num_shards)
 }

@@ -7,7 +7,7 @@
 //! building, and forgets a deleted vector at once.
 
 use super::filter;
-use super::scan::{Candidate, Nearest, dot, inverse_norm, squared_distance};
+use super::scan::{Candidate, Nearest, careful_cosine, dot, finite_distance, finite_dot, inverse_norm};
 use crate::model::vector::payload_json;
 use crate::model::{DistanceMetric, Payload, SearchQuery, SearchResult, VectorEntry};
 use std::collections::BTreeMap;
@@ -202,16 +202,19 @@ impl FlatIndex {
                 let inverse = inverse_norm(wanted);
                 // Rounding can carry a cosine past one.
                 let cosine = |slot: usize, vector: &[f32]| {
-                    (dot(vector, wanted) * self.inverse_norms[slot] * inverse).clamp(-1.0, 1.0)
+                    let cosine = dot(vector, wanted) * self.inverse_norms[slot] * inverse;
+                    if cosine.is_nan() { careful_cosine(vector, wanted) } else { cosine }.clamp(-1.0, 1.0)
                 };
                 self.nearest(query, |slot, vector| -cosine(slot, vector), |far| -far)
             }
             // The root is taken before comparing: two squares can have the same root, and then the
             // id decides. Beside the sum it costs nothing that can be measured.
             DistanceMetric::Euclidean => {
-                self.nearest(query, |_, vector| squared_distance(vector, wanted).sqrt(), |far| far)
+                self.nearest(query, |_, vector| finite_distance(vector, wanted), |far| far)
             }
-            DistanceMetric::DotProduct => self.nearest(query, |_, vector| -dot(vector, wanted), |far| -far),
+            DistanceMetric::DotProduct => {
+                self.nearest(query, |_, vector| -finite_dot(vector, wanted), |far| -far)
+            }
         }
     }
 
@@ -236,7 +239,8 @@ impl FlatIndex {
         let result = |hit: Candidate<'_>| SearchResult {
             id: hit.id.to_owned(),
             score: score(hit.far),
-            payload: self.slots[hit.slot].payload.clone(),
+            payload: self.slots[hit.slot].payload.clone().filter(|_| query.with_payload),
+            vector: query.with_vector.then(|| self.at(hit.slot).vector.to_vec()),
         };
         nearest.into_sorted().into_iter().map(result).collect()
     }
@@ -327,8 +331,52 @@ mod tests {
         let tiny = f32::EPSILON.sqrt();
         index.upsert(entry("b", [1.0, 0.0]));
         index.upsert(entry("a", [1.0, tiny]));
-        assert_eq!(squared_distance(&[1.0, tiny], &[0.0, 0.0]), next);
+        assert_eq!(crate::store::scan::squared_distance(&[1.0, tiny], &[0.0, 0.0]), next);
         assert_eq!(ids(&index, SearchQuery::new(vec![0.0, 0.0], 1)), ["a"]);
+    }
+
+    #[test]
+    fn directions_of_tiny_and_huge_vectors_are_exact() {
+        let mut index = FlatIndex::new(2, DistanceMetric::Cosine);
+        index.upsert(entry("same", [3e-23, 0.0]));
+        index.upsert(entry("other", [0.9, 0.1]));
+        index.upsert(entry("huge", [-1e38, 0.0]));
+        for query in [[1.0, 0.0], [1e-30, 0.0], [1e30, 0.0]] {
+            let hits = index.search(&SearchQuery::new(query.to_vec(), 3));
+            let scores: Vec<(&str, f32)> = hits.iter().map(|hit| (hit.id.as_str(), hit.score)).collect();
+            assert_eq!((scores[0], scores[2]), (("same", 1.0), ("huge", -1.0)), "{query:?}");
+            assert!((0.99..1.0).contains(&scores[1].1), "{scores:?}");
+        }
+    }
+
+    #[test]
+    fn scores_beyond_f32_are_its_largest_and_ranked_behind_or_before_others() {
+        let mut index = FlatIndex::new(2, DistanceMetric::DotProduct);
+        index.upsert(entry("big", [3e38, 3e38]));
+        index.upsert(entry("one", [1.0, 1.0]));
+        let hits = index.search(&SearchQuery::new(vec![10.0, -10.0], 2));
+        assert!(hits.iter().all(|hit| hit.score == 0.0), "{hits:?}");
+        let hits = index.search(&SearchQuery::new(vec![10.0, 10.0], 2));
+        assert_eq!((hits[0].id.as_str(), hits[0].score), ("big", f32::MAX));
+        index.rank_by(DistanceMetric::Euclidean);
+        let hits = index.search(&SearchQuery::new(vec![-1e38, -1e38], 2));
+        assert!(hits.iter().all(|hit| hit.score.is_finite()), "{hits:?}");
+        assert_eq!(hits[0].id, "one");
+    }
+
+    #[test]
+    fn hits_carry_what_was_asked_for() {
+        let mut index = FlatIndex::new(2, DistanceMetric::Euclidean);
+        let mut with = entry("a", [1.0, 2.0]);
+        with.payload = serde_json::json!({"x": 1}).as_object().cloned();
+        index.upsert(with.clone());
+        let query = SearchQuery::new(vec![1.0, 2.0], 1);
+        assert_eq!(
+            (&index.search(&query)[0].payload, &index.search(&query)[0].vector),
+            (&with.payload, &None)
+        );
+        let hits = index.search(&SearchQuery { with_payload: false, with_vector: true, ..query });
+        assert_eq!((&hits[0].payload, &hits[0].vector), (&None, &Some(vec![1.0, 2.0])));
     }
 
     #[test]

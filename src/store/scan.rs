@@ -21,11 +21,58 @@ pub(super) fn squared_distance(a: &[f32], b: &[f32]) -> f32 {
     sum_of(a, b, |x, y| (x - y) * (x - y))
 }
 
-/// One over the length of `vector`, or 0 for a vector without direction (which cosine refuses on
-/// entry, but which a store that was opened under another metric may hold).
+/// One over the length of `vector`; 0 for a vector without direction (which cosine refuses on entry, but
+/// which a store that was opened under another metric may hold), and NaN for one whose length is too small or
+/// too large for products in f32 to be good for anything: see [`careful_cosine`].
 pub(super) fn inverse_norm(vector: &[f32]) -> f32 {
     let norm = dot(vector, vector).sqrt();
-    if norm > 0.0 { norm.recip() } else { 0.0 }
+    if SAFE_LENGTHS.contains(&norm) {
+        return norm.recip();
+    }
+    if vector.iter().all(|x| *x == 0.0) { 0.0 } else { f32::NAN }
+}
+
+/// Between these, squares, products and their sums neither vanish nor overflow, so that f32 is good enough.
+const SAFE_LENGTHS: std::ops::RangeInclusive<f32> = 1e-15..=1e15;
+/// A sum of squares below has lost digits, or everything.
+const SMALL: f32 = 1e-30;
+
+/// The cosine of any two vectors that have a direction.
+#[cold]
+pub(super) fn careful_cosine(a: &[f32], b: &[f32]) -> f32 {
+    let length = |v: &[f32]| careful(v, v, |x, y| x * y).sqrt();
+    let lengths = length(a) * length(b);
+    // What has no direction is as far from everything as what stands at right angles.
+    if lengths > 0.0 { (careful(a, b, |x, y| x * y) / lengths) as f32 } else { 0.0 }
+}
+
+/// The same as [`dot`], a number for all finite vectors: the largest in f32 stands for all beyond.
+#[inline(always)]
+pub(super) fn finite_dot(a: &[f32], b: &[f32]) -> f32 {
+    let dot = dot(a, b);
+    let good = dot.abs() <= f32::MAX && (dot == 0.0 || dot.abs() >= SMALL);
+    if good { dot } else { nearest_f32(careful(a, b, |x, y| x * y)) }
+}
+
+/// The Euclidean distance, a number for all finite vectors, and not 0 for those that differ by little.
+#[inline(always)]
+pub(super) fn finite_distance(a: &[f32], b: &[f32]) -> f32 {
+    let squared = squared_distance(a, b);
+    if (SMALL..=f32::MAX).contains(&squared) {
+        return squared.sqrt();
+    }
+    nearest_f32(careful(a, b, |x, y| (x - y) * (x - y)).sqrt())
+}
+
+/// In f64, where the products of any two f32 and sums of many of them fit.
+#[cold]
+#[inline(never)]
+fn careful(a: &[f32], b: &[f32], term: impl Fn(f64, f64) -> f64) -> f64 {
+    a.iter().zip(b).map(|(x, y)| term(f64::from(*x), f64::from(*y))).sum()
+}
+
+fn nearest_f32(score: f64) -> f32 {
+    score.clamp(f32::MIN.into(), f32::MAX.into()) as f32
 }
 
 #[inline(always)]
@@ -71,7 +118,7 @@ impl<'a> Nearest<'a> {
     /// vectors of a scan end with, before anything but their numbers has been touched.
     #[inline(always)]
     pub(super) fn admits(&self, far: f32) -> bool {
-        // Not `far <= bound`: a NaN (from numbers that overflow) must reach the total order below.
+        // Not `far <= bound`: a NaN (of a store of somebody else's) must reach the total order below.
         let beyond = far > self.bound;
         !beyond
     }
@@ -139,6 +186,25 @@ mod tests {
     fn a_vector_without_direction_has_no_norm_to_divide_by() {
         assert_eq!(inverse_norm(&[0.0; 3]), 0.0);
         assert_eq!(inverse_norm(&[3.0, 4.0]), 0.2);
+    }
+
+    #[test]
+    fn scores_of_all_finite_vectors_are_numbers_and_right_where_f32_can_say_so() {
+        let max = f32::MAX;
+        assert_eq!(finite_dot(&[max, max], &[10.0, -10.0]), 0.0);
+        assert_eq!(finite_dot(&[max, 1.0], &[max, 1.0]), max);
+        assert_eq!(finite_dot(&[max, 1.0], &[-max, 1.0]), -max);
+        assert_eq!(finite_dot(&[1e-25, 1e-12], &[1e-15, 1e-26]), 1.1e-38);
+        assert_eq!(finite_distance(&[2e19, 0.0], &[-1e19, 0.0]), 3e19);
+        assert_eq!(finite_distance(&[max, 0.0], &[-max, 0.0]), max);
+        assert_eq!(finite_distance(&[3e-30, 0.0], &[0.0, 4e-30]), 5e-30);
+        assert_eq!(finite_distance(&[1.5; 9], &[1.5; 9]), 0.0);
+        assert_eq!(careful_cosine(&[max, max], &[1e-40, 1e-40]), 1.0);
+        assert_eq!(careful_cosine(&[3e-23, 0.0], &[1.0, 0.0]), 1.0);
+        assert_eq!(careful_cosine(&[0.0, 0.0], &[1.0, 0.0]), 0.0);
+        for odd in [[1e-16, 0.0], [1e16, 0.0], [1e-45, 0.0], [max, max]] {
+            assert!(inverse_norm(&odd).is_nan(), "{odd:?}");
+        }
     }
 
     #[test]

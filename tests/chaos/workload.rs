@@ -317,7 +317,7 @@ impl Worker {
     /// Searches a group of keys: for each of them, a read.
     async fn search_group(&self, group: &str, keys: &mut Vec<String>, level: Level) {
         let filter = json!({"group": group}).as_object().cloned();
-        let query = SearchQuery { vector: vector(1), k: 500, filter };
+        let query = SearchQuery { filter, ..SearchQuery::new(vector(1), 500) };
         let (recorder, invoked) = (&self.shared.recorder, self.shared.recorder.now());
         let Ok(found) = self.client.search_with(query, consistency(level), false).await else { return };
         let mut hits: BTreeMap<&str, &SearchResult> = BTreeMap::new();

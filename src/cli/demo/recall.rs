@@ -87,7 +87,7 @@ mod tests {
     }
 
     fn hit(id: &str, score: f32) -> SearchResult {
-        SearchResult { id: id.into(), score, payload: None }
+        SearchResult { id: id.into(), score, payload: None, vector: None }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::model::api::{CountReply, DeleteReply, GetReply, StoredEntry, to_seqs}
 use crate::model::number::first_not_held;
 use crate::model::{Consistency, Payload};
 use clap::{Args, Subcommand};
+use std::collections::BTreeMap;
 use std::str::FromStr;
 
 #[derive(Debug, Subcommand)]
@@ -110,7 +111,8 @@ pub(crate) async fn run(global: &Global, command: VectorsCommand) -> Result<Exit
         VectorsCommand::Delete { ids } => delete(global, ids).await,
         VectorsCommand::Search(args) => search::run(global, args).await,
         VectorsCommand::Count { fresh } => {
-            let reply = CountReply { count: global.client().await?.count_with(fresh.consistency).await? };
+            let count = global.client().await?.count_with(fresh.consistency).await?;
+            let reply = CountReply { count, seqs: BTreeMap::new() };
             render::show(global.output, &reply, |reply| reply.count.to_string())?;
             Ok(Exit::Done)
         }

@@ -6,7 +6,7 @@ use crate::cli::global::Global;
 use crate::cli::render::{self, Cell, Tone, note, table};
 use crate::client::Client;
 use crate::error::{Error, Result};
-use crate::model::api::SearchReply;
+use crate::model::api::{SearchReply, to_seqs};
 use crate::model::vector::MAX_K;
 use crate::model::{Consistency, Payload, SearchQuery};
 use clap::Args;
@@ -44,7 +44,7 @@ pub(crate) async fn run(global: &Global, args: SearchArgs) -> Result<Exit> {
     };
     // One more, since the vector itself is its nearest.
     let ask = if without.is_some() { (k + 1).min(MAX_K) } else { k };
-    let query = SearchQuery { vector, k: ask, filter: args.filter };
+    let query = SearchQuery { filter: args.filter, ..SearchQuery::new(vector, ask) };
     let outcome = client.search_with(query, consistency, args.allow_partial).await?;
     let (ok, total) = (outcome.shards_ok, outcome.shards_total);
     if ok < total {
@@ -53,7 +53,7 @@ pub(crate) async fn run(global: &Global, args: SearchArgs) -> Result<Exit> {
     let mut hits = outcome.hits;
     hits.retain(|hit| Some(&hit.id) != without.as_ref());
     hits.truncate(k);
-    let reply = SearchReply { hits, shards_ok: ok, shards_total: total };
+    let reply = SearchReply { hits, shards_ok: ok, shards_total: total, seqs: to_seqs(&outcome.seqs) };
     render::show(global.output, &reply, listing)?;
     Ok(Exit::Done)
 }

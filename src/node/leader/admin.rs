@@ -14,21 +14,38 @@ use crate::model::admin::{
 use crate::model::causes::{Cause, Severity, sentences};
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
-use crate::nats::bus::{Message, sender};
+use crate::model::strict::{self, Format};
+use crate::nats::bus::{Message, content_type, sender};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Shards of one answer: it must fit into one message.
 const PAGE: usize = 500;
 
+/// A request that has no fields.
+#[derive(Default, Deserialize)]
+struct Nothing {}
+
+/// A request of which nothing has to be said.
 fn body<T: DeserializeOwned + Default>(message: &Message) -> Result<T> {
-    if message.payload.is_empty() {
-        return Ok(T::default());
+    match &message.payload[..] {
+        b"null" => Ok(T::default()),
+        _ => required(message),
     }
-    required(message)
 }
 
 fn required<T: DeserializeOwned>(message: &Message) -> Result<T> {
+    match strict::format(content_type(message))? {
+        Format::Json => Ok(strict::read(Format::Json, &message.payload)?.value),
+        Format::MessagePack => {
+            Err(Error::Invalid("requests to the leader are JSON: send Content-Type: application/json".into()))
+        }
+    }
+}
+
+/// A request that only nodes make: one of a newer version may have more fields.
+fn between_nodes<T: DeserializeOwned>(message: &Message) -> Result<T> {
     serde_json::from_slice(&message.payload)
         .map_err(|e| Error::Invalid(format!("the request does not parse: {e}")))
 }
@@ -46,7 +63,7 @@ impl Leader {
         }
         let verb = message.subject.rsplit('.').next().unwrap_or_default();
         let bus = &ctx.control;
-        if verb == "step_down" {
+        if verb == "step_down" && body::<Nothing>(message).is_ok() {
             bus.answer_json(message, Ok(StepDownReply { node: ctx.node.clone(), term: self.term })).await;
             return Err(Error::NotLeader("an operator asked for another leader".into()));
         }
@@ -65,8 +82,8 @@ impl Leader {
             serde_json::to_value(reply).map_err(|e| Error::Internal(e.to_string()))
         }
         match verb {
-            "status" => json(self.status()),
-            "nodes" => json(self.nodes()),
+            "status" => body(message).and_then(|Nothing {}| json(self.status())),
+            "nodes" => body(message).and_then(|Nothing {}| json(self.nodes())),
             "shards" => json(self.shards_page(&body(message)?)),
             "migrate" => json(self.migrate(required(message)?).await?),
             "cancel" => json(self.cancel(required(message)?).await?),
@@ -77,8 +94,10 @@ impl Leader {
             "set" => json(self.set_node(required(message)?).await?),
             "throttle" => json(self.throttle(required(message)?).await?),
             "explain" => json(self.explain(required::<ExplainRequest>(message)?.shard).await?),
-            "hot" => json(self.hot()),
-            "leave" => json(self.leave(required(message)?).await?),
+            "hot" => body(message).and_then(|Nothing {}| json(self.hot())),
+            "leave" => json(self.leave(between_nodes(message)?).await?),
+            // Only one that was refused comes here.
+            "step_down" => body(message).and_then(|Nothing {}| json(())),
             other => {
                 let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, throttle, explain, hot, \
                              maintenance, set, step_down";
