@@ -4,6 +4,7 @@
 //! done or even looked at.
 
 use super::render::note;
+use super::talk::Question;
 use crate::error::{Error, Result};
 use std::io::{BufRead, IsTerminal, Read, Write};
 
@@ -37,11 +38,13 @@ pub(crate) async fn confirmed(question: &str, yes: bool) -> Result<bool> {
     }
     possible(yes)?;
     // Whoever closed stderr sees no question, and the answer is then no.
+    let question_is_open = Question::open();
     let mut err = std::io::stderr();
     let _ = write!(err, "{question} [y/N] ").and_then(|()| err.flush());
     // The connection to NATS goes on meanwhile.
     let read = tokio::task::spawn_blocking(|| answer(&mut std::io::stdin().lock()));
     let agreed = read.await.map_err(|e| Error::Internal(format!("the question has stopped: {e}")))??;
+    drop(question_is_open);
     if !agreed {
         note("nothing has been changed");
     }

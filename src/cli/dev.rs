@@ -170,7 +170,7 @@ impl Place {
 
     fn text(&self, namespace: &str, kept: bool) -> String {
         let mut lines = vec![
-            format!("vectors  of {} dimensions, {}", self.dimensions, self.metric),
+            format!("settings {} dimensions, {}", self.dimensions, self.metric),
             format!("NATS     {}   monitoring {}", self.nats, self.monitoring),
         ];
         for node in &self.nodes {

@@ -1,19 +1,19 @@
 //! `shards explain`: why a shard is where it is, node by node and rule by rule.
 
 use super::exit::Exit;
-use super::global::{Global, Output};
+use super::global::Global;
 use super::patience::{admin, patiently};
 use super::render::{self, Cell, Tone, facts, note, plain, table};
 use crate::client::Client;
 use crate::error::Result;
-use crate::model::ShardId;
 use crate::model::admin::{ExplainReply, NodeVerdict, RuleVerdict};
 use crate::model::causes::Severity;
+use crate::model::{NodeId, ShardId};
 
 pub(crate) async fn run(global: &Global, client: &Client, shard: ShardId) -> Result<Exit> {
     let reply = patiently(admin(client).explain(shard)).await?;
     render::show(global.output, &reply, sheet)?;
-    if global.output == Output::Table {
+    if global.output.is_for_people() {
         note("the reason of every rule, kept or broken: --output json");
     }
     Ok(Exit::Done)
@@ -25,12 +25,21 @@ fn sheet(reply: &ExplainReply) -> String {
         Some((primary, [])) => primary.clone(),
         Some((primary, others)) => format!("{primary} (primary), {}", others.join(", ")),
     };
-    let have = reply.replicas.len();
+    let away = |holder: &&NodeId| {
+        let verdict = reply.nodes.iter().find(|node| node.node == **holder);
+        verdict.is_some_and(|node| !node.live)
+    };
+    let gone: Vec<&str> = reply.replicas.iter().filter(away).map(String::as_str).collect();
+    let have = reply.replicas.len() - gone.len();
     let tone = if have < reply.wanted { Tone::Warn } else { Tone::Good };
+    let mut replicas = format!("{have} of {}", reply.wanted);
+    if !gone.is_empty() {
+        replicas.push_str(&format!(", besides {}", gone.join(", ")));
+    }
     let mut lines = vec![
         ("shard", Cell::new(reply.shard.to_string()).tone(Tone::Strong)),
         ("holders", Cell::new(holders)),
-        ("replicas", Cell::new(format!("{have} of {}", reply.wanted)).tone(tone)),
+        ("replicas", Cell::new(replicas).tone(tone)),
     ];
     if reply.next.is_empty() {
         lines.push(("next", Cell::new("nothing")));
@@ -113,7 +122,15 @@ mod tests {
             }
         });
         let (holds, primary) = (role != "-", role == "primary");
-        NodeVerdict { node: node.into(), holds, primary, allowed: broken.is_empty(), rules: rules.into() }
+        let live = !broken.iter().any(|(rule, _)| *rule == "up");
+        NodeVerdict {
+            node: node.into(),
+            holds,
+            primary,
+            live,
+            allowed: broken.is_empty(),
+            rules: rules.into(),
+        }
     }
 
     fn reply() -> ExplainReply {
@@ -154,6 +171,16 @@ mod tests {
         ] {
             assert!(lines.iter().any(|l| l == line), "{line:?} is missing in:\n{text}");
         }
+    }
+
+    #[test]
+    fn a_holder_that_is_not_there_is_no_replica() {
+        let mut reply = reply();
+        reply.nodes[1] = verdict("n2", "replica", &[("up", "it is away for a moment")]);
+        let text = sheet(&reply);
+        let words: Vec<&str> =
+            text.lines().find(|line| line.starts_with("replicas")).unwrap().split_whitespace().collect();
+        assert_eq!(words.join(" "), "replicas 1 of 3, besides n2");
     }
 
     #[test]

@@ -10,9 +10,11 @@ use tracing_subscriber::EnvFilter;
 /// How data is printed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// For people.
+    /// For people; columns that have no room on the terminal are left out.
     #[default]
     Table,
+    /// The same, with all columns.
+    Wide,
     /// For programs: stable keys.
     Json,
 }
@@ -68,6 +70,16 @@ pub(crate) struct Global {
     pub(crate) verbose: u8,
 }
 
+impl Output {
+    /// Whether people read it.
+    pub(crate) fn is_for_people(self) -> bool {
+        match self {
+            Output::Table | Output::Wide => true,
+            Output::Json => false,
+        }
+    }
+}
+
 impl Global {
     /// How to reach NATS.
     pub(crate) fn nats_options(&self) -> NatsOptions {
@@ -107,7 +119,7 @@ impl Global {
         // A second call (tests in one process) keeps the first.
         let _ = tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(std::io::stderr)
+            .with_writer(|| super::talk::Log)
             .with_ansi(ansi)
             .try_init();
     }

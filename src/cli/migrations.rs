@@ -7,7 +7,7 @@ use super::interrupt::Interrupts;
 use super::node::parse_bytes;
 use super::patience::{admin, patiently};
 use super::render::{
-    self, Cell, Reader, Tone, ago, bytes, facts, json_line, local, note, number, plain, put, table,
+    self, Cell, Reader, Tone, ago, bytes, facts, fitted_table, json_line, local, note, number, plain, put,
 };
 use crate::client::Client;
 use crate::clock::wall;
@@ -129,7 +129,7 @@ fn listing(records: &[MigrationRecord], now: DateTime<Utc>) -> String {
             Cell::new(record.error.as_deref().unwrap_or(&record.reason)),
         ]
     };
-    table(&head, records.iter().map(row).collect())
+    fitted_table(&head, records.iter().map(row).collect(), &["BYTES", "STARTED", "TOOK", "DONE"])
 }
 
 pub(crate) fn sheet(record: &MigrationRecord, now: DateTime<Utc>) -> String {
@@ -176,16 +176,16 @@ async fn watch(global: &Global, client: &Client, only: Option<&str>) -> Result<E
         seen = true;
         let reader = match (change, global.output) {
             (Change::Event(event), Output::Json) => bars.bars.aside(|| json_line(&event))?,
-            (Change::Event(_), Output::Table) => Reader::Here,
+            (Change::Event(_), Output::Table | Output::Wide) => Reader::Here,
             (Change::Record(record), output) => {
                 bars.show(&record);
                 let over =
                     !record.phase.is_running() && ended.insert(record.id.clone(), record.phase).is_none();
                 match output {
-                    Output::Table if over => {
+                    Output::Table | Output::Wide if over => {
                         bars.bars.aside(|| put(&plain(&format!("{}  {}", record.id, outcome(&record)))))?
                     }
-                    Output::Table | Output::Json => Reader::Here,
+                    Output::Table | Output::Wide | Output::Json => Reader::Here,
                 }
             }
         };
@@ -247,7 +247,7 @@ pub(crate) async fn wait(global: &Global, client: &Client, id: &str) -> Result<E
         note(format!("error: {text}"));
         return Ok(Exit::Failed);
     }
-    if global.output == Output::Table {
+    if global.output.is_for_people() {
         put(&text)?;
     }
     Ok(Exit::Done)
@@ -259,7 +259,7 @@ pub(crate) async fn announce(global: &Global, client: &Client, id: &str) -> Resu
     render::show(global.output, &record, |record| {
         format!("migration {} has started: {}", record.id, title(record))
     })?;
-    if global.output == Output::Table {
+    if global.output.is_for_people() {
         note(format!("follow it with: ruvector-cluster migrations watch {id}"));
     }
     Ok(Exit::Done)

@@ -23,6 +23,7 @@ mod render;
 mod salvage;
 mod shards;
 mod status;
+mod talk;
 mod vectors;
 
 use clap::{Parser, Subcommand};
@@ -155,6 +156,7 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
     if !matches!(command, Command::Node(_) | Command::Demo(_) | Command::Dev(_)) {
         global.log("ruvector_cluster=warn");
     }
+    render::show_all_columns(global.output == global::Output::Wide);
     match command {
         Command::Demo(args) => demo::run(&global, args).await,
         Command::Dev(args) => dev::run(&global, args).await,
@@ -222,6 +224,7 @@ mod tests {
     fn every_command_of_the_contract_is_there() {
         for line in [
             "status -o json",
+            "nodes ls -o wide",
             "status --output json --nats nats://a:1,nats://b:2 --namespace x",
             "nodes ls",
             "nodes show n1",

@@ -10,6 +10,7 @@ use chrono::{DateTime, Utc};
 use comfy_table::{Attribute, Cell as TableCell, CellAlignment, Color, ContentArrangement, Table};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Whether somebody still reads what we print.
@@ -66,7 +67,7 @@ pub(crate) fn show<T: Serialize>(
 ) -> Result<Reader> {
     match output {
         Output::Json => json(value),
-        Output::Table => put(&table(value)),
+        Output::Table | Output::Wide => put(&table(value)),
     }
 }
 
@@ -171,12 +172,81 @@ pub(crate) fn facts<'a>(facts: impl IntoIterator<Item = (&'a str, Cell)>) -> Str
     columns(None, facts.into_iter().map(row).collect())
 }
 
+/// The same for a terminal that may be too narrow: columns named in `spare` are left out then, the first one first.
+pub(crate) fn fitted_table(head: &[&str], rows: Vec<Vec<Cell>>, spare: &[&str]) -> String {
+    let Some(width) = width().filter(|_| !ALL_COLUMNS.load(Ordering::Relaxed)) else {
+        return table(head, rows);
+    };
+    let out = left_out(head, &rows, spare, width);
+    if out.is_empty() {
+        return table(head, rows);
+    }
+    let keep = |at: &usize| !out.contains(at);
+    let head_kept: Vec<&str> = (0..head.len()).filter(keep).map(|at| head[at]).collect();
+    let kept = rows.into_iter().map(|row| {
+        let cells = row.into_iter().enumerate().filter(|(at, _)| keep(at));
+        cells.map(|(_, cell)| cell).collect()
+    });
+    let text = table(&head_kept, kept.collect());
+    let names: Vec<String> = out.iter().map(|at| head[*at].to_lowercase()).collect();
+    format!(
+        "{text}\n{}",
+        paint(Tone::Dim, &format!("no room for {}: see -o wide", names.join(", ")), colours())
+    )
+}
+
+/// Which columns have no room.
+fn left_out(head: &[&str], rows: &[Vec<Cell>], spare: &[&str], width: usize) -> Vec<usize> {
+    let needed = |at: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.text.chars().count());
+        cells.chain([head[at].chars().count()]).max().unwrap_or_default() + GAP
+    };
+    let mut total = (0..head.len()).map(needed).sum::<usize>().saturating_sub(GAP);
+    let mut out = Vec::new();
+    for name in spare {
+        if total <= width {
+            break;
+        }
+        if let Some(at) = head.iter().position(|column| column == name) {
+            total = total.saturating_sub(needed(at));
+            out.push(at);
+        }
+    }
+    out.sort_unstable();
+    out
+}
+
+/// Blanks between two columns.
+const GAP: usize = 2;
+/// Of a terminal that does not say its own, or says nonsense: some say 0.
+const USUAL_WIDTH: u16 = 80;
+const LEAST_WIDTH: u16 = 20;
+
+static ALL_COLUMNS: AtomicBool = AtomicBool::new(false);
+
+/// Whether tables are shown whole, whatever the terminal's width.
+pub(crate) fn show_all_columns(all: bool) {
+    ALL_COLUMNS.store(all, Ordering::Relaxed);
+}
+
+/// Columns of the terminal, if stdout is one.
+fn width() -> Option<usize> {
+    std::io::stdout().is_terminal().then(|| usable_width(Table::new().width()).into())
+}
+
+fn usable_width(said: Option<u16>) -> u16 {
+    said.filter(|width| *width >= LEAST_WIDTH).unwrap_or(USUAL_WIDTH)
+}
+
 fn columns(head: Option<&[&str]>, rows: Vec<Vec<Cell>>) -> String {
     let colours = colours();
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
-    if std::io::stdout().is_terminal() {
-        table.set_content_arrangement(ContentArrangement::Dynamic);
+    if std::io::stdout().is_terminal() && !ALL_COLUMNS.load(Ordering::Relaxed) {
+        let width = usable_width(table.width());
+        table.set_width(width).set_content_arrangement(ContentArrangement::Dynamic);
+    } else if std::io::stdout().is_terminal() {
+        table.set_content_arrangement(ContentArrangement::Disabled);
     } else {
         // Long lines are for programs to cut, not for us.
         table.force_no_tty().set_content_arrangement(ContentArrangement::Disabled);
@@ -205,7 +275,7 @@ fn columns(head: Option<&[&str]>, rows: Vec<Vec<Cell>>) -> String {
         table.add_row(row.iter().map(styled).collect::<Vec<_>>());
     }
     for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+        column.set_padding((0, GAP as u16));
     }
     table.trim_fmt()
 }
@@ -320,6 +390,26 @@ mod tests {
         ];
         let text = table(&["NODE", "SHARDS", "STATUS"], rows);
         assert_eq!(text, "NODE    SHARDS  STATUS\nn1           7  up\nnode-2   1,234  down");
+    }
+
+    #[test]
+    fn columns_without_room_are_left_out_in_order() {
+        let head = ["NODE", "ADDRESS", "STATUS", "VERSION"];
+        let rows =
+            vec![vec![Cell::new("n1"), Cell::new("127.0.0.1:4000"), Cell::new("up"), Cell::new("0.2.0")]];
+        let spare = ["VERSION", "ADDRESS"];
+        assert_eq!(left_out(&head, &rows, &spare, 37), [0usize; 0]);
+        assert_eq!(left_out(&head, &rows, &spare, 36), [3]);
+        assert_eq!(left_out(&head, &rows, &spare, 28), [3]);
+        assert_eq!(left_out(&head, &rows, &spare, 27), [1, 3]);
+        assert_eq!(left_out(&head, &rows, &spare, 1), [1, 3]);
+    }
+
+    #[test]
+    fn a_terminal_of_no_width_counts_as_a_usual_one() {
+        for (said, width) in [(None, 80), (Some(0), 80), (Some(7), 80), (Some(40), 40), (Some(120), 120)] {
+            assert_eq!(usable_width(said), width);
+        }
     }
 
     #[test]

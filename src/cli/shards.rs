@@ -4,7 +4,7 @@ use super::exit::Exit;
 use super::global::Global;
 use super::migrations::{announce, wait};
 use super::patience::{admin, patiently};
-use super::render::{self, Cell, Tone, ago, bytes, count, facts, local, note, number, table};
+use super::render::{self, Cell, Tone, ago, bytes, count, facts, fitted_table, local, note, number, table};
 use crate::client::Client;
 use crate::clock::wall;
 use crate::error::{Error, Result};
@@ -163,7 +163,7 @@ fn listing(lines: &[Line]) -> String {
             },
         ]
     };
-    table(&head, lines.iter().map(row).collect())
+    fitted_table(&head, lines.iter().map(row).collect(), &["SIZE", "VECTORS", "PRIMARY"])
 }
 
 fn check(client: &Client, shard: ShardId) -> Result<()> {

@@ -76,6 +76,10 @@ impl Client {
 }
 
 impl Search<'_> {
+    fn missing(&self) -> String {
+        format!("{} of {} shards", self.unanswered.len(), self.client.settings().num_shards)
+    }
+
     async fn run(&mut self) -> Result<()> {
         self.client.budget().earn();
         let hedge = (self.deadline - Instant::now()) / 4;
@@ -86,12 +90,12 @@ impl Search<'_> {
             tokio::select! {
                 biased;
                 () = tokio::time::sleep_until(self.deadline) => {
-                    let missing = self.unanswered.len();
+                    let missing = self.missing();
                     return Err(match self.last.take() {
                         // Unlike a write, a search that is still under way changes nothing either.
                         Some(Error::Busy(text)) => Error::Busy(text),
-                        Some(error) => Error::Unavailable(format!("{missing} of the shards did not answer: {error}")),
-                        None => Error::Unavailable(format!("{missing} of the shards did not answer in time")),
+                        Some(error) => Error::Unavailable(format!("{missing} did not answer: {error}")),
+                        None => Error::Unavailable(format!("{missing} did not answer in time")),
                     });
                 }
                 Some(answer) = under_way.next() => {
@@ -196,7 +200,9 @@ impl Search<'_> {
             }
             Asked::Answer(Err(error)) if !error.is_retryable() => return Err(error),
             Asked::Answer(Err(error)) | Asked::NoAnswer(error) => self.last = Some(error),
-            Asked::NoResponders => self.last = Some(Error::Unavailable("a node has gone".into())),
+            Asked::NoResponders => {
+                self.last = Some(Error::Unavailable("the node that was asked is not there".into()))
+            }
         }
         Ok(shards.iter().any(|shard| self.unanswered.contains(shard)))
     }

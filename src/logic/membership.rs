@@ -116,7 +116,7 @@ impl Membership {
             PingOutcome::Answered(_) => {
                 known.set(node, NodeStatus::Down, "another process answers under its name")
             }
-            PingOutcome::NoResponders => known.set(node, NodeStatus::Down, "NATS has no connection of it"),
+            PingOutcome::NoResponders => known.set(node, NodeStatus::Down, "NATS has no connection from it"),
             PingOutcome::Silent => vec![],
         }
     }

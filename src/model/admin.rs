@@ -322,10 +322,17 @@ pub struct NodeVerdict {
     pub holds: bool,
     /// Whether it is the primary.
     pub primary: bool,
+    /// Whether it is there: up, suspected for a moment, or draining.
+    #[serde(default = "yes")]
+    pub live: bool,
     /// Whether every rule allows it to hold the shard.
     pub allowed: bool,
     /// Rule by rule.
     pub rules: Vec<RuleVerdict>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// One rule about one node and one shard.

@@ -184,6 +184,15 @@ const SUBSCRIPTION_CAPACITY: usize = 8_192;
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(4);
 
+/// A server's address, and its name if somebody has given it one.
+fn named(info: &async_nats::ServerInfo) -> String {
+    let address = format!("{}:{}", info.host, info.port);
+    if info.server_name.is_empty() || info.server_name == info.server_id {
+        return address;
+    }
+    format!("{} at {address}", info.server_name)
+}
+
 impl Nats {
     /// Connects; `name` is what NATS's own tools show.
     ///
@@ -361,7 +370,7 @@ impl Nats {
                 if text.contains("not enabled") || text.contains("no responders") || !info.jetstream {
                     return Err(Error::Invalid(format!(
                         "the NATS server {} has JetStream switched off: start it with -js, or with nats/single.conf",
-                        info.server_name
+                        named(&info)
                     )));
                 }
                 return Err(unavailable("JetStream does not answer", error));

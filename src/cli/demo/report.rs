@@ -211,7 +211,7 @@ impl Report {
             ("acknowledged", Cell::new(under_load)),
             ("lost", good(self.lost == 0, number(self.lost))),
             ("wrong", good(self.wrong_reads == 0, wrong)),
-            ("failed", Cell::new(format!("{} after 1 s", count(self.failed_requests as u64, "request")))),
+            ("failed", Cell::new(format!("{} (time limit 1 s)", number(self.failed_requests as u64)))),
             ("moved", Cell::new(format!("{moved}, {} MB/s", self.move_mb_per_s))),
             ("crash", Cell::new(format!("noticed after {} ms", number(self.crash_noticed_ms)))),
             ("leader", Cell::new(format!("replaced after {} ms", number(self.leader_failover_ms)))),

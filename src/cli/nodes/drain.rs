@@ -73,7 +73,7 @@ pub(super) async fn drain(global: &Global, args: DrainArgs) -> Result<Exit> {
     let mut reply = patiently(admin(&client).drain(&args.node)).await?;
     if args.no_wait && !args.wait {
         render::show(global.output, &reply, far)?;
-        if global.output == Output::Table && reply.replicas > 0 {
+        if global.output.is_for_people() && reply.replicas > 0 {
             note(hints(&args.node));
         }
         return Ok(Exit::Done);
@@ -84,7 +84,7 @@ pub(super) async fn drain(global: &Global, args: DrainArgs) -> Result<Exit> {
         render::json(&reply)?;
     }
     match (end, global.output) {
-        (End::Empty | End::Stuck, Output::Table) => render::put(&text).map(drop)?,
+        (End::Empty | End::Stuck, Output::Table | Output::Wide) => render::put(&text).map(drop)?,
         // The answer of the leader says it all.
         (End::Empty | End::Stuck, Output::Json) => {}
         (End::CalledOff | End::Late | End::Interrupted, _) => note(&text),

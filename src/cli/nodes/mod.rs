@@ -7,7 +7,7 @@ mod show;
 use super::exit::Exit;
 use super::global::Global;
 use super::patience::{admin, patiently};
-use super::render::{self, Cell, Tone, ago, note, table};
+use super::render::{self, Cell, Tone, ago, fitted_table, note};
 use crate::client::Client;
 use crate::clock::wall;
 use crate::error::{Error, Result};
@@ -155,7 +155,8 @@ fn listing(nodes: &[NodeView], leader: Option<&str>, now: DateTime<Utc>) -> Stri
             dash(&record.version),
         ]
     };
-    table(&head, nodes.iter().map(row).collect())
+    let spare = ["VERSION", "ADDRESS", "SINCE", "WEIGHT", "RACK"];
+    fitted_table(&head, nodes.iter().map(row).collect(), &spare)
 }
 
 #[cfg(test)]

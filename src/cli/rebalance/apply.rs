@@ -63,7 +63,7 @@ pub(super) async fn run(global: &Global, args: ApplyArgs) -> Result<Exit> {
             let text = look::planned(&reply, shown());
             // The answer alone is data for a program.
             match global.output {
-                Output::Table => put(&text).map(drop)?,
+                Output::Table | Output::Wide => put(&text).map(drop)?,
                 Output::Json => note(text),
             }
             reply.id
@@ -76,13 +76,13 @@ pub(super) async fn run(global: &Global, args: ApplyArgs) -> Result<Exit> {
     let reply = patiently(admin(&client).apply(&id)).await.map_err(again)?;
     match global.output {
         Output::Json => render::json(&reply).map(drop)?,
-        Output::Table if args.wait => note(started(&id, &reply)),
-        Output::Table => put(&started(&id, &reply)).map(drop)?,
+        Output::Table | Output::Wide if args.wait => note(started(&id, &reply)),
+        Output::Table | Output::Wide => put(&started(&id, &reply)).map(drop)?,
     }
     if args.wait {
         return wait(global, &client, &id, begun, args.timeout).await;
     }
-    if global.output == Output::Table {
+    if global.output.is_for_people() {
         note("follow it with: ruvector-cluster migrations watch");
     }
     Ok(Exit::Done)
@@ -153,7 +153,7 @@ async fn wait(global: &Global, client: &Client, id: &str, begun: Instant, timeou
             note(format!("error: {left} are left, and nothing has moved for {}\n{goes_on}", span(STALLED)));
             return Ok(Exit::Failed);
         }
-        (End::Done, Output::Table) => {
+        (End::Done, Output::Table | Output::Wide) => {
             put(&format!("plan {} is done (took {})", plain(id), span(begun.elapsed())))?;
         }
         (End::Done, Output::Json) => {}

@@ -7,7 +7,7 @@ mod look;
 pub(crate) use look::unmet;
 
 use super::exit::Exit;
-use super::global::{Global, Output};
+use super::global::Global;
 use super::patience::{admin, patiently};
 use super::render::{self, note};
 use crate::error::Result;
@@ -81,7 +81,7 @@ pub(crate) async fn run(global: &Global, command: RebalanceCommand) -> Result<Ex
             let client = global.client().await?;
             let reply = patiently(admin(&client).plan()).await?;
             render::show(global.output, &reply, |reply| look::planned(reply, shown()))?;
-            if global.output == Output::Table && !is_nothing(&reply) {
+            if global.output.is_for_people() && !is_nothing(&reply) {
                 note(format!("carry it out with: ruvector-cluster rebalance apply {}", reply.id));
             }
             Ok(Exit::Done)

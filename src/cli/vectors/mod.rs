@@ -127,7 +127,7 @@ async fn get(global: &Global, id: &str, consistency: Consistency) -> Result<Exit
         note(format!("there is no vector {id:?} (it would be in shard {})", reply.shard));
     }
     match (missing, global.output) {
-        (true, super::global::Output::Table) => {}
+        (true, output) if output.is_for_people() => {}
         _ => drop(render::show(global.output, &reply, sheet)?),
     }
     Ok(if missing { Exit::Failed } else { Exit::Done })

@@ -9,12 +9,13 @@ use crate::error::{Error, Result};
 use crate::model::api::{SearchReply, to_seqs};
 use crate::model::vector::MAX_K;
 use crate::model::{Consistency, Payload, SearchQuery};
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("near").required(true).args(["vector", "like"])))]
 pub(crate) struct SearchArgs {
     /// Near to these numbers, a JSON array.
-    #[arg(long, value_name = "NUMBERS", required_unless_present = "like", conflicts_with = "like")]
+    #[arg(long, value_name = "NUMBERS")]
     vector: Option<Numbers>,
     /// Near to a stored vector, which itself is left out.
     #[arg(long, value_name = "ID")]
@@ -60,7 +61,7 @@ pub(crate) async fn run(global: &Global, args: SearchArgs) -> Result<Exit> {
 
 async fn stored(client: &Client, id: &str, consistency: Consistency) -> Result<Vec<f32>> {
     let found = client.get_with(id, consistency).await?;
-    let absent = || Error::NotFound(format!("there is no vector {id:?} to look for the like of"));
+    let absent = || Error::NotFound(format!("no vector {id:?} to compare with"));
     Ok(found.entry.ok_or_else(absent)?.vector)
 }
 

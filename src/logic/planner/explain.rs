@@ -48,6 +48,17 @@ pub(crate) fn explain(input: &PlanInput, shard: ShardId) -> Option<ExplainReply>
     } else {
         format!("it is on {}: every rule holds, and a replica that may stay stays", replicas.join(", "))
     };
+    let away: Vec<&str> = (0..world.names.len())
+        .filter(|node| !world.roles[*node].is_live() && replicas.contains(world.names[*node]))
+        .map(|node| world.names[node].as_str())
+        .collect();
+    let summary = match away.as_slice() {
+        [] => summary,
+        // That is what the summary says already.
+        _ if state.stuck => summary,
+        [one] => format!("{summary}; {one} is not there now"),
+        some => format!("{summary}; {} are not there now", some.join(", ")),
+    };
     Some(ExplainReply { shard, replicas: replicas.clone(), wanted, summary, next, nodes, causes: Vec::new() })
 }
 
@@ -66,7 +77,7 @@ fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
             (holds, "it is suspect or in maintenance: it keeps what it has and gets nothing")
         }
         Role::Waiting { live: false } => {
-            (holds, "it is away for a moment: its replicas are waited for, it gets nothing")
+            (false, "it is away for a moment: its replicas are waited for, it gets nothing")
         }
         Role::Draining => (false, "it is draining"),
         Role::Gone => (false, "it is gone for longer than its replicas are waited for"),
@@ -76,6 +87,7 @@ fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
         true => rule("copy", true, "it holds the shard".to_owned()),
         false => rule("copy", true, "it does not hold the shard yet".to_owned()),
     }
+    let waited_for = holds && role == Role::Waiting { live: false };
     let others = world.rack_use(shard, node, holds.then_some(node));
     let rack = match world.input.nodes[name].rack.as_str() {
         "" => "its own rack".to_owned(),
@@ -105,8 +117,10 @@ fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
     NodeVerdict {
         node: name.clone(),
         holds,
+        live: role.is_live(),
         primary: state.input.replicas.first() == Some(name),
-        allowed: rules.iter().all(|rule| rule.ok),
+        // What is waited for may stay.
+        allowed: rules.iter().all(|rule| rule.ok || (rule.rule == "up" && waited_for)),
         rules,
     }
 }
