@@ -3,7 +3,7 @@
 use super::exit::Exit;
 use super::global::{Global, Output};
 use super::patience::history;
-use super::render::{Reader, Tone, colours, count, json_line, local, paint, plain, put};
+use super::render::{Reader, Tone, colours, count, json_line, local, paint, plain, put, sentence};
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::model::ShardId;
@@ -11,12 +11,17 @@ use crate::model::events::Event;
 use chrono::{DateTime, Utc};
 use clap::Args;
 use futures::StreamExt;
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// What is kept is read at once; a pause means that NATS has gone.
 const SILENCE: Duration = Duration::from_secs(10);
 /// How long the like of an event is waited for before it is shown, when following.
 const BREATH: Duration = Duration::from_millis(300);
+/// Events that are so near to each other in time may be one line.
+const MOMENT: chrono::TimeDelta = chrono::TimeDelta::seconds(2);
+/// Lines that wait for more of their kind.
+const MOST_GROUPS: usize = 256;
 /// Shards that are named on one line.
 const NAMED: usize = 12;
 
@@ -36,17 +41,17 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> Result<Exit> {
     let back = chrono::TimeDelta::from_std(args.since).ok();
     let since = back.and_then(|back| wall().checked_sub_signed(back)).unwrap_or_default();
     let mut events = history(&client, since, args.follow).await?;
-    let mut fold = Fold { colours: colours(), whole: global.output == Output::Wide, group: None };
+    let mut fold = Fold::new(colours(), global.output == Output::Wide);
     loop {
         // Whoever follows wants to see what there is.
-        let patience = if args.follow && fold.group.is_some() { BREATH } else { SILENCE };
+        let patience = if args.follow && !fold.groups.is_empty() { BREATH } else { SILENCE };
         let event = match tokio::time::timeout(patience, events.next()).await {
             Ok(Some(event)) => event,
             Ok(None) => {
-                fold.end().map_or(Ok(Reader::Here), |line| put(&line))?;
+                put_all(fold.end())?;
                 return Ok(Exit::Done);
             }
-            Err(_) if args.follow => match fold.end().map_or(Ok(Reader::Here), |line| put(&line))? {
+            Err(_) if args.follow => match put_all(fold.end())? {
                 Reader::Here => continue,
                 Reader::Gone => return Ok(Exit::Done),
             },
@@ -56,7 +61,7 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> Result<Exit> {
         };
         let reader = match global.output {
             Output::Json => json_line(&event)?,
-            Output::Table | Output::Wide => fold.take(event).map_or(Ok(Reader::Here), |line| put(&line))?,
+            Output::Table | Output::Wide => put_all(fold.take(event))?,
         };
         if reader == Reader::Gone {
             return Ok(Exit::Done);
@@ -64,48 +69,77 @@ pub(crate) async fn run(global: &Global, args: EventsArgs) -> Result<Exit> {
     }
 }
 
-/// Events that came one after the other and are the same but for their shards, as one line.
+/// Events that came within a moment and are the same but for their shards, as one line.
 #[derive(Debug)]
 struct Fold {
     colours: bool,
     /// Every event has a line of its own.
     whole: bool,
-    /// The first event, the shards of the others, and when the last one was.
-    group: Option<(Event, Vec<ShardId>, DateTime<Utc>)>,
+    /// In the order of their first events; few, as a moment is short.
+    groups: VecDeque<Group>,
+}
+
+#[derive(Debug)]
+struct Group {
+    first: Event,
+    others: Vec<ShardId>,
+    last: DateTime<Utc>,
 }
 
 impl Fold {
-    /// Takes the next event, and gives back the line that is complete with it.
-    fn take(&mut self, event: Event) -> Option<String> {
-        if self.whole {
-            return Some(line(&event, self.colours));
-        }
-        if let Some((first, others, last)) = &mut self.group
-            && is_like(first, &event)
-            && (event.at - *last).abs() <= chrono::TimeDelta::seconds(2)
-        {
-            others.extend(event.shard);
-            *last = event.at;
-            return None;
-        }
-        let before = self.end();
-        let at = event.at;
-        self.group = Some((event, Vec::new(), at));
-        before
+    fn new(colours: bool, whole: bool) -> Fold {
+        Fold { colours, whole, groups: VecDeque::new() }
     }
 
-    /// The last line.
-    fn end(&mut self) -> Option<String> {
-        let (first, others, _) = self.group.take()?;
+    /// Takes the next event, and gives back the lines that are complete with it.
+    fn take(&mut self, event: Event) -> Vec<String> {
+        if self.whole {
+            return vec![line(&event, self.colours)];
+        }
+        let mut lines = Vec::new();
+        while self.groups.front().is_some_and(|group| (event.at - group.last).abs() > MOMENT)
+            || self.groups.len() >= MOST_GROUPS
+        {
+            lines.extend(self.next());
+        }
+        match self.groups.iter_mut().find(|group| is_like(&group.first, &event)) {
+            Some(group) => {
+                group.others.extend(event.shard);
+                group.last = event.at;
+            }
+            None => {
+                self.groups.push_back(Group { last: event.at, first: event, others: Vec::new() });
+            }
+        }
+        lines
+    }
+
+    /// What is left.
+    fn end(&mut self) -> Vec<String> {
+        std::iter::from_fn(|| self.next()).collect()
+    }
+
+    fn next(&mut self) -> Option<String> {
+        let Group { first, others, .. } = self.groups.pop_front()?;
         let mut text = line(&first, self.colours);
         if !others.is_empty() {
             let named: Vec<String> = others.iter().take(NAMED).map(ShardId::to_string).collect();
             let more = if others.len() > NAMED { ", …" } else { "" };
             let count = count(others.len() as u64, "other shard");
-            text.push_str(&format!("; so for {count}: {}{more}", named.join(", ")));
+            text.push_str(&format!("; likewise for {count}: {}{more}", named.join(", ")));
         }
         Some(text)
     }
+}
+
+/// Prints lines as long as somebody reads them.
+fn put_all(lines: Vec<String>) -> Result<Reader> {
+    for line in lines {
+        if put(&sentence(&line))? == Reader::Gone {
+            return Ok(Reader::Gone);
+        }
+    }
+    Ok(Reader::Here)
 }
 
 /// Whether only the shard differs.
@@ -155,29 +189,40 @@ mod tests {
 
     #[test]
     fn events_that_differ_in_their_shard_only_are_one_line() {
-        let degraded = |shard: u32, status: &str| {
-            Event::new("shard.degraded", format!("shard {shard} is {status}")).shard(ShardId(shard))
-        };
-        let mut fold = Fold { colours: false, whole: false, group: None };
+        let about = |shard: u32, text: String| Event::new("shard.degraded", text).shard(ShardId(shard));
+        let degraded = |shard| about(shard, format!("shard {shard} is degraded"));
+        let promoted =
+            |shard, to| about(shard, format!("{to} is primary of shard {shard} instead of n3")).node(to);
+        let mut fold = Fold::new(false, false);
         let mut lines = Vec::new();
         for shard in 0..16 {
-            lines.extend(fold.take(degraded(shard, "degraded")));
+            lines.extend(fold.take(degraded(shard)));
+            lines.extend(fold.take(promoted(shard, if shard % 2 == 0 { "n1" } else { "n2" })));
         }
-        lines.extend(fold.take(degraded(16, "offline")));
-        lines.extend(fold.take(Event::new("node.down", "n2 is down")));
-        lines.extend(fold.take(Event::new("node.down", "n3 is down")));
-        let late =
-            Event { at: DateTime::UNIX_EPOCH + chrono::TimeDelta::seconds(5), ..degraded(1, "degraded") };
-        lines.extend(fold.take(degraded(0, "degraded")));
-        lines.extend(fold.take(late));
-        lines.extend(fold.end());
+        lines.extend(fold.take(about(16, "shard 16 is offline".into())));
+        for _ in 0..2 {
+            lines.extend(fold.take(Event::new("node.down", "n2 is down")));
+        }
+        assert!(lines.is_empty(), "{lines:?}");
+        let late = DateTime::UNIX_EPOCH + chrono::TimeDelta::seconds(3);
+        lines.extend(fold.take(Event { at: late, ..degraded(0) }));
         assert_eq!(lines.len(), 6, "{lines:?}");
-        assert!(lines[0].ends_with(
-            "shard 0 is degraded; so for 15 other shards: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, …"
+        let all = "; likewise for 15 other shards: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, …";
+        assert!(lines[0].ends_with(&format!("shard 0 is degraded{all}")), "{}", lines[0]);
+        assert!(lines[1].ends_with(
+            "n1 is primary of shard 0 instead of n3; likewise for 7 other shards: 2, 4, 6, 8, 10, 12, 14"
         ));
-        assert!(lines[1].ends_with("shard 16 is offline"));
-        assert!(fold.end().is_none());
-        let mut whole = Fold { colours: false, whole: true, group: None };
-        assert!((0..3).all(|shard| whole.take(degraded(shard, "degraded")).is_some()));
+        assert!(lines[3].ends_with("shard 16 is offline"));
+        assert_eq!(fold.end().len(), 1);
+        assert!(fold.end().is_empty());
+        let mut whole = Fold::new(false, true);
+        assert!((0..3).all(|shard| whole.take(degraded(shard)).len() == 1));
+    }
+
+    #[test]
+    fn lines_that_wait_have_a_bound() {
+        let mut fold = Fold::new(false, false);
+        let taken: usize = (0..1_000).map(|n| fold.take(Event::new("node.down", format!("{n}"))).len()).sum();
+        assert_eq!((taken, fold.end().len()), (1_000 - MOST_GROUPS, MOST_GROUPS));
     }
 }

@@ -3,7 +3,7 @@
 use super::exit::Exit;
 use super::global::Global;
 use super::patience::{admin, patiently};
-use super::render::{self, Cell, Tone, facts, note, plain, table};
+use super::render::{self, Cell, Tone, facts, note, plain, sentence, table};
 use crate::client::Client;
 use crate::error::Result;
 use crate::model::admin::{ExplainReply, NodeVerdict, RuleVerdict};
@@ -53,7 +53,7 @@ fn sheet(reply: &ExplainReply) -> String {
         let said = format!("{}: {}", cause.node, cause.text);
         (if at == 0 { "causes" } else { "" }, Cell::new(said).tone(tone))
     }));
-    format!("{}\n\n{}\n\n{}", plain(&reply.summary), facts(lines), verdicts(&reply.nodes))
+    format!("{}\n\n{}\n\n{}", sentence(&plain(&reply.summary)), facts(lines), verdicts(&reply.nodes))
 }
 
 /// A line for each node, and one more for each further rule that it breaks.

@@ -44,6 +44,32 @@ pub(crate) fn note(text: impl AsRef<str>) {
     let _ = writeln!(std::io::stderr().lock(), "{}", text.as_ref());
 }
 
+/// A sentence in lines that fit the terminal, broken between words.
+pub(crate) fn sentence(text: &str) -> String {
+    width().map_or_else(|| text.to_owned(), |width| broken(text, width))
+}
+
+fn broken(text: &str, width: usize) -> String {
+    const INDENT: &str = "    ";
+    let mut out = String::with_capacity(text.len() + 8);
+    let mut used = 0;
+    for (at, word) in text.split(' ').enumerate() {
+        // Escape codes have no width; they make a line a little shorter than it could be.
+        let length = word.chars().count();
+        if at > 0 && used + 1 + length > width {
+            out.push('\n');
+            out.push_str(INDENT);
+            used = INDENT.len();
+        } else if at > 0 {
+            out.push(' ');
+            used += 1;
+        }
+        out.push_str(word);
+        used += length;
+    }
+    out
+}
+
 /// Prints one value: compact for programs, indented for somebody who looks.
 pub(crate) fn json(value: &impl Serialize) -> Result<Reader> {
     let text = if std::io::stdout().is_terminal() {
@@ -201,7 +227,7 @@ fn left_out(head: &[&str], rows: &[Vec<Cell>], spare: &[&str], width: usize) -> 
         let cells = rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.text.chars().count());
         cells.chain([head[at].chars().count()]).max().unwrap_or_default() + GAP
     };
-    let mut total = (0..head.len()).map(needed).sum::<usize>().saturating_sub(GAP);
+    let mut total = (0..head.len()).map(needed).sum::<usize>();
     let mut out = Vec::new();
     for name in spare {
         if total <= width {
@@ -398,11 +424,19 @@ mod tests {
         let rows =
             vec![vec![Cell::new("n1"), Cell::new("127.0.0.1:4000"), Cell::new("up"), Cell::new("0.2.0")]];
         let spare = ["VERSION", "ADDRESS"];
-        assert_eq!(left_out(&head, &rows, &spare, 37), [0usize; 0]);
-        assert_eq!(left_out(&head, &rows, &spare, 36), [3]);
-        assert_eq!(left_out(&head, &rows, &spare, 28), [3]);
-        assert_eq!(left_out(&head, &rows, &spare, 27), [1, 3]);
+        assert_eq!(left_out(&head, &rows, &spare, 39), [0usize; 0]);
+        assert_eq!(left_out(&head, &rows, &spare, 38), [3]);
+        assert_eq!(left_out(&head, &rows, &spare, 30), [3]);
+        assert_eq!(left_out(&head, &rows, &spare, 29), [1, 3]);
         assert_eq!(left_out(&head, &rows, &spare, 1), [1, 3]);
+    }
+
+    #[test]
+    fn a_sentence_is_broken_between_words() {
+        assert_eq!(broken("it is on n1, and may stay", 14), "it is on n1,\n    and may\n    stay");
+        assert_eq!(broken("short", 14), "short");
+        assert_eq!(broken("averyveryverylongword and more", 14), "averyveryverylongword\n    and more");
+        assert_eq!(broken("two  blanks", 80), "two  blanks");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::exit::Exit;
 use super::global::Global;
 use super::patience::{admin, patiently};
-use super::render::{self, Cell, Tone, colours, count, facts, number, paint, plain};
+use super::render::{self, Cell, Tone, colours, count, facts, number, paint, plain, sentence};
 use crate::error::Result;
 use crate::model::admin::{HealthStatus, StatusReply};
 use crate::model::records::ClusterRecord;
@@ -80,8 +80,9 @@ fn screen(namespace: &str, settings: &ClusterRecord, status: &StatusReply) -> St
     let colours = colours();
     for (at, warning) in status.warnings.iter().enumerate() {
         text.push_str(if at == 0 { "\n\n" } else { "\n" });
-        text.push_str(&paint(Tone::Warn, "warning: ", colours));
-        text.push_str(&plain(warning));
+        // Painted after it has been broken into lines.
+        let lines = sentence(&format!("warning: {}", plain(warning)));
+        text.push_str(&lines.replacen("warning: ", &paint(Tone::Warn, "warning: ", colours), 1));
     }
     text
 }

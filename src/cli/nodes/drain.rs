@@ -10,7 +10,7 @@ use crate::cli::global::{Global, Output};
 use crate::cli::interrupt::Interrupts;
 use crate::cli::patience::{AWAY, admin, deadline, patiently};
 use crate::cli::rebalance::unmet;
-use crate::cli::render::{self, count, note, plain, span};
+use crate::cli::render::{self, count, note, plain, sentence, span};
 use crate::client::Client;
 use crate::error::Result;
 use crate::model::NodeId;
@@ -64,7 +64,8 @@ pub(super) async fn drain(global: &Global, args: DrainArgs) -> Result<Exit> {
     let client = global.client().await?;
     let nodes = patiently(admin(&client).nodes()).await?;
     let node = find(&nodes, &args.node)?;
-    note(intent(node, &nodes, client.settings().replication_factor as usize));
+    let intent = intent(node, &nodes, client.settings().replication_factor as usize);
+    note(intent.lines().map(sentence).collect::<Vec<_>>().join("\n"));
     let asked = format!("drain {}?", args.node);
     if !node.record.draining && !confirmed(&asked, args.yes).await? {
         return Ok(Exit::Failed);
