@@ -79,6 +79,9 @@ pub struct ClusterConfig {
     pub cache_bytes: usize,
     /// A node that is down for longer gets its replicas rebuilt elsewhere. Default: 5 min.
     pub rereplicate_after: Duration,
+    /// The record of a node that is away and holds nothing any more, as it was drained or replaced, ends after so long, 1 s or
+    /// more. Default: 24 h.
+    pub forget_after: Duration,
     /// How far a node's replicas may be from its weighted share before they are evened out, in percent of the
     /// share, 0 to 100. 0 (the default): evened out to within one replica, once something is more than a
     /// tenth away.
@@ -136,6 +139,7 @@ impl Default for ClusterConfig {
             stores: None,
             cache_bytes: 256 << 20,
             rereplicate_after: Duration::from_secs(300),
+            forget_after: Duration::from_secs(86_400),
             max_skew_percent: 0,
             hot_window: Duration::from_secs(30),
             hot_cool_down: Duration::from_secs(600),
@@ -181,6 +185,7 @@ impl ClusterConfig {
         range("heartbeat_interval in ms", self.heartbeat_interval.as_millis(), 50, 60_000);
         let beats = self.heartbeat_interval.as_millis() * 3;
         range("failure_timeout in ms", self.failure_timeout.as_millis(), beats, 3_600_000);
+        range("forget_after in ms", self.forget_after.as_millis(), 1_000, u128::from(u64::MAX));
         range("lease_ttl in ms", self.lease_ttl.as_millis(), 1_000, 300_000);
         range("max_skew_percent", self.max_skew_percent.into(), 0, 100);
         range("migration_chunk in bytes", self.migration_chunk as u128, 4_096, 64 << 20);

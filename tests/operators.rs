@@ -398,3 +398,55 @@ async fn load_is_told_by_shard_and_by_node() {
     }
     load.finish().await;
 }
+
+/// What the bucket says, which is what `nodes ls` lists.
+async fn is_known(cluster: &TestCluster, node: &str) -> bool {
+    cluster.by_hand().keys("nodes").await.expect("the bucket").iter().any(|key| key == node)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_gone_for_good_can_be_forgotten_but_not_while_it_holds_something() {
+    let setup = Setup { nodes: 4, shards: 4, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--rereplicate-after", "1s")).await;
+    cluster.wait_even(&["n1", "n2", "n3", "n4"]).await;
+    cluster.command("nodes forget n4").await.refused("only a node that is gone");
+    cluster.command("nodes maintenance on n4 --reason test --for 1h").await.done();
+    cluster.node("n4").kill().await.unwrap();
+    eventually("it is refused for what it holds", || async {
+        let ran = cluster.command("nodes forget n4").await;
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        if ran.err.contains("a holder of shard") { Ok(()) } else { Err(ran.err) }
+    })
+    .await;
+    cluster.command("nodes maintenance off n4").await.done();
+    cluster.wait_green_with(3).await;
+    let warned = |status: &Value| status["warnings"].to_string().contains("n4");
+    let status = cluster.status().await.unwrap();
+    assert!(!warned(&status), "it was replaced: {status}");
+    cluster.command("nodes forget n4").await.done();
+    assert!(!is_known(&cluster, "n4").await);
+    cluster.command("nodes forget n4").await.refused("is not known");
+    assert!(cluster.events().await.iter().any(|e| e["event"] == "node.forgotten" && e["node"] == "n4"));
+    eventually("it counts no more", || async {
+        let status = cluster.status().await?;
+        if status["nodes"]["total"] == 3 { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    // After all it comes back, like a new node.
+    cluster.node("n4").restart().unwrap();
+    cluster.wait_even(&["n1", "n2", "n3", "n4"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_was_drained_and_stopped_is_forgotten_by_itself() {
+    let setup = Setup { nodes: 2, shards: 2, replication_factor: 1, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--forget-after", "3s")).await;
+    cluster.command("nodes drain n2 --yes").await.done();
+    cluster.node("n2").stop(Duration::from_secs(20)).await.unwrap();
+    assert!(is_known(&cluster, "n2").await, "a restart would not end the drain");
+    eventually("it is forgotten", || async {
+        if is_known(&cluster, "n2").await { Err("it is there".to_owned()) } else { Ok(()) }
+    })
+    .await;
+    cluster.wait_green_with(1).await;
+}

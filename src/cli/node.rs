@@ -70,6 +70,10 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_parser = humantime::parse_duration)]
     #[serde(deserialize_with = "duration")]
     rereplicate_after: Option<Duration>,
+    /// A node that is away and holds nothing any more is forgotten after so long [default: 24h].
+    #[arg(long, value_parser = humantime::parse_duration)]
+    #[serde(deserialize_with = "duration")]
+    forget_after: Option<Duration>,
     /// How long a replica that moved away stays on disk [default: 1m].
     #[arg(long, value_parser = humantime::parse_duration)]
     #[serde(deserialize_with = "duration")]
@@ -138,6 +142,7 @@ impl NodeArgs {
             failure_timeout: self.failure_timeout.or(file.failure_timeout),
             lease_ttl: self.lease_ttl.or(file.lease_ttl),
             rereplicate_after: self.rereplicate_after.or(file.rereplicate_after),
+            forget_after: self.forget_after.or(file.forget_after),
             retire_after: self.retire_after.or(file.retire_after),
             scrub_interval: self.scrub_interval.or(file.scrub_interval),
             migration_rate: self.migration_rate.or(file.migration_rate),
@@ -183,6 +188,7 @@ impl NodeArgs {
             failure_timeout: self.failure_timeout.unwrap_or(base.failure_timeout),
             lease_ttl: self.lease_ttl.unwrap_or(base.lease_ttl),
             rereplicate_after: self.rereplicate_after.unwrap_or(base.rereplicate_after),
+            forget_after: self.forget_after.unwrap_or(base.forget_after),
             retire_after: self.retire_after.unwrap_or(base.retire_after),
             scrub_interval: self.scrub_interval.unwrap_or(base.scrub_interval),
             migration_rate: match self.migration_rate.as_deref() {

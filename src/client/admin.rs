@@ -137,6 +137,15 @@ impl Admin {
         self.ask("undrain", &NodeRequest { node: node.to_owned() }, true).await
     }
 
+    /// Ends the record of a node that is gone for good and holds nothing any more.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown node, `Conflict` while it lives or counts as a holder of something: the sentence says of
+    /// what, and what to do.
+    pub async fn forget(&self, node: &str) -> Result<NodeReply> {
+        self.ask("forget", &NodeRequest { node: node.to_owned() }, false).await
+    }
+
     /// Begins or ends maintenance of a node: while it lasts, its replicas are not rebuilt elsewhere.
     ///
     /// # Errors

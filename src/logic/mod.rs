@@ -20,6 +20,7 @@ pub(crate) mod causes;
 pub(crate) mod damping;
 pub(crate) mod dedup;
 pub(crate) mod fencing;
+pub(crate) mod forgetting;
 pub(crate) mod hash;
 pub(crate) mod holding;
 pub(crate) mod hotspots;

@@ -206,7 +206,7 @@ pub struct RebalanceReply {
 /// Most moves, and most promotions, of a plan that are listed in one answer.
 pub const PLAN_MOVES: usize = 2_000;
 
-/// `drain`, `undrain`.
+/// `drain`, `undrain`, `forget`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeRequest {
     /// Which node.

@@ -171,7 +171,10 @@ impl Bucket {
     /// than [`API_TIMEOUT`]. A lost message, a doubled one (it fails at the changed revision) and a late
     /// one are all covered by the three outcomes.
     pub(crate) async fn cas(&self, key: &str, value: Vec<u8>, expected: u64) -> Cas {
-        let mut headers = HeaderMap::new();
+        self.publish(key, value, HeaderMap::new(), expected).await
+    }
+
+    async fn publish(&self, key: &str, value: Vec<u8>, mut headers: HeaderMap, expected: u64) -> Cas {
         headers.insert("Nats-Expected-Last-Subject-Sequence", expected.to_string().as_str());
         let sent = async {
             let ack =
@@ -198,6 +201,14 @@ impl Bucket {
             Cas::Unknown(_) => {}
         }
         written
+    }
+
+    /// Deletes the key if its revision is `expected`: see [`cas`](Self::cas).
+    pub(crate) async fn delete_at(&self, key: &str, expected: u64) -> Cas {
+        let mut headers = HeaderMap::new();
+        headers.insert("KV-Operation", "PURGE");
+        headers.insert("Nats-Rollup", "sub");
+        self.publish(key, Vec::new(), headers, expected).await
     }
 
     /// Creates the key, also over a deletion marker. `Lost` if it exists.

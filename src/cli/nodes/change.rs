@@ -4,7 +4,7 @@ use super::show::what;
 use crate::cli::exit::Exit;
 use crate::cli::global::{Global, Output};
 use crate::cli::patience::{admin, patiently};
-use crate::cli::render::{self, facts, note};
+use crate::cli::render::{self, facts, note, plain};
 use crate::clock::wall;
 use crate::error::Result;
 use crate::model::NodeId;
@@ -106,6 +106,16 @@ pub(super) async fn set(global: &Global, args: SetArgs) -> Result<Exit> {
     show(global, &reply)?;
     if global.output == Output::Table {
         note("see what follows from it with: ruvector-cluster rebalance plan");
+    }
+    Ok(Exit::Done)
+}
+
+pub(super) async fn forget(global: &Global, node: &str) -> Result<Exit> {
+    let client = global.client().await?;
+    let reply = patiently(admin(&client).forget(node)).await?;
+    render::show(global.output, &reply, |reply| format!("{} is forgotten", plain(&reply.record.node)))?;
+    if global.output == Output::Table {
+        note("should it come back, it joins like a new node; its disk can go");
     }
     Ok(Exit::Done)
 }

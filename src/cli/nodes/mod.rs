@@ -40,6 +40,15 @@ pub(crate) enum NodesCommand {
         /// As in `nodes ls`.
         node: NodeId,
     },
+    /// Ends the record of a node that is gone for good.
+    ///
+    /// Refused while it lives, or counts as a holder of something: `nodes drain` has that built elsewhere. A node that holds
+    /// nothing any more is forgotten by itself after `--forget-after` (a day). If it comes back after all, it joins like a
+    /// new one.
+    Forget {
+        /// As in `nodes ls`.
+        node: NodeId,
+    },
     /// Announces that a node will be away for a while, so that its replicas are not rebuilt elsewhere.
     #[command(subcommand)]
     Maintenance(change::MaintenanceCommand),
@@ -63,6 +72,7 @@ pub(crate) async fn run(global: &Global, command: NodesCommand) -> Result<Exit> 
         NodesCommand::Show { node } => show::run(global, &node).await,
         NodesCommand::Drain(args) => drain::drain(global, args).await,
         NodesCommand::Undrain { node } => drain::undrain(global, &node).await,
+        NodesCommand::Forget { node } => change::forget(global, &node).await,
         NodesCommand::Maintenance(command) => change::maintenance(global, command).await,
         NodesCommand::Set(args) => change::set(global, args).await,
     }

@@ -90,6 +90,7 @@ impl Leader {
             "rebalance" => json(self.rebalance(body(message)?).await?),
             "drain" => json(self.drain(&required::<NodeRequest>(message)?.node, true).await?),
             "undrain" => json(self.drain(&required::<NodeRequest>(message)?.node, false).await?),
+            "forget" => json(self.forget(&required::<NodeRequest>(message)?.node).await?),
             "maintenance" => json(self.maintenance(required(message)?).await?),
             "set" => json(self.set_node(required(message)?).await?),
             "throttle" => json(self.throttle(required(message)?).await?),
@@ -100,7 +101,7 @@ impl Leader {
             "step_down" => body(message).and_then(|Nothing {}| json(())),
             other => {
                 let verbs = "status, nodes, shards, migrate, rebalance, drain, undrain, cancel, throttle, explain, hot, \
-                             maintenance, set, step_down";
+                             forget, maintenance, set, step_down";
                 Err(Error::Invalid(format!("{other:?} is no verb of the leader: use one of {verbs}")))
             }
         }
@@ -186,7 +187,10 @@ impl Leader {
             ));
         }
         for (_, node) in view.nodes.values() {
-            if matches!(node.status, NodeStatus::Suspect | NodeStatus::Down) {
+            // One that was replaced is nobody's concern any more, until it is forgotten.
+            let missed = |shard: &ShardRecord| shard.holders().any(|holder| *holder == node.node);
+            let away = node.status == NodeStatus::Down && self.shards.values().any(|(_, r)| missed(r));
+            if node.status == NodeStatus::Suspect || away {
                 warnings.push(format!(
                     "node {} is {} since {}",
                     node.node,

@@ -7,6 +7,7 @@
 //! from what the records say.
 
 mod admin;
+mod forget;
 mod hot;
 mod migrations;
 mod operator;
@@ -130,6 +131,7 @@ struct Leader {
     /// Logs that were found wanting.
     log_suspects: BTreeMap<ShardId, Suspicion>,
     next_log_check: Duration,
+    next_forgetting: Duration,
     last_tick: Duration,
     last_gc: Duration,
     pinged: mpsc::Sender<(NodeId, PingOutcome)>,
@@ -162,6 +164,7 @@ impl Leader {
             logs_looked: BTreeMap::new(),
             log_suspects: BTreeMap::new(),
             next_log_check: now,
+            next_forgetting: now,
             last_tick: now,
             last_gc: now,
             pinged,
@@ -382,7 +385,8 @@ impl Leader {
         } else {
             self.promote_only().await?;
         }
-        self.refresh_statuses().await
+        self.refresh_statuses().await?;
+        self.forget_gone().await
     }
 
     /// What ends leadership, and what is merely tried again: then it is a cause while it lasts.
