@@ -161,7 +161,7 @@ fn lost(ops: &[(u32, Kind, u64, u64)]) -> Vec<Fault> {
     const MS: u64 = 1_000_000;
     let ms = |&(session, kind, from, to): &(u32, Kind, u64, u64)| (session, kind, from * MS, to * MS);
     let mut history = history(&ops.iter().map(ms).collect::<Vec<_>>());
-    history.losses = vec![Loss { killed: 10_000 * MS, back: 12_000 * MS }];
+    history.losses = vec![Loss { killed: 10_000 * MS, back: 12_000 * MS, shard: None }];
     faults(&history)
 }
 
@@ -221,6 +221,51 @@ fn what_was_deleted_does_not_come_back_with_an_old_store() {
     // A delete is answered by who has applied it, so a fresh one stays as well.
     let fresh = (1, del(true), 9_900, 9_950);
     assert_eq!(lost(&[ops[0], fresh, (2, lin(Some(1)), 13_000, 13_001)]), [Fault::Resurrected]);
+}
+
+#[test]
+fn only_the_log_that_was_purged_may_miss_something() {
+    const MS: u64 = 1_000_000;
+    let ops = [(1, up(1), 9_900 * MS, 9_950 * MS), (2, lin(None), 13_000 * MS, 13_001 * MS)];
+    let mut purged = history(&ops);
+    purged.losses = vec![Loss { killed: 10_000 * MS, back: 10_010 * MS, shard: Some(3) }];
+    assert_eq!(faults(&purged), [Fault::Lost], "nobody knows its shard");
+    purged.homes.insert("k".to_owned(), 2);
+    assert_eq!(faults(&purged), [Fault::Lost]);
+    purged.homes.insert("k".to_owned(), 3);
+    assert_eq!(faults(&purged), []);
+}
+
+/// A write whose copy lay in the socket of a node that stood still: it was acknowledged, something newer was, and then
+/// the node goes on.
+#[test]
+fn a_copy_that_comes_minutes_late_is_caught() {
+    const S: u64 = 1_000_000_000;
+    let acknowledged = [(1, up(1), S, 2 * S), (2, up(2), 3 * S, 4 * S)];
+    let late = (3, lin(Some(1)), 200 * S, 201 * S);
+    wrong(&[acknowledged[0], acknowledged[1], late], Fault::Stale);
+    // The client stood still, too, so nobody was told; but it had been seen.
+    let stopped = (1, up(1), S, 199 * S);
+    let seen = (2, lin(Some(1)), 2 * S, 3 * S);
+    fine(&[stopped, (2, up(2), 3 * S, 4 * S), late]);
+    let newer = [(2, up(2), 4 * S, 5 * S), (2, lin(Some(2)), 6 * S, 7 * S)];
+    wrong(&[stopped, seen, newer[0], newer[1], late], Fault::Stale);
+    // A delete of which a copy comes late takes what was written since.
+    let deleted = [(1, up(1), S, 2 * S), (1, del(true), 3 * S, 4 * S), (2, up(2), 5 * S, 6 * S)];
+    wrong(&[deleted[0], deleted[1], deleted[2], (3, lin(None), 200 * S, 201 * S)], Fault::Lost);
+}
+
+/// See `remote.rs`: a client that names its writes by a text alone sent two copies.
+#[test]
+fn a_copy_without_a_time_may_take_effect_again_but_not_before_its_id_is_forgotten() {
+    const S: u64 = 1_000_000_000;
+    let ops = [(1, up(1), S, 2 * S), (1, up(1), 120 * S, 0), (2, up(2), 3 * S, 4 * S)];
+    let early = (3, lin(Some(1)), 100 * S, 101 * S);
+    let late = (3, lin(Some(1)), 200 * S, 201 * S);
+    fine(&[ops[0], ops[1], ops[2], late]);
+    assert_eq!(judge(&history(&[ops[0], ops[1], ops[2], early])).len(), 1);
+    let twice = [(2, up(3), 210 * S, 211 * S), (3, lin(Some(1)), 220 * S, 221 * S)];
+    assert_eq!(judge(&history(&[ops[0], ops[1], ops[2], late, twice[0], twice[1]])).len(), 1);
 }
 
 #[test]

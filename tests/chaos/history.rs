@@ -61,8 +61,10 @@ pub(crate) struct History {
     pub counts: Vec<Counted>,
     /// What was wrong in one answer alone.
     pub wrong: Vec<String>,
-    /// When JetStream's store was lost.
+    /// When JetStream's store, or a log of it, was lost.
     pub losses: Vec<Loss>,
+    /// Shards of the keys.
+    pub homes: BTreeMap<String, u32>,
 }
 
 impl History {
@@ -121,7 +123,20 @@ impl Recorder {
     /// JetStream's store is another one from now on than at `killed`.
     pub(crate) fn lost(&self, killed: u64) {
         let back = self.now();
-        self.lock().losses.push(Loss { killed, back });
+        self.lock().losses.push(Loss { killed, back, shard: None });
+    }
+
+    /// The same of one shard's log.
+    pub(crate) fn lost_log(&self, shard: u32, killed: u64) {
+        let back = self.now();
+        self.lock().losses.push(Loss { killed, back, shard: Some(shard) });
+    }
+
+    /// Takes down which shard each key belongs to.
+    pub(crate) fn locate(&self, shard_of: impl Fn(&str) -> u32) {
+        let mut history = self.lock();
+        let homes = history.keys.keys().map(|key| (key.clone(), shard_of(key))).collect();
+        history.homes = homes;
     }
 
     pub(crate) fn history(&self) -> History {

@@ -33,6 +33,10 @@ pub(crate) fn watch_terms(lab: &Lab, recorder: &Recorder) -> JoinHandle<()> {
             {
                 let Ok(record) = serde_json::from_slice::<Value>(&entry.value) else { continue };
                 let Some(term) = record["term"].as_u64() else { continue };
+                // Written by the nemesis: only the program's own terms must not go back.
+                if record.get("by_hand").is_some() {
+                    continue;
+                }
                 let key = format!("{bucket}/{}", entry.key);
                 let (revision, known) = terms.entry(key.clone()).or_default();
                 if entry.revision > *revision && term < *known {

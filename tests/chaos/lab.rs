@@ -3,10 +3,13 @@
 //! Each node reaches each NATS server over a proxy of its own, and so does each NATS server its peers.
 //! Servers advertise no address, so nobody finds a way round. Clients connect directly.
 
+use super::draw::Faults;
 use super::harness::PROGRAM;
+use super::harness::by_hand::ByHand;
 use super::harness::tamper::copy_folder;
 use super::proxy::{Link, Proxy};
 use super::shim::Shim;
+use super::workload::Load;
 use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess, ServerOptions};
 use ruvector_cluster::{Client, ClientOptions, NatsOptions};
 use serde_json::{Value, json};
@@ -23,8 +26,9 @@ pub(crate) struct Setup {
     pub nodes: usize,
     pub replication_factor: usize,
     pub shards: u32,
-    /// JetStream's store is lost, too.
-    pub losses: bool,
+    /// What goes wrong.
+    pub faults: Faults,
+    pub load: Load,
     /// Further arguments of `node`.
     pub args: Vec<(&'static str, String)>,
 }
@@ -43,6 +47,10 @@ pub(crate) struct Lab {
     pub down: BTreeSet<String>,
     /// What ended by itself.
     pub deaths: Vec<String>,
+    /// Client processes.
+    pub clients: Vec<Option<u32>>,
+    /// Nodes that there ever were.
+    born: usize,
     dir: Option<tempfile::TempDir>,
 }
 
@@ -80,8 +88,10 @@ impl Lab {
             .await
             .expect("nats-server answers");
         let (shim, nodes, links) = (Shim::build(dir.path()), Vec::new(), BTreeMap::new());
-        let (down, deaths) = (BTreeSet::new(), Vec::new());
-        let mut lab = Lab { setup, servers, nodes, links, routes, shim, raw, down, deaths, dir: Some(dir) };
+        let (down, deaths, clients) = (BTreeSet::new(), Vec::new(), Vec::new());
+        let dir = Some(dir);
+        let mut lab =
+            Lab { setup, servers, nodes, links, routes, shim, raw, down, deaths, clients, born: 0, dir };
         for _ in 0..lab.setup.nodes {
             lab.join().await;
         }
@@ -92,13 +102,14 @@ impl Lab {
         self.dir.as_ref().expect("not dropped").path()
     }
 
-    fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         self.servers.iter().map(NatsServer::url).collect::<Vec<_>>().join(",")
     }
 
     /// Starts one more node.
     pub(crate) async fn join(&mut self) -> String {
-        let id = format!("n{}", self.nodes.len() + 1);
+        self.born += 1;
+        let id = format!("n{}", self.born);
         let mut links = Vec::new();
         for server in &self.servers {
             links.push(Proxy::start(local(port_of(&server.url()))).await);
@@ -114,9 +125,12 @@ impl Lab {
             ("--failure-timeout", "2s".to_owned()),
             ("--lease-ttl", "2s".to_owned()),
             ("--retire-after", "1s".to_owned()),
-            ("--rereplicate-after", "6s".to_owned()),
-            ("--log-max-bytes", "1MiB".to_owned()),
         ];
+        for (name, value) in [("--rereplicate-after", "6s"), ("--log-max-bytes", "1MiB")] {
+            if self.setup.args.iter().all(|(given, _)| *given != name) {
+                args.push((name, value.to_owned()));
+            }
+        }
         args.extend(self.setup.args.clone());
         let options = NodeOptions {
             program: std::env::var_os("CHAOS_PROGRAM").map_or_else(|| PathBuf::from(PROGRAM), PathBuf::from),
@@ -157,6 +171,22 @@ impl Lab {
             self.node(id).restart().expect("it starts");
             self.down.remove(id);
         }
+    }
+
+    /// `kill -9` of all nodes and servers at once: nobody sees the others go.
+    pub(crate) async fn kill_everything(&mut self) {
+        self.note_deaths();
+        self.down.extend(self.nodes.iter().map(|node| node.id().to_owned()));
+        let nodes = self.nodes.iter_mut().map(|node| node.kill());
+        let servers = self.servers.iter_mut().map(|server| server.kill());
+        futures::future::join(futures::future::join_all(nodes), futures::future::join_all(servers)).await;
+    }
+
+    /// Ends a node for good; its disk goes as well.
+    pub(crate) async fn remove(&mut self, id: &str) {
+        self.kill(id).await;
+        let _ = std::fs::remove_dir_all(self.node(id).data_dir());
+        self.nodes.retain(|node| node.id() != id);
     }
 
     /// Nobody but us ends a process.
@@ -210,6 +240,19 @@ impl Lab {
     pub(crate) fn roll_back_store(&self, server: usize) {
         self.wipe_store(server);
         copy_folder(&self.copy(server), &self.store(server));
+    }
+
+    /// Records and streams, changed with NATS's own tools.
+    pub(crate) fn by_hand(&self) -> ByHand {
+        ByHand::new(&self.raw)
+    }
+
+    /// Whether everything has as many copies as it should have, says the cluster.
+    pub(crate) async fn is_whole(&self) -> bool {
+        let status = self.admin("status", json!({})).await.unwrap_or_default();
+        status["status"] == "green"
+            && status["migrations"] == 0
+            && status["shards"]["full"] == status["shards"]["total"]
     }
 
     /// A client with its own connection.

@@ -26,15 +26,19 @@ pub(crate) const LATE_ANSWERS: u64 = 3_000_000_000;
 pub(crate) struct Loss {
     pub killed: u64,
     pub back: u64,
+    /// Only this shard's log.
+    pub shard: Option<u32>,
 }
 
 /// The same history, with an unknown outcome of all that may be gone.
 pub(crate) fn softened(history: &History) -> History {
     let mut history = history.clone();
-    for ops in history.keys.values_mut() {
+    for (key, ops) in &mut history.keys {
         let all = ops.clone();
+        let home = history.homes.get(key);
+        let concerns = |loss: &&Loss| loss.shard.is_none() || loss.shard.as_ref() == home;
         for op in ops.iter_mut() {
-            if history.losses.iter().any(|loss| may_be_gone(op, *loss, &all)) {
+            if history.losses.iter().filter(concerns).any(|loss| may_be_gone(op, *loss, &all)) {
                 op.completed = None;
             }
         }

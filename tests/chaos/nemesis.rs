@@ -1,83 +1,35 @@
 //! What goes wrong, drawn from a seed: each fault begins, lasts for a while, and ends.
 
 use super::dice::Dice;
+use super::draw::Draw;
+use super::fault::Fault;
 use super::harness::tamper::signal;
 use super::history::Recorder;
 use super::lab::Lab;
 use super::proxy::Link;
 use super::shim::Suffering;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Longest fault: shorter than the window of operation ids by far.
+/// Longest fault of the short kinds.
 const LONGEST_MS: u64 = 5_000;
 
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Fault {
-    KillNode(String),
-    KillLeader,
-    KillAllNodes,
-    /// Killed, and its disk is gone; only while everything else is whole.
-    WipeNode(String),
-    /// SIGSTOP, later SIGCONT.
-    HangNode(String),
-    HangLeader,
-    /// Stops in order, later comes back.
-    LeaveAndReturn(String),
-    RollingRestart,
-    /// A node more, for good.
-    Join,
-    Drain(String),
-    Link(String, Link),
-    /// All nodes at once.
-    AllLinks(Link),
-    KillServer(usize),
-    KillTwoServers(usize),
-    HangServer(usize),
-    /// Between NATS servers.
-    Isolate(usize, Link),
-    StepDown,
-    Move(u32, String),
-    Rebalance,
-    SlowDisk(String, i64),
-    FullDisk(String),
-    ClockJump(String, i64),
-    /// All servers, and their stores are kept as they are then: an older copy for later.
-    KillAllServers,
-    /// All servers are killed, and their stores are gone.
-    WipeStores,
-    /// All servers are killed and come back with the stores that were kept last: a power cut of all.
-    RollBackStores,
-    /// The same of one of three, for so long that the others have all it had: RAFT must repair it.
-    RollBackOne(usize),
-    /// A holder is away for so long that logs fill up.
-    FullLog(String),
-}
-
-impl Fault {
-    fn name(&self) -> String {
-        let text = format!("{self:?}");
-        text.split(['(', ' ']).next().unwrap_or_default().to_owned()
-    }
-}
-
 pub(crate) struct Nemesis {
-    dice: Dice,
+    pub(super) draw: Draw,
     started: Instant,
-    /// Faults by name.
-    pub counts: BTreeMap<String, usize>,
-    most_nodes: usize,
     /// The leader that was hit, to be brought back.
     hit: Option<String>,
     /// A copy takes a while, and the next disk must not go before it is there.
     wiped: Option<Instant>,
-    recorder: Recorder,
+    pub(super) recorder: Recorder,
     /// When the servers were killed whose stores are lost.
     stores_lost: Option<u64>,
-    /// Copies of stores to go back to are there.
-    kept: bool,
+    /// Records as they were, to be written again later.
+    pub(super) past: BTreeMap<(String, String), Vec<Value>>,
+    /// What was done by hand, to be looked at when the fault ends.
+    pub(super) touched: Vec<super::tampering::Touched>,
 }
 
 /// Least pause between two lost disks.
@@ -93,163 +45,74 @@ const AGREED: Duration = Duration::from_secs(40);
 impl Nemesis {
     pub(crate) fn new(dice: Dice, most_nodes: usize, recorder: &Recorder) -> Nemesis {
         Nemesis {
-            dice,
+            draw: Draw::new(dice, most_nodes),
             started: Instant::now(),
-            counts: BTreeMap::new(),
-            most_nodes,
             hit: None,
             wiped: None,
             recorder: recorder.clone(),
             stores_lost: None,
-            kept: false,
+            past: BTreeMap::new(),
+            touched: Vec::new(),
         }
     }
 
-    fn say(&self, what: &str) {
+    /// Faults by name.
+    pub(crate) fn counts(&self) -> &BTreeMap<String, usize> {
+        &self.draw.counts
+    }
+
+    pub(super) fn say(&self, what: &str) {
         println!("{:8.2} s  {what}", self.started.elapsed().as_secs_f64());
-    }
-
-    fn draw(&mut self, lab: &Lab) -> Fault {
-        let nodes = lab.ids();
-        let dice = &mut self.dice;
-        let node = dice.pick(&nodes).clone();
-        let link = match dice.below(6) {
-            0 => Link::Cut,
-            1 => Link::Stall,
-            2 => Link::StallUp,
-            3 => Link::Delay(Duration::from_millis(dice.between(5, 80))),
-            4 => Link::Delay(Duration::from_millis(dice.between(100, 600))),
-            _ => Link::Throttle(dice.between(20, 200) << 10),
-        };
-        let shims = lab.shim.missing.is_none();
-        let three = lab.servers.len() == 3;
-        let server = dice.below(lab.servers.len());
-        // With single replicas, moves are what matters.
-        if lab.setup.replication_factor == 1 && dice.chance(35) {
-            return Fault::Move(dice.below(lab.setup.shards as usize) as u32, node);
-        }
-        match dice.below(100) {
-            0..9 => Fault::KillNode(node),
-            9..15 => Fault::KillLeader,
-            15..18 => Fault::KillAllNodes,
-            18..22 if lab.setup.replication_factor > 1 => Fault::WipeNode(node),
-            22..28 => Fault::HangNode(node),
-            28..32 => Fault::HangLeader,
-            32..36 => Fault::LeaveAndReturn(node),
-            36..38 => Fault::RollingRestart,
-            38..41 if nodes.len() < self.most_nodes => Fault::Join,
-            41..46 => Fault::Drain(node),
-            46..57 => Fault::Link(node, link),
-            57..60 => Fault::AllLinks(link),
-            60..66 => Fault::KillServer(server),
-            66..68 if three => Fault::KillTwoServers(server),
-            68..70 => Fault::HangServer(server),
-            70..76 if three => Fault::Isolate(server, link),
-            76..79 => Fault::StepDown,
-            79..85 => Fault::Move(dice.below(lab.setup.shards as usize) as u32, node),
-            85..87 => Fault::Rebalance,
-            87..91 if shims => Fault::SlowDisk(node, dice.between(2, 60) as i64 * 1_000),
-            91..94 if shims => Fault::FullDisk(node),
-            94..97 if shims => {
-                let off = *dice.pick(&[-86_400, -3_600, -130, 130, 3_600, 86_400]);
-                Fault::ClockJump(node, off)
-            }
-            97..100 => Fault::FullLog(node),
-            _ => Fault::KillNode(node),
-        }
-    }
-
-    /// Where stores are lost: nothing else that takes data with it, see `lost_stores`.
-    fn draw_with_losses(&mut self, lab: &Lab) -> Fault {
-        let dice = &mut self.dice;
-        let node = dice.pick(&lab.ids()).clone();
-        let server = dice.below(lab.servers.len());
-        let shard = dice.below(lab.setup.shards as usize) as u32;
-        let turn = dice.below(100);
-        // Each kind of loss comes in every run, and first of all something to go back to.
-        let firsts = [
-            (true, Fault::Move(shard, node.clone())),
-            (true, Fault::KillAllServers),
-            (lab.servers.len() == 3, Fault::RollBackOne(server)),
-            (true, Fault::RollBackStores),
-            (true, Fault::WipeStores),
-        ];
-        let first = firsts.into_iter().find(|(due, fault)| *due && !self.counts.contains_key(&fault.name()));
-        if let Some((_, fault)) = first {
-            return fault;
-        }
-        if !self.kept {
-            return Fault::KillAllServers;
-        }
-        match turn {
-            0..22 => Fault::RollBackStores,
-            22..34 => Fault::WipeStores,
-            34..44 => Fault::KillAllServers,
-            44..66 if lab.servers.len() == 3 => Fault::RollBackOne(server),
-            44..56 => Fault::KillNode(node),
-            56..66 => Fault::HangNode(node),
-            66..74 => Fault::HangLeader,
-            74..82 => Fault::StepDown,
-            82..94 => Fault::Move(shard, node),
-            94..97 => Fault::Rebalance,
-            _ => Fault::Drain(node),
-        }
-    }
-
-    /// One fault, or two that may happen together; what takes data with it comes last.
-    fn draw_some(&mut self, lab: &Lab) -> Vec<Fault> {
-        let draw = |nemesis: &mut Nemesis| match lab.setup.losses {
-            true => nemesis.draw_with_losses(lab),
-            false => nemesis.draw(lab),
-        };
-        let mut faults = vec![draw(self)];
-        if self.dice.chance(35) {
-            let other = draw(self);
-            // Two at once, but not two that end each other.
-            if other.name() != faults[0].name() && !(servers(&other) && servers(&faults[0])) {
-                faults.push(other);
-            }
-        }
-        faults.sort_by_key(loses);
-        if faults.last().is_some_and(loses) {
-            faults.retain(|fault| !matches!(fault, Fault::KillNode(_) | Fault::KillLeader));
-        }
-        faults
     }
 
     /// Faults, one or two at a time, until the time is over; then everything has been healed.
     pub(crate) async fn rage(&mut self, lab: &mut Lab, time: Duration) {
         let end = Instant::now() + time;
         while Instant::now() < end {
-            let faults = self.draw_some(lab);
-            if faults.last().is_some_and(loses)
+            let faults = self.draw.some(lab);
+            if faults.iter().any(Fault::loses)
                 && let Err(why) = lab.wait_green(WHOLE).await
             {
                 return self.recorder.wrong(format!("no loss was survived: {why}"));
             }
-            for fault in &faults {
-                *self.counts.entry(fault.name()).or_default() += 1;
-                self.say(&format!("{fault:?}"));
-                self.begin(lab, fault).await;
-                let apart = self.dice.between(0, 400);
-                tokio::time::sleep(Duration::from_millis(apart)).await;
-            }
-            let most = if faults.iter().any(|f| matches!(f, Fault::FullLog(_))) { 9_000 } else { LONGEST_MS };
-            let mut lasts = Duration::from_millis(self.dice.between(200, most));
-            if faults.iter().any(|f| matches!(f, Fault::RollBackOne(_))) {
-                lasts = lasts.max(ELECTED);
-            }
-            tokio::time::sleep(lasts).await;
-            for fault in &faults {
-                self.end(lab, fault).await;
-            }
-            let calm = self.dice.between(200, 2_500);
+            self.strike(lab, &faults).await;
+            let calm = self.draw.dice.between(200, 2_500);
             self.say("healed");
             tokio::time::sleep(Duration::from_millis(calm)).await;
         }
     }
 
-    async fn begin(&mut self, lab: &mut Lab, fault: &Fault) {
+    /// Some faults from their beginning to their end.
+    pub(super) async fn strike(&mut self, lab: &mut Lab, faults: &[Fault]) {
+        for fault in faults {
+            *self.draw.counts.entry(fault.name()).or_default() += 1;
+            self.say(&format!("{fault:?}"));
+            self.begin(lab, fault).await;
+            let apart = self.draw.dice.between(0, 400);
+            tokio::time::sleep(Duration::from_millis(apart)).await;
+        }
+        let most = if faults.iter().any(|f| matches!(f, Fault::FullLog(_))) { 9_000 } else { LONGEST_MS };
+        let mut lasts = Duration::from_millis(self.draw.dice.between(200, most));
+        if faults.iter().any(|f| matches!(f, Fault::RollBackOne(_))) {
+            lasts = lasts.max(ELECTED);
+        }
+        tokio::time::sleep(lasts).await;
+        for fault in faults {
+            self.end(lab, fault).await;
+        }
+    }
+
+    /// Whether a copy may be taken: everything is whole, and the last one that was taken is there again.
+    pub(super) async fn may_take_a_copy(&mut self, lab: &Lab) -> bool {
+        let copied = self.wiped.is_none_or(|wiped| wiped.elapsed() > BETWEEN_WIPES);
+        let whole = copied && lab.is_whole().await;
+        if whole {
+            self.wiped = Some(Instant::now());
+        }
+        whole
+    }
+
+    pub(super) async fn begin(&mut self, lab: &mut Lab, fault: &Fault) {
         match fault {
             Fault::KillNode(node) => lab.kill(node).await,
             Fault::KillLeader | Fault::HangLeader => {
@@ -269,12 +132,9 @@ impl Nemesis {
                 }
             }
             Fault::WipeNode(node) => {
-                let whole =
-                    lab.admin("status", json!({})).await.is_ok_and(|status| status["status"] == "green");
-                let copied = self.wiped.is_none_or(|wiped| wiped.elapsed() > BETWEEN_WIPES);
+                let whole = self.may_take_a_copy(lab).await;
                 lab.kill(node).await;
-                if whole && copied {
-                    self.wiped = Some(Instant::now());
+                if whole {
                     let _ = std::fs::remove_dir_all(lab.node(node).data_dir());
                 }
             }
@@ -306,7 +166,21 @@ impl Nemesis {
             Fault::KillAllServers => {
                 kill_servers(lab).await;
                 (0..lab.servers.len()).for_each(|server| lab.keep_store(server));
-                self.kept = true;
+                self.draw.kept = true;
+            }
+            Fault::WipeStoresTwice => {
+                for last in [false, true] {
+                    self.stores_lost = Some(self.recorder.now());
+                    kill_servers(lab).await;
+                    (0..lab.servers.len()).for_each(|server| lab.wipe_store(server));
+                    if !last {
+                        self.stores_are_back(lab).await;
+                        // At any moment of the healing: it takes about ten seconds.
+                        let healing = self.draw.dice.between(0, 14_000);
+                        tokio::time::sleep(Duration::from_millis(healing)).await;
+                    }
+                }
+                self.draw.kept &= lab.servers.len() == 1;
             }
             Fault::WipeStores | Fault::RollBackStores => {
                 self.stores_lost = Some(self.recorder.now());
@@ -318,7 +192,7 @@ impl Nemesis {
                     }
                 }
                 // Three servers of which one has a store of another past are no power cut.
-                self.kept &= lab.servers.len() == 1 || *fault != Fault::WipeStores;
+                self.draw.kept &= lab.servers.len() == 1 || *fault != Fault::WipeStores;
             }
             Fault::RollBackOne(server) => {
                 self.stores_lost = Some(self.recorder.now());
@@ -338,10 +212,17 @@ impl Nemesis {
             Fault::ClockJump(node, clock_off_s) => {
                 lab.shim.set(node, Suffering { clock_off_s: *clock_off_s, ..Suffering::default() });
             }
+            Fault::KillEverything => {
+                lab.kill_everything().await;
+            }
+            Fault::LongPause(node) => signal(lab.node(node).pid(), "STOP"),
+            Fault::LongPausedClient(client) => signal(lab.clients[*client], "STOP"),
+            Fault::LongCut(node, link) => lab.link(node, *link),
+            other => self.tamper(lab, other).await,
         }
     }
 
-    async fn end(&mut self, lab: &mut Lab, fault: &Fault) {
+    pub(super) async fn end(&mut self, lab: &mut Lab, fault: &Fault) {
         match fault {
             Fault::KillNode(node) | Fault::WipeNode(node) | Fault::LeaveAndReturn(node) => lab.revive(node),
             Fault::KillLeader | Fault::HangLeader => {
@@ -356,11 +237,8 @@ impl Nemesis {
             Fault::Drain(node) => drop(lab.admin("undrain", json!({"node": node})).await),
             Fault::Link(node, _) => lab.link(node, Link::Pass),
             Fault::AllLinks(_) => all_links(lab, Link::Pass),
-            Fault::WipeStores | Fault::RollBackStores => {
-                if let Some(killed) = self.stores_lost.take() {
-                    self.recorder.lost(killed);
-                }
-                restart_servers(lab).await;
+            Fault::WipeStores | Fault::WipeStoresTwice | Fault::RollBackStores => {
+                self.stores_are_back(lab).await;
             }
             Fault::RollBackOne(_) => {
                 let killed = self.stores_lost.take();
@@ -381,25 +259,24 @@ impl Nemesis {
             Fault::SlowDisk(node, _) | Fault::FullDisk(node) | Fault::ClockJump(node, _) => {
                 lab.shim.set(node, Suffering::default());
             }
+            Fault::KillEverything => {
+                restart_servers(lab).await;
+                lab.ids().iter().for_each(|id| lab.revive(id));
+            }
+            Fault::LongPause(node) => signal(lab.node(node).pid(), "CONT"),
+            Fault::LongPausedClient(client) => signal(lab.clients[*client], "CONT"),
+            Fault::LongCut(node, _) => lab.link(node, Link::Pass),
             Fault::RollingRestart | Fault::Join | Fault::StepDown | Fault::Move(..) | Fault::Rebalance => {}
+            other => self.mend(lab, other).await,
         }
     }
-}
 
-fn servers(fault: &Fault) -> bool {
-    matches!(
-        fault,
-        Fault::KillServer(_)
-            | Fault::KillTwoServers(_)
-            | Fault::HangServer(_)
-            | Fault::Isolate(..)
-            | Fault::KillAllServers
-    ) || loses(fault)
-}
-
-/// Takes data of JetStream with it.
-fn loses(fault: &Fault) -> bool {
-    matches!(fault, Fault::WipeStores | Fault::RollBackStores | Fault::RollBackOne(_))
+    async fn stores_are_back(&mut self, lab: &mut Lab) {
+        if let Some(killed) = self.stores_lost.take() {
+            self.recorder.lost(killed);
+        }
+        restart_servers(lab).await;
+    }
 }
 
 async fn kill_servers(lab: &mut Lab) {
@@ -428,6 +305,7 @@ pub(crate) async fn heal(lab: &mut Lab) {
         signal(lab.servers[server].pid(), "CONT");
     }
     restart_servers(lab).await;
+    lab.clients.iter().for_each(|client| signal(*client, "CONT"));
     let ids = lab.ids();
     for id in &ids {
         if lab.shim.missing.is_none() {

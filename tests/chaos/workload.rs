@@ -6,10 +6,12 @@
 
 use super::dice::Dice;
 use super::history::{Kind, Level, Op, Recorder, Version};
+use super::process::{ClientProcess, refuses, uuid_v7};
+use super::remote::Remote;
 use ruvector_cluster::model::OpId;
 use ruvector_cluster::{Client, Consistency, Error, Payload, SearchQuery, SearchResult, VectorEntry};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -20,24 +22,57 @@ const SLOTS: usize = 24;
 /// Operations on a key before the next one takes its place.
 const KEY_LIFE: u64 = 100;
 /// What an unknown outcome costs of a key's life.
-const UNKNOWN_COST: u64 = 25;
+pub(crate) const UNKNOWN_COST: u64 = 25;
 const BULK: usize = 40;
 /// How long a write of unknown outcome is sent again: well within the window of operation ids.
 const RESEND: Duration = Duration::from_secs(15);
-/// Bound on the final reads of all keys together.
-const READ_BACK: Duration = Duration::from_secs(60);
 /// Session of the final reads.
 const LAST_SESSION: u32 = 99;
 
+/// How much there is to do.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Load {
+    /// Bytes in each payload: fills the logs.
+    pub padding: usize,
+    /// Longest pause between two operations of a client.
+    pub pace_ms: u64,
+    /// Bound on the final reads of all keys together.
+    pub read_back: Duration,
+    /// Acknowledged writes are also sent once more after minutes.
+    pub very_late: bool,
+}
+
 #[derive(Debug)]
-struct Shared {
-    recorder: Recorder,
+pub(crate) struct Shared {
+    pub recorder: Recorder,
     /// Operations on each slot so far.
     used: Vec<AtomicU64>,
     versions: AtomicU64,
     stop: AtomicBool,
-    /// Fills the logs.
-    padding: usize,
+    pub load: Load,
+}
+
+impl Shared {
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn slots(&self) -> usize {
+        self.used.len()
+    }
+
+    /// Which key of a slot is in use; counts an operation on it.
+    pub(crate) fn generation(&self, slot: usize) -> u64 {
+        self.used[slot].fetch_add(1, Ordering::Relaxed) / KEY_LIFE
+    }
+
+    pub(crate) fn costs(&self, slot: usize, operations: u64) {
+        self.used[slot].fetch_add(operations, Ordering::Relaxed);
+    }
+
+    pub(crate) fn fresh_version(&self) -> Version {
+        self.versions.fetch_add(1, Ordering::Relaxed)
+    }
 }
 
 pub(crate) struct Workload {
@@ -51,7 +86,7 @@ struct Worker {
     session: u32,
     dice: Dice,
     /// Acknowledged writes that are to be sent once more, and what was answered.
-    again: VecDeque<(Instant, Write, u64)>,
+    again: Vec<(Instant, Write, u64)>,
 }
 
 #[derive(Debug, Clone)]
@@ -66,16 +101,20 @@ struct Write {
     change: Change,
 }
 
-fn key(slot: usize, generation: u64) -> String {
+pub(crate) fn key(slot: usize, generation: u64) -> String {
     format!("k{slot}-{generation}")
 }
 
-fn vector(version: Version) -> Vec<f32> {
+pub(crate) fn vector(version: Version) -> Vec<f32> {
     (0..4).map(|i| ((version * 7 + i) % 100_003) as f32).collect()
 }
 
+pub(crate) fn payload_of(version: Version, group: &str, padding: usize) -> Value {
+    json!({"v": version, "group": group, "pad": "x".repeat(padding)})
+}
+
 /// The version that an answer holds, if the answer is whole.
-fn version(payload: Option<&Payload>) -> Result<Version, String> {
+pub(crate) fn version(payload: Option<&Payload>) -> Result<Version, String> {
     let pad = payload.and_then(|p| p.get("pad")?.as_str()).unwrap_or("?");
     let version = payload.and_then(|p| p.get("v")?.as_u64()).filter(|_| pad.bytes().all(|byte| byte == b'x'));
     version.ok_or_else(|| format!("a damaged payload: {payload:?}"))
@@ -86,24 +125,29 @@ impl Workload {
         recorder: &Recorder,
         clients: &[Client],
         dice: &mut Dice,
-        padding: usize,
+        load: Load,
+        processes: Vec<ClientProcess>,
     ) -> Workload {
         let shared = Arc::new(Shared {
             recorder: recorder.clone(),
             used: (0..SLOTS).map(|_| AtomicU64::new(0)).collect(),
             versions: AtomicU64::new(1),
             stop: AtomicBool::new(false),
-            padding,
+            load,
         });
         let worker = |session: u32, dice: Dice| Worker {
             shared: shared.clone(),
             client: clients[session as usize % clients.len()].new_session(),
             session,
             dice,
-            again: VecDeque::new(),
+            again: Vec::new(),
         };
         let mut tasks: Vec<_> = (0..8).map(|n| tokio::spawn(worker(n, dice.branch()).run())).collect();
         tasks.push(tokio::spawn(worker(8, dice.branch()).run_bulk()));
+        for (session, client) in (9..).zip(processes) {
+            let remote = Remote { shared: shared.clone(), client, session, dice: dice.branch() };
+            tasks.push(tokio::spawn(remote.run()));
+        }
         Workload { shared, tasks }
     }
 
@@ -118,7 +162,7 @@ impl Workload {
     /// Reads every key there ever was, and counts them.
     pub(crate) async fn read_back(&self, client: &Client) {
         let (recorder, client) = (&self.shared.recorder, client.new_session());
-        let give_up = Instant::now() + READ_BACK;
+        let give_up = Instant::now() + self.shared.load.read_back;
         let keys: Vec<String> = recorder.history().keys.into_keys().collect();
         for (n, part) in keys.chunks(32).enumerate() {
             if Instant::now() > give_up {
@@ -177,14 +221,14 @@ async fn read_at_last(recorder: &Recorder, client: &Client, key: &str, give_up: 
 
 impl Worker {
     fn stopped(&self) -> bool {
-        self.shared.stop.load(Ordering::Relaxed)
+        self.shared.stopped()
     }
 
     async fn run(mut self) {
         while !self.stopped() {
-            tokio::time::sleep(Duration::from_millis(self.dice.between(0, 30))).await;
-            if self.again.front().is_some_and(|(due, ..)| *due <= Instant::now()) {
-                let (_, write, first) = self.again.pop_front().expect("just seen");
+            tokio::time::sleep(Duration::from_millis(self.dice.between(0, self.shared.load.pace_ms))).await;
+            if let Some(due) = self.again.iter().position(|(due, ..)| *due <= Instant::now()) {
+                let (_, write, first) = self.again.swap_remove(due);
                 self.repeat(write, first).await;
                 continue;
             }
@@ -193,7 +237,7 @@ impl Worker {
             let generation = match turn {
                 // An old key of the slot.
                 90..94 => self.dice.next() % (self.shared.used[slot].load(Ordering::Relaxed) / KEY_LIFE + 1),
-                _ => self.shared.used[slot].fetch_add(1, Ordering::Relaxed) / KEY_LIFE,
+                _ => self.shared.generation(slot),
             };
             let key = key(slot, generation);
             match turn {
@@ -221,17 +265,20 @@ impl Worker {
     }
 
     fn entry(&self, id: String, group: String, version: Version) -> VectorEntry {
-        let pad = "x".repeat(self.shared.padding);
-        let payload = json!({"v": version, "group": group, "pad": pad});
+        let payload = payload_of(version, &group, self.shared.load.padding);
         VectorEntry { id, vector: vector(version), payload: payload.as_object().cloned() }
     }
 
     fn fresh_version(&self) -> Version {
-        self.shared.versions.fetch_add(1, Ordering::Relaxed)
+        self.shared.fresh_version()
     }
 
+    /// Half of them say when they were made; only such may be sent again after minutes.
     fn op_id(&mut self) -> OpId {
-        OpId::from_u64_pair(self.dice.next(), self.dice.next())
+        match self.dice.chance(50) || self.shared.load.very_late {
+            true => uuid_v7(self.dice.next()),
+            false => OpId::from_u64_pair(self.dice.next(), self.dice.next()),
+        }
     }
 
     async fn upsert(&mut self, slot: usize, key: &str) {
@@ -251,14 +298,16 @@ impl Worker {
         let (kind, completed, refused) = match self.send(&write).await {
             Ok(count) => {
                 if self.dice.chance(8) {
-                    let due = Instant::now() + Duration::from_millis(self.dice.between(100, 6_000));
-                    self.again.push_back((due, write, count));
+                    let late = self.shared.load.very_late && self.dice.chance(50);
+                    let ms =
+                        if late { self.dice.between(30_000, 240_000) } else { self.dice.between(100, 6_000) };
+                    self.again.push((Instant::now() + Duration::from_millis(ms), write, count));
                 }
                 (kind(Some(count)), Some(self.shared.recorder.now()), false)
             }
             Err(refused) => {
                 if !refused {
-                    self.shared.used[slot].fetch_add(UNKNOWN_COST, Ordering::Relaxed);
+                    self.shared.costs(slot, UNKNOWN_COST);
                 }
                 (kind(None), None, refused)
             }
@@ -278,7 +327,7 @@ impl Worker {
         loop {
             match self.send_once(write).await {
                 Ok(count) => return Ok(count),
-                Err(Error::Full(_) | Error::Busy(_)) if !unknown => return Err(true),
+                Err(error) if refuses(error.code()) && !unknown => return Err(true),
                 Err(error @ Error::Invalid(_)) => panic!("{error}"),
                 Err(_) => unknown = true,
             }
