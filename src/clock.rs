@@ -26,10 +26,23 @@ impl Clock {
     }
 }
 
-/// Wall-clock time, for people only: no decision compares two clocks.
+/// Wall-clock time, for people: no decision compares two clocks, but by way of what a log says (see `logic::log_time`).
 #[allow(clippy::disallowed_methods, reason = "this is the edge")]
 pub(crate) fn wall() -> DateTime<Utc> {
     Utc::now()
+}
+
+/// [`wall`] in milliseconds since 1970.
+pub(crate) fn wall_ms() -> u64 {
+    wall().timestamp_millis().max(0) as u64
+}
+
+/// A random id that carries the time (UUIDv7): for operations that somebody may repeat.
+pub(crate) fn fresh_operation() -> Uuid {
+    let mut random = [0; 10];
+    random.copy_from_slice(&fresh_id().into_bytes()[6..]);
+    // Bytes 6 and 8 of a random UUID have fixed bits, where this one has fixed bits, too.
+    uuid::Builder::from_unix_timestamp_millis(wall_ms(), &random).into_uuid()
 }
 
 /// A random id.
@@ -52,6 +65,15 @@ pub(crate) fn fresh_secret() -> [u8; 16] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fresh_operation_says_when_it_was_born_and_is_no_other() {
+        let (before, a, b, after) = (wall_ms(), fresh_operation(), fresh_operation(), wall_ms());
+        let born = crate::model::ids::born_ms(&a).unwrap();
+        assert!((before..=after).contains(&born), "{before} {born} {after}");
+        assert_ne!(a, b);
+        assert_eq!(crate::model::ids::born_ms(&fresh_id()), None);
+    }
 
     #[test]
     fn every_bit_of_a_secret_is_drawn() {

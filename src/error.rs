@@ -22,6 +22,16 @@ pub enum Error {
     /// The log or the disk is full: free space, then retry. Nothing has changed.
     #[error("{0}")]
     Full(String),
+    /// An operation was born too long ago, by the log's clock, for anybody to know whether an earlier copy of it has taken
+    /// effect; or further in the future than the log believes: correct the clock, decide anew whether the write is still
+    /// wanted, and send it under a new operation id. This copy has changed nothing.
+    #[error("{message}")]
+    Expired {
+        /// The sentence.
+        message: String,
+        /// The log's time, in milliseconds since 1970.
+        log_time_ms: u64,
+    },
     /// What the call rests on is not so (any more): somebody else changed the record first, or the session
     /// is of a log that is gone. Read again, decide again. Nothing has changed.
     #[error("{0}")]
@@ -44,16 +54,24 @@ pub enum Error {
     /// Stored data does not have its checksum or form: the copy must be rebuilt from another one.
     #[error("{0}")]
     Corrupt(String),
+    /// Stored or sent by a newer version: upgrade this node. Nothing has changed.
+    #[error("{0}")]
+    Unsupported(String),
     /// A bug of this crate: please report it. State is as it was before the call.
     #[error("{0}")]
     Internal(String),
 }
 
 impl Error {
-    /// Whether the same call may succeed later without any change to it.
+    /// Whether the same call may succeed later without any change to it; of [`Error::Expired`], with a new operation id.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Error::Unavailable(_) | Error::Busy(_) | Error::Full(_) | Error::NotLeader(_) => true,
+            Error::Unavailable(_)
+            | Error::Busy(_)
+            | Error::Full(_)
+            | Error::NotLeader(_)
+            | Error::Unsupported(_)
+            | Error::Expired { .. } => true,
             Error::Conflict(_)
             | Error::Fenced(_)
             | Error::NotFound(_)
@@ -70,6 +88,8 @@ impl Error {
             Error::Unavailable(_) => "unavailable",
             Error::Busy(_) => "busy",
             Error::Full(_) => "full",
+            Error::Expired { .. } => "expired",
+            Error::Unsupported(_) => "unsupported",
             Error::Conflict(_) => "conflict",
             Error::Fenced(_) => "fenced",
             Error::NotLeader(_) => "not_leader",
@@ -90,8 +110,10 @@ impl Error {
             Error::Conflict(_) => 409,
             Error::TooLarge(_) => 413,
             Error::NotLeader(_) => 421,
+            Error::Expired { .. } => 408,
             Error::Busy(_) => 429,
             Error::Corrupt(_) | Error::Internal(_) => 500,
+            Error::Unsupported(_) => 501,
             Error::Unavailable(_) => 503,
             Error::Full(_) => 507,
         }
@@ -104,6 +126,8 @@ impl Error {
             Error::Unavailable(text) => Error::Unavailable(said(text)),
             Error::Busy(text) => Error::Busy(said(text)),
             Error::Full(text) => Error::Full(said(text)),
+            Error::Expired { message, log_time_ms } => Error::Expired { message: said(message), log_time_ms },
+            Error::Unsupported(text) => Error::Unsupported(said(text)),
             Error::Conflict(text) => Error::Conflict(said(text)),
             Error::Fenced(text) => Error::Fenced(said(text)),
             Error::NotLeader(text) => Error::NotLeader(said(text)),
@@ -116,7 +140,7 @@ impl Error {
     }
 }
 
-/// An [`Error`] as it travels: `{"code","message","retryable"}`.
+/// An [`Error`] as it travels: `{"code","message","retryable"}`, and `"log_time_ms"` of an expired operation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WireError {
     /// [`Error::code`].
@@ -126,6 +150,9 @@ pub struct WireError {
     /// [`Error::is_retryable`].
     #[serde(default)]
     pub retryable: bool,
+    /// The log's time in milliseconds since 1970: what the clock of the sender of an expired operation should have said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_time_ms: Option<u64>,
 }
 
 /// Longest text of an error that is sent or logged, in bytes. Errors quote what they refuse, which may have a megabyte:
@@ -154,6 +181,10 @@ impl From<&Error> for WireError {
             code: error.code().to_owned(),
             message: shortened(error.to_string()),
             retryable: error.is_retryable(),
+            log_time_ms: match error {
+                Error::Expired { log_time_ms, .. } => Some(*log_time_ms),
+                _ => None,
+            },
         }
     }
 }
@@ -172,6 +203,8 @@ impl From<WireError> for Error {
             "invalid" => Error::Invalid(text),
             "too_large" => Error::TooLarge(text),
             "corrupt" => Error::Corrupt(text),
+            "unsupported" => Error::Unsupported(text),
+            "expired" => Error::Expired { message: text, log_time_ms: wire.log_time_ms.unwrap_or(0) },
             // A newer peer may know more kinds than we do.
             _ if wire.retryable => Error::Unavailable(text),
             _ => Error::Internal(text),
@@ -196,6 +229,8 @@ mod tests {
             Error::Invalid,
             Error::TooLarge,
             Error::Corrupt,
+            Error::Unsupported,
+            |message| Error::Expired { message, log_time_ms: 7 },
             Error::Internal,
         ] {
             let error = make("shard 7".to_owned());
@@ -212,7 +247,12 @@ mod tests {
 
     #[test]
     fn unknown_code_of_a_newer_peer_keeps_its_retryability() {
-        let wire = |retryable| WireError { code: "from_the_future".into(), message: "x".into(), retryable };
+        let wire = |retryable| WireError {
+            code: "from_the_future".into(),
+            message: "x".into(),
+            retryable,
+            log_time_ms: None,
+        };
         assert!(Error::from(wire(true)).is_retryable());
         assert!(!Error::from(wire(false)).is_retryable());
     }

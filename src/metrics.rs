@@ -59,6 +59,7 @@ pub(crate) struct Metrics {
     /// Operations skipped because their id had taken effect before.
     pub(crate) duplicate_ops: IntCounter,
     /// Log entries skipped because they are damaged or invalid.
+    pub(crate) expired_ops: IntCounter,
     pub(crate) rejected_entries: IntCounter,
     /// Asynchronous tasks of this process that have not ended: a leak shows as growth under steady load.
     pub(crate) tasks: IntGauge,
@@ -175,6 +176,10 @@ impl Metrics {
             )?,
             applied_entries: counter("ruvector_log_entries_applied_total", "Log entries applied")?,
             duplicate_ops: counter("ruvector_duplicate_operations_total", "Repeated operations skipped")?,
+            expired_ops: counter(
+                "ruvector_expired_operations_total",
+                "Operations refused because nobody can know whether an earlier copy took effect",
+            )?,
             rejected_entries: counter(
                 "ruvector_rejected_entries_total",
                 "Damaged or invalid log entries skipped",

@@ -265,12 +265,16 @@ fn records_of_the_first_nodes_still_read() {
 #[test]
 fn the_log_and_snapshots() {
     let ops = vec![
-        wire::LogOp::Write { op_id: id(4), op: wire::WriteOp::Upsert(vec![entry()]) },
-        wire::LogOp::Write { op_id: id(5), op: wire::WriteOp::Delete(vec!["vector-2".into()]) },
+        wire::LogOp::Write { op_id: id(4), op: wire::WriteOp::Upsert(vec![entry()]), born_ms: None },
+        wire::LogOp::Write {
+            op_id: id(5),
+            op: wire::WriteOp::Delete(vec!["vector-2".into()]),
+            born_ms: None,
+        },
         wire::LogOp::Barrier,
         wire::LogOp::Checkpoint(id(6)),
     ];
-    packed("log_entry", &wire::LogEntry { ops });
+    packed("log_entry", &wire::LogEntry { v: 1, ops });
     let body = wire::ChunkBody::Entries(vec![entry()]);
     packed("chunk_entries", &wire::Chunk { attempt: id(7), index: 1, seq: 99, body, last: false });
     let body = wire::ChunkBody::Window(vec![(5, serde_bytes::ByteBuf::from(vec![1, 2, 3]))]);
@@ -288,7 +292,14 @@ fn the_log_and_snapshots() {
     };
     packed("snapshot_request", &request);
     packed("snapshot_request_outcomes", &wire::SnapshotRequest { outcomes: true, ..request });
-    let snapshot = wire::SnapshotReply { seq: 99, log_id: id(2), checksum: None, vectors: 10, bytes: 4096 };
+    let snapshot = wire::SnapshotReply {
+        seq: 99,
+        log_id: id(2),
+        checksum: None,
+        vectors: 10,
+        bytes: 4096,
+        window: None,
+    };
     packed("snapshot_reply", &snapshot);
     let checksum = Some("0011223344556677".to_owned());
     packed("snapshot_reply_stamped", &wire::SnapshotReply { checksum, ..snapshot });
@@ -299,8 +310,11 @@ fn the_log_and_snapshots() {
 #[test]
 fn requests_between_machines() {
     let op = wire::WriteOp::Upsert(vec![entry()]);
-    packed("write_request", &wire::WriteRequest { shard: ShardId(3), op_id: id(4), op, timeout_ms: 1_000 });
-    packed("write_reply", &wire::WriteReply { seq: 99, deleted: 0 });
+    packed(
+        "write_request",
+        &wire::WriteRequest { shard: ShardId(3), op_id: id(4), op, timeout_ms: 1_000, born_ms: None },
+    );
+    packed("write_reply", &wire::WriteReply { seq: 99, ..Default::default() });
     packed(
         "read_request",
         &wire::ReadRequest {
@@ -344,7 +358,7 @@ fn requests_between_machines() {
     packed("ping_reply", &reply);
     let stamped = wire::ReplicaReport { checksum: Some("0011223344556677".to_owned()), ..report };
     packed("ping_reply_stamped", &wire::PingReply { replicas: vec![stamped], ..reply });
-    packed("reply_ok", &wire::Reply::Ok(wire::WriteReply { seq: 99, deleted: 1 }));
+    packed("reply_ok", &wire::Reply::Ok(wire::WriteReply { seq: 99, deleted: 1, ..Default::default() }));
     let refused = (&ruvector_cluster::Error::Full("the log is full".into())).into();
     packed("reply_error", &wire::Reply::<wire::WriteReply>::Error(refused));
 }
@@ -353,12 +367,12 @@ fn requests_between_machines() {
 fn the_api_of_every_language() {
     let seqs: BTreeMap<String, u64> = [("3".to_owned(), 99)].into();
     let after = seqs.clone();
-    json_form("api_upsert_reply", &api::UpsertReply { upserted: 1, seqs: seqs.clone() });
+    json_form("api_upsert_reply", &api::UpsertReply { upserted: 1, seqs: seqs.clone(), repeated: false });
     json_form(
         "api_delete_request",
-        &api::DeleteRequest { ids: vec!["a".into()], op_id: Some("order 7".into()) },
+        &api::DeleteRequest { ids: vec!["a".into()], op_id: Some("order 7".into()), sent_at: None },
     );
-    json_form("api_delete_reply", &api::DeleteReply { deleted: 1, seqs });
+    json_form("api_delete_reply", &api::DeleteReply { deleted: 1, seqs, repeated: false });
     let consistency = Consistency::Eventual;
     json_form(
         "api_get_request",

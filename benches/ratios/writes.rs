@@ -27,8 +27,8 @@ pub(crate) fn stored(number: usize) -> VectorEntry {
 
 /// A log entry as a replica would write it for these.
 fn log_entry(entries: Vec<VectorEntry>) -> Bytes {
-    let op = LogOp::Write { op_id: OpId::from_u128(7), op: WriteOp::Upsert(entries) };
-    encode(&LogEntry { ops: vec![op] }).expect("a log entry encodes").into()
+    let op = LogOp::Write { op_id: OpId::from_u128(7), op: WriteOp::Upsert(entries), born_ms: None };
+    encode(&LogEntry::new(vec![op])).expect("a log entry encodes").into()
 }
 
 /// Stores [`VECTORS`], four clients at a time.

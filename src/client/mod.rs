@@ -10,19 +10,21 @@ mod heard;
 mod route;
 mod search;
 mod watch;
+mod write;
 
 pub use admin::Admin;
 
 use budget::Budget;
+use write::Clocks;
 
-use crate::clock::fresh_id;
+use crate::clock::{fresh_id, fresh_operation};
 use crate::error::{Error, Result};
 use crate::logic::hash::KeyRouter;
 use crate::metrics::Metrics;
-use crate::model::api::part_id;
+use crate::model::api::Operation;
 use crate::model::records::ClusterRecord;
 use crate::model::vector::validate_id;
-use crate::model::wire::{ReadReply, ReadRequest, WriteOp, WriteReply, WriteRequest};
+use crate::model::wire::{ReadReply, ReadRequest, WriteOp};
 use crate::model::{Consistency, OpId, SearchQuery, SearchResult, ShardId, VectorEntry};
 use crate::nats::NatsOptions;
 use crate::nats::bus::Bus;
@@ -30,7 +32,6 @@ use crate::nats::connect::{Nats, Patience};
 use crate::nats::log::MAX_JOINED_BYTES;
 use crate::nats::subjects::Subjects;
 use crate::view::{Buckets, CONFIG_KEY, Scope, View, Views, parse};
-use futures::{StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,8 +71,6 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(30);
 const INSIDE_TIMEOUT: Duration = Duration::from_secs(4);
 /// The leader of a stream answers within this, or there is none.
 const LEADERS_TIME: Duration = Duration::from_secs(2);
-/// Shards written at a time by one bulk write.
-const PARALLEL_SHARDS: usize = 16;
 /// Entries of one message.
 const MAX_PART: usize = 1_000;
 
@@ -82,6 +81,8 @@ pub struct Written {
     pub count: u64,
     /// Where the write is in each shard's log.
     pub seqs: BTreeMap<ShardId, u64>,
+    /// The same write had taken effect before, in every shard: this call changed nothing.
+    pub repeated: bool,
 }
 
 /// What a get found.
@@ -129,6 +130,8 @@ struct Inner {
     turn: AtomicU64,
     /// Of further copies, shared by all sessions of a connection.
     budget: Arc<Budget>,
+    /// How far the clocks of the logs are from ours, alike.
+    clocks: Arc<Clocks>,
     /// Ends the watches of a client that has its own connection.
     _stop: Option<DropGuard>,
 }
@@ -204,6 +207,7 @@ impl Client {
             session: Mutex::default(),
             turn: AtomicU64::new(fresh_id().as_u64_pair().0),
             budget: Arc::default(),
+            clocks: Arc::default(),
             _stop: None,
         };
         Client { inner: Arc::new(inner) }
@@ -222,6 +226,7 @@ impl Client {
         if let Some(fresh) = Arc::get_mut(&mut client.inner) {
             fresh.timeout = inner.timeout;
             fresh.budget = inner.budget.clone();
+            fresh.clocks = inner.clocks.clone();
         }
         client
     }
@@ -288,14 +293,33 @@ impl Client {
     /// # Errors
     /// `Invalid` before anything is sent; `Unavailable` when a part of the write has an unknown outcome
     /// (send it again: it takes effect once if it is sent with [`upsert_as`](Self::upsert_as)); `Busy`,
-    /// `Full` when it was refused. Parts for other shards may have been stored.
+    /// `Full`, `Expired` when it was refused. Parts for other shards may have been stored.
     pub async fn upsert(&self, entries: Vec<VectorEntry>) -> Result<Written> {
-        self.upsert_as(fresh_id(), entries).await
+        self.upsert_as(fresh_operation(), entries).await
     }
 
-    /// [`upsert`](Self::upsert) under an operation id of yours: repeating it within two minutes is safe.
+    /// [`upsert`](Self::upsert) under an operation id of yours: the same id with the same entries is the same write, and takes
+    /// effect once however often it is sent within a minute. Take it from [`operation_id`](Self::operation_id), or make a
+    /// UUIDv7: then a repetition that comes later than that is refused as `Expired`. Any other UUID is a new write again
+    /// after two minutes.
+    ///
+    /// # Errors
+    /// As [`upsert`](Self::upsert).
     pub async fn upsert_as(&self, op_id: OpId, entries: Vec<VectorEntry>) -> Result<Written> {
-        let written = self.write(op_id, Self::split_upsert(self, entries)?).await?;
+        self.upsert_operation(Operation::named(op_id), entries).await
+    }
+
+    /// An id for a write that may be repeated: see [`upsert_as`](Self::upsert_as).
+    pub fn operation_id() -> OpId {
+        fresh_operation()
+    }
+
+    pub(crate) async fn upsert_operation(
+        &self,
+        operation: Operation,
+        entries: Vec<VectorEntry>,
+    ) -> Result<Written> {
+        let written = self.write(operation, self.split_upsert(entries)?).await?;
         self.saw(&written.seqs);
         Ok(written)
     }
@@ -305,12 +329,19 @@ impl Client {
     /// # Errors
     /// As [`upsert`](Self::upsert).
     pub async fn delete(&self, ids: Vec<String>) -> Result<Written> {
-        self.delete_as(fresh_id(), ids).await
+        self.delete_as(fresh_operation(), ids).await
     }
 
-    /// [`delete`](Self::delete) under an operation id of yours.
+    /// [`delete`](Self::delete) under an operation id of yours: see [`upsert_as`](Self::upsert_as).
+    ///
+    /// # Errors
+    /// As [`upsert`](Self::upsert).
     pub async fn delete_as(&self, op_id: OpId, ids: Vec<String>) -> Result<Written> {
-        let written = self.write(op_id, self.split_delete(ids)?).await?;
+        self.delete_operation(Operation::named(op_id), ids).await
+    }
+
+    pub(crate) async fn delete_operation(&self, operation: Operation, ids: Vec<String>) -> Result<Written> {
+        let written = self.write(operation, self.split_delete(ids)?).await?;
         self.saw(&written.seqs);
         Ok(written)
     }
@@ -401,44 +432,6 @@ impl Client {
             }
         }
         Ok(parts)
-    }
-
-    /// Writes all parts: shards side by side, the parts of one shard in order.
-    async fn write(&self, op_id: OpId, parts: BTreeMap<ShardId, Vec<WriteOp>>) -> Result<Written> {
-        let written: Vec<(ShardId, u64, u64)> = futures::stream::iter(parts)
-            .map(|(shard, ops)| self.write_shard(op_id, shard, ops))
-            .buffer_unordered(PARALLEL_SHARDS)
-            .try_collect()
-            .await?;
-        Ok(Written {
-            count: written.iter().map(|(_, _, count)| count).sum(),
-            seqs: written.into_iter().map(|(shard, seq, _)| (shard, seq)).collect(),
-        })
-    }
-
-    async fn write_shard(
-        &self,
-        op_id: OpId,
-        shard: ShardId,
-        ops: Vec<WriteOp>,
-    ) -> Result<(ShardId, u64, u64)> {
-        let (mut seq, mut count) = (0, 0);
-        for (part, op) in ops.into_iter().enumerate() {
-            let entries = match &op {
-                WriteOp::Upsert(entries) => entries.len() as u64,
-                WriteOp::Delete(_) => 0,
-            };
-            let request = WriteRequest {
-                shard,
-                op_id: part_id(op_id, shard, part as u32),
-                op,
-                timeout_ms: self.inner.timeout.as_millis() as u64,
-            };
-            let reply: WriteReply = self.ask_shard(shard, "write", &request, self.deadline()).await?;
-            seq = seq.max(reply.seq);
-            count += entries + reply.deleted;
-        }
-        Ok((shard, seq, count))
     }
 
     pub(crate) async fn get_after(

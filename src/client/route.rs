@@ -2,6 +2,7 @@
 
 use super::Client;
 use super::budget::Copy;
+use crate::clock::wall_ms;
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::records::NodeStatus;
@@ -14,6 +15,8 @@ use tokio::time::Instant;
 
 /// Copies of one request that may be under way at once.
 const MAX_COPIES: usize = 4;
+/// By how much the wall clock may be ahead of the monotonic one. It runs while a machine sleeps, which the other may not.
+const SLEPT: Duration = Duration::from_secs(1);
 /// Pause before all targets are tried once more.
 const PAUSE: Duration = Duration::from_millis(25);
 const MAX_PAUSE: Duration = Duration::from_millis(400);
@@ -38,7 +41,11 @@ impl Client {
 
     /// Asks until somebody answers or the deadline has passed. A second copy of a slow request is sent
     /// elsewhere after a quarter of the time: reads do not mind, and writes carry their operation id. Such a
-    /// copy, and a try after `busy`, must be within the budget; a refusal is passed on when it is not.
+    /// copy, and a try after `busy`, must be within the budget; a refusal is passed on when it is not. Before each copy the
+    /// clock is looked at: this process, or its machine, may have been stopped for as long as anybody likes.
+    ///
+    /// A write ends as `Expired` only if that was said of all its copies that may have reached anybody: then it has not
+    /// taken effect, and will not.
     pub(super) async fn ask_shard<Q: Serialize, A: DeserializeOwned>(
         &self,
         shard: ShardId,
@@ -47,7 +54,9 @@ impl Client {
         deadline: Instant,
     ) -> Result<A> {
         self.budget().earn();
-        let turn = self.turn();
+        let (turn, began_ms) = (self.turn(), wall_ms());
+        let over_ms =
+            began_ms + (deadline.saturating_duration_since(Instant::now()) + SLEPT).as_millis() as u64;
         let hedge = (deadline - Instant::now()) / 4;
         let ask = |n: usize| {
             let subject = self.target(shard, verb, turn, n);
@@ -67,7 +76,15 @@ impl Client {
                     match asked {
                         Asked::Answer(Ok(answer)) => return Ok(answer),
                         // One replica's trouble with its store is not the others'.
-                        Asked::Answer(Err(error @ (Error::Corrupt(_) | Error::Internal(_)))) => last = error,
+                        Asked::Answer(Err(
+                            error @ (Error::Corrupt(_) | Error::Internal(_) | Error::Unsupported(_)),
+                        )) => last = error,
+                        Asked::Answer(Err(error @ Error::Expired { .. })) => {
+                            if !unknown && under_way.is_empty() {
+                                return Err(error);
+                            }
+                            last = error;
+                        }
                         Asked::Answer(Err(error)) if !error.is_retryable() => return Err(error),
                         // The log is the same for all replicas; a disk is not, so the others are asked once.
                         // While a copy is under way it may still take effect: "refused" would be untrue.
@@ -93,7 +110,11 @@ impl Client {
                     }
                     next = next.min(Instant::now() + wait);
                 }
-                () = tokio::time::sleep_until(next), if under_way.len() < MAX_COPIES => {
+                () = tokio::time::sleep_until(next), if under_way.len() < MAX_COPIES && Instant::now() < deadline => {
+                    if writes && wall_ms() > over_ms {
+                        let slept = "the time for this write was over when this process went on";
+                        return Err(Error::Unavailable(format!("shard {shard}: {slept}; what became of it is not known")));
+                    }
                     let copy = match last {
                         Error::Busy(_) => Some(Copy::Busy),
                         // Instead of one that has failed, not beside it.

@@ -27,6 +27,7 @@ pub(crate) mod hotspots;
 pub(crate) mod jetstream;
 pub(crate) mod lease;
 pub(crate) mod log_loss;
+pub(crate) mod log_time;
 pub(crate) mod membership;
 pub(crate) mod migration;
 pub(crate) mod planner;

@@ -1,8 +1,11 @@
 //! Requests and replies of `ruvector.api.*`, for any language: JSON, or MessagePack by `Content-Type`.
 
+use super::ids::born_ms;
 use super::vector::{is_no, is_yes, vector_bytes, yes};
+use super::wire::WriteOp;
 use super::{Consistency, OpId, Payload, SearchResult, ShardId, VectorEntry};
 use crate::error::{Error, Result};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use uuid::Uuid;
@@ -40,9 +43,14 @@ pub(crate) fn from_seqs(seqs: &Seqs, num_shards: u32) -> Result<BTreeMap<ShardId
 pub struct UpsertRequest {
     /// What to store.
     pub entries: Vec<VectorEntry>,
-    /// Any text: the same text means the same write, which takes effect once.
+    /// A UUIDv7, or any text: the same text, verb and content mean the same write, which takes effect once. A UUIDv7
+    /// says when the write was first sent; with any other text, `sent_at` should.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub op_id: Option<String>,
+    /// When the write was first sent, the same in each repetition. A copy that comes more than a minute later is refused as
+    /// `expired`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_at: Option<DateTime<Utc>>,
 }
 
 /// Answer to `upsert`.
@@ -52,6 +60,9 @@ pub struct UpsertReply {
     pub upserted: u64,
     /// Where they are in each shard's log.
     pub seqs: Seqs,
+    /// The same write had taken effect before; this request changed nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repeated: bool,
 }
 
 /// `delete`.
@@ -62,6 +73,9 @@ pub struct DeleteRequest {
     /// See [`UpsertRequest::op_id`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub op_id: Option<String>,
+    /// See [`UpsertRequest::sent_at`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_at: Option<DateTime<Utc>>,
 }
 
 /// Answer to `delete`.
@@ -71,6 +85,9 @@ pub struct DeleteReply {
     pub deleted: u64,
     /// Where the deletions are in each shard's log.
     pub seqs: Seqs,
+    /// The same write had taken effect before; this request changed nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repeated: bool,
 }
 
 /// `get`.
@@ -187,16 +204,74 @@ pub struct CountReply {
 /// Longest text of an operation id.
 const MAX_OP_ID: usize = 256;
 
-/// An operation id from any text: a UUID stands for itself.
-pub(crate) fn op_id(text: Option<&str>, fresh: impl FnOnce() -> OpId) -> Result<OpId> {
-    match text {
-        None => Ok(fresh()),
-        Some(text) if text.is_empty() || text.len() > MAX_OP_ID => {
-            Err(Error::Invalid(format!("op_id has {} bytes, use 1 to {MAX_OP_ID}", text.len())))
-        }
-        Some(text) => Ok(Uuid::parse_str(text)
-            .unwrap_or_else(|_| Uuid::from_u128(xxhash_rust::xxh3::xxh3_128(text.as_bytes())))),
+/// A write as its first sender names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Operation {
+    pub(crate) id: OpId,
+    pub(crate) born: Born,
+}
+
+/// When an operation was first sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Born {
+    /// Just now: nobody else has a copy of it.
+    Now,
+    /// By the wall clock of this process, which knows how far that is from a log's.
+    Here(u64),
+    /// By somebody else's clock, which is taken at its word.
+    Elsewhere(u64),
+}
+
+impl Operation {
+    /// One whose id was given by a caller of this process.
+    pub(crate) fn named(id: OpId) -> Operation {
+        Operation { id, born: born_ms(&id).map_or(Born::Now, Born::Here) }
     }
+
+    /// One of a request, named by a UUID, which stands for itself, by any text, or by nobody. `born` is `Now` if the request
+    /// does not say.
+    pub(crate) fn requested(
+        text: Option<&str>,
+        sent_at: Option<DateTime<Utc>>,
+        fresh: impl FnOnce() -> OpId,
+    ) -> Result<Operation> {
+        let said = sent_at.map(|at| at.timestamp_millis().max(0) as u64);
+        let Some(text) = text else {
+            return Ok(Operation { id: fresh(), born: said.map_or(Born::Now, Born::Elsewhere) });
+        };
+        if text.is_empty() || text.len() > MAX_OP_ID {
+            return Err(Error::Invalid(format!("op_id has {} bytes, use 1 to {MAX_OP_ID}", text.len())));
+        }
+        let hashed = || Uuid::from_u128(xxhash_rust::xxh3::xxh3_128(text.as_bytes()));
+        let parsed = Uuid::parse_str(text);
+        let born = said.or_else(|| parsed.as_ref().ok().and_then(born_ms));
+        Ok(Operation {
+            id: parsed.unwrap_or_else(|_| hashed()),
+            born: born.map_or(Born::Now, Born::Elsewhere),
+        })
+    }
+}
+
+/// What all copies of a write have in common, and no other write: the id that its client chose, and verb and content. So
+/// whoever uses an id for something else does something else.
+pub(crate) fn operation_key(id: OpId, parts: &BTreeMap<ShardId, Vec<WriteOp>>) -> Result<OpId> {
+    struct Hasher(xxhash_rust::xxh3::Xxh3);
+    impl std::io::Write for Hasher {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.update(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut hasher = Hasher(xxhash_rust::xxh3::Xxh3::new());
+    hasher.0.update(id.as_bytes());
+    for op in parts.values().flatten() {
+        rmp_serde::encode::write_named(&mut hasher, op)
+            .map_err(|e| Error::Internal(format!("encoding failed: {e}")))?;
+    }
+    Ok(Uuid::from_u128(hasher.0.digest128()))
 }
 
 /// Id of one part of a write that goes to several shards, or in several messages: always the same for
@@ -213,14 +288,51 @@ pub(crate) fn part_id(op: OpId, shard: ShardId, part: u32) -> OpId {
 mod tests {
     use super::*;
 
+    fn named(text: &str) -> Operation {
+        Operation::requested(Some(text), None, Uuid::nil).unwrap()
+    }
+
     #[test]
     fn the_same_text_is_the_same_operation() {
-        let id = |text: &str| op_id(Some(text), Uuid::nil).unwrap();
-        assert_eq!(id("order 7"), id("order 7"));
-        assert_ne!(id("order 7"), id("order 8"));
+        assert_eq!(named("order 7"), named("order 7"));
+        assert_ne!(named("order 7"), named("order 8"));
         let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
-        assert_eq!(id(uuid).to_string(), uuid);
-        assert!(op_id(Some(""), Uuid::nil).is_err());
+        assert_eq!(named(uuid).id.to_string(), uuid);
+        assert!(Operation::requested(Some(""), None, Uuid::nil).is_err());
+        assert_eq!(Operation::requested(None, None, Uuid::max).unwrap().id, Uuid::max());
+    }
+
+    #[test]
+    fn a_write_says_when_it_was_born_by_its_id_or_beside_it() {
+        assert_eq!(named("019ac8d2-5f00-7000-8000-000000000001").born, Born::Elsewhere(0x019a_c8d2_5f00));
+        assert_eq!(named("67e55044-10b1-426f-9247-bb680e5fe0c8").born, Born::Now);
+        assert_eq!(named("order 7").born, Born::Now);
+        let request: UpsertRequest =
+            serde_json::from_str(r#"{"entries":[],"op_id":"order 7","sent_at":"2026-11-27T13:29:56.250Z"}"#)
+                .unwrap();
+        let operation = Operation::requested(request.op_id.as_deref(), request.sent_at, Uuid::nil).unwrap();
+        assert_eq!(operation.born, Born::Elsewhere(1_795_786_196_250));
+    }
+
+    #[test]
+    fn an_id_with_another_verb_or_content_is_another_operation() {
+        let write = |op: WriteOp| {
+            operation_key(Uuid::from_u128(7), &BTreeMap::from([(ShardId(0), vec![op])])).unwrap()
+        };
+        let put = |id: &str, x: f32| write(WriteOp::Upsert(vec![VectorEntry::new(id, vec![x])]));
+        let all = [put("a", 1.0), put("b", 1.0), put("a", 2.0), write(WriteOp::Delete(vec!["a".into()]))];
+        assert_eq!(all.iter().collect::<std::collections::BTreeSet<_>>().len(), all.len());
+        assert_eq!(put("a", 1.0), put("a", 1.0));
+        // One corrected entry makes another write of all of them, not of its own shard alone.
+        let parts = |x: f32| {
+            let part = |x| vec![WriteOp::Upsert(vec![VectorEntry::new("a", vec![x])])];
+            operation_key(
+                Uuid::from_u128(7),
+                &BTreeMap::from([(ShardId(0), part(1.0)), (ShardId(1), part(x))]),
+            )
+            .unwrap()
+        };
+        assert_ne!(part_id(parts(1.0), ShardId(0), 0), part_id(parts(2.0), ShardId(0), 0));
     }
 
     #[test]

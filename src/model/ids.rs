@@ -8,12 +8,19 @@ use uuid::Uuid;
 pub type NodeId = String;
 /// One run of a node process. A restarted node keeps its [`NodeId`] and has another instance.
 pub type InstanceId = Uuid;
-/// A client's name for one write; a repeated write with the same id takes effect once.
+/// A client's name for one write; a repeated write with the same id and content takes effect once. A UUIDv7 carries the
+/// time of its birth: a repetition that comes too late for anybody to know is refused.
 pub type OpId = Uuid;
 /// Number of one leadership: the fencing token on everything that a leader writes. Starts at 1.
 pub type Term = u64;
 /// Names one migration; also a subject token.
 pub type MigrationId = String;
+
+/// When an operation was born, in milliseconds since 1970, if its id says so: a UUIDv7.
+pub(crate) fn born_ms(id: &OpId) -> Option<u64> {
+    let standard = id.get_variant() == uuid::Variant::RFC4122 && id.get_version_num() == 7;
+    standard.then(|| (id.as_u128() >> 80) as u64)
+}
 
 /// One part of the key space, `0 .. num_shards`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

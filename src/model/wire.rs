@@ -1,7 +1,9 @@
 //! MessagePack messages between machines, and the log entry.
 //!
 //! Named fields, unknown ones ignored, so that a node of the next version may add some. The bytes of a
-//! log entry and of a snapshot chunk are covered by a checksum in a header: see [`checksum`].
+//! log entry and of a snapshot chunk are covered by a checksum in a header: see [`checksum`]. What an entry
+//! of a log *does* must be the same on every replica, so there nothing unknown is skipped: see
+//! [`decode_entry`].
 
 use super::{Consistency, InstanceId, NodeId, OpId, SearchQuery, SearchResult, ShardId, VectorEntry};
 use crate::error::{Error, Result, WireError};
@@ -52,10 +54,13 @@ pub enum WriteOp {
 pub enum LogOp {
     /// A client's write.
     Write {
-        /// The client's id for it.
+        /// Names operation, verb and content: see [`operation_key`](super::api::operation_key).
         op_id: OpId,
         /// What it does.
         op: WriteOp,
+        /// When the client first sent it, in milliseconds of the log's time since 1970. Older versions do not say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        born_ms: Option<u64>,
     },
     /// Nothing: its sequence is what a linearizable read waits for.
     Barrier,
@@ -63,11 +68,121 @@ pub enum LogOp {
     Checkpoint(Uuid),
 }
 
+/// Newest form of a log entry that this version reads, and the one that it writes. 1: without births of operations.
+pub const LOG_FORMAT: u16 = 2;
+
 /// One message of a shard's log: operations that were waiting together.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LogEntry {
+    /// Form of the entry; see [`LOG_FORMAT`].
+    #[serde(default = "first_format", skip_serializing_if = "is_first_format")]
+    pub v: u16,
     /// In order.
     pub ops: Vec<LogOp>,
+}
+
+fn first_format() -> u16 {
+    1
+}
+
+fn is_first_format(v: &u16) -> bool {
+    *v == first_format()
+}
+
+impl LogEntry {
+    /// An entry of the form that this version writes.
+    pub fn new(ops: Vec<LogOp>) -> Self {
+        LogEntry { v: LOG_FORMAT, ops }
+    }
+}
+
+/// Decodes an entry whose checksum is right.
+///
+/// # Errors
+/// [`Error::Unsupported`] when a newer version has written it: a higher form, or an operation that this version does not
+/// know. Replicas of that version apply it; one that skipped it would part company with them. [`Error::Invalid`] when no
+/// version has: every replica skips it.
+pub fn decode_entry(bytes: &[u8]) -> Result<LogEntry> {
+    let decoded = decode::<LogEntry>(bytes);
+    if decoded.as_ref().is_ok_and(|entry| entry.v <= LOG_FORMAT) {
+        return decoded;
+    }
+    let form = decode::<Form>(bytes).ok().map(|form| form.v).filter(|v| *v > u64::from(LOG_FORMAT));
+    let form = form.map(|v| format!("form {v}"));
+    let what = form.or_else(|| decode::<Outline>(bytes).ok().and_then(|outline| outline.unknown()));
+    match what {
+        Some(what) => Err(Error::Unsupported(format!(
+            "it was written by a newer version ({what}; this version knows form {LOG_FORMAT}): upgrade this node"
+        ))),
+        None => decoded,
+    }
+}
+
+/// The form of an entry, whatever else is in it.
+#[derive(Deserialize)]
+struct Form {
+    #[serde(default)]
+    v: u64,
+}
+
+/// Which operations an entry names, whatever they hold.
+#[derive(Deserialize)]
+struct Outline {
+    #[serde(default)]
+    ops: Vec<Tagged>,
+}
+
+/// Name of an operation, and that of the change in it if it is a write.
+struct Tagged {
+    name: String,
+    change: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct OutlinedWrite {
+    #[serde(default)]
+    op: Option<Tagged>,
+}
+
+impl Outline {
+    fn unknown(&self) -> Option<String> {
+        let known = |op: &Tagged| match op.name.as_str() {
+            "write" => op.change.as_deref().is_none_or(|change| matches!(change, "upsert" | "delete")),
+            name => matches!(name, "barrier" | "checkpoint"),
+        };
+        let op = self.ops.iter().find(|op| !known(op))?;
+        let name = op.change.as_ref().filter(|_| op.name == "write").unwrap_or(&op.name);
+        Some(format!("operation {:?}", crate::error::shortened(name.clone())))
+    }
+}
+
+impl<'de> Deserialize<'de> for Tagged {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Tagged;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an operation: a name, or a map of one name")
+            }
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> std::result::Result<Tagged, E> {
+                Ok(Tagged { name: name.to_owned(), change: None })
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Tagged, A::Error> {
+                let Some(name) = map.next_key::<String>()? else {
+                    return Err(serde::de::Error::custom("an operation without a name"));
+                };
+                let change = match name.as_str() {
+                    "write" => map.next_value::<OutlinedWrite>()?.op.map(|op| op.name),
+                    _ => map.next_value::<serde::de::IgnoredAny>().map(|_| None)?,
+                };
+                Ok(Tagged { name, change })
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 /// `ruvector.shard.<shard>.write`, `ruvector.node.<node>.write`.
@@ -79,18 +194,28 @@ pub struct WriteRequest {
     pub op_id: OpId,
     /// What to do.
     pub op: WriteOp,
-    /// How long the sender waits.
+    /// How long the sender waits, counted from the birth of the operation.
     pub timeout_ms: u64,
+    /// When the operation was first sent, in milliseconds of the log's time since 1970, as far as the sender knows it. Older
+    /// clients do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub born_ms: Option<u64>,
 }
 
-/// Answer to [`WriteRequest`]: JetStream has acknowledged the write.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// Answer to [`WriteRequest`]: JetStream has acknowledged the write, and it has taken effect at the replica that answers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct WriteReply {
     /// Log sequence; what a session read waits for.
     pub seq: u64,
     /// How many ids a delete found.
     #[serde(default)]
     pub deleted: u64,
+    /// An earlier copy of the same operation had taken effect; this one changed nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repeated: bool,
+    /// The log's time there, in milliseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_time_ms: Option<u64>,
 }
 
 /// `ruvector.shard.<shard>.read`, `ruvector.node.<node>.read`.
@@ -283,6 +408,20 @@ pub struct SnapshotReply {
     pub vectors: u64,
     /// Bytes now.
     pub bytes: u64,
+    /// Log time at that sequence, and the newest birth of an operation that the window had no place for: see the window.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<WindowMarks>,
+}
+
+/// What a window of operation ids knows besides the ids.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowMarks {
+    /// The highest time of an entry so far, in milliseconds since 1970.
+    #[serde(default)]
+    pub log_time_ms: u64,
+    /// Operations that were not born later than this are refused: their ids may have been forgotten.
+    #[serde(default)]
+    pub forgotten_ms: u64,
 }
 
 /// What a chunk carries.
@@ -357,26 +496,53 @@ mod tests {
 
     #[test]
     fn a_log_entry_reads_back_and_its_vectors_are_compact() {
-        let entry = LogEntry {
-            ops: vec![
-                LogOp::Write {
-                    op_id: Uuid::from_u128(7),
-                    op: WriteOp::Upsert(vec![VectorEntry::new("a", vec![1.5; 128])]),
-                },
-                LogOp::Write { op_id: Uuid::from_u128(8), op: WriteOp::Delete(vec!["b".into()]) },
-                LogOp::Barrier,
-                LogOp::Checkpoint(Uuid::from_u128(9)),
-            ],
-        };
+        let upsert = WriteOp::Upsert(vec![VectorEntry::new("a", vec![1.5; 128])]);
+        let delete = WriteOp::Delete(vec!["b".into()]);
+        let entry = LogEntry::new(vec![
+            LogOp::Write { op_id: Uuid::from_u128(7), op: upsert, born_ms: Some(1_800_000_000_000) },
+            LogOp::Write { op_id: Uuid::from_u128(8), op: delete, born_ms: None },
+            LogOp::Barrier,
+            LogOp::Checkpoint(Uuid::from_u128(9)),
+        ]);
         let bytes = encode(&entry).unwrap();
         assert!(bytes.len() < 512 + 200, "{}", bytes.len());
-        assert_eq!(decode::<LogEntry>(&bytes).unwrap(), entry);
+        assert_eq!(decode_entry(&bytes).unwrap(), entry);
+    }
+
+    #[test]
+    fn an_entry_of_a_newer_version_is_not_taken_for_garbage() {
+        let packed = |json: serde_json::Value| encode(&json).unwrap();
+        let known =
+            serde_json::json!({"write": {"op_id": Uuid::nil().into_bytes(), "op": {"delete": ["a"]}}});
+        let newer = [
+            serde_json::json!({"v": 3, "ops": ["barrier"]}),
+            serde_json::json!({"v": 3, "ops": {"packed": 7}}),
+            serde_json::json!({"v": 70_000, "ops": []}),
+            serde_json::json!({"ops": [known, {"upsert_if_absent": {"id": "y"}}]}),
+            serde_json::json!({"v": 2, "ops": ["compact"]}),
+            serde_json::json!({"ops": [{"write": {"op_id": [0], "op": {"patch": {"id": "y"}}}}]}),
+        ];
+        for entry in newer {
+            let decoded = decode_entry(&packed(entry.clone()));
+            assert!(matches!(decoded, Err(Error::Unsupported(_))), "{entry}: {decoded:?}");
+        }
+        let garbage = [
+            serde_json::json!({"ops": [{"write": {"op_id": "x", "op": {"delete": ["a"]}}}]}),
+            serde_json::json!({"ops": 7}),
+            serde_json::json!({"v": "three", "ops": []}),
+            serde_json::json!(null),
+            serde_json::json!({"v": 2, "ops": [{"checkpoint": "not an id"}]}),
+        ];
+        for entry in garbage {
+            let decoded = decode_entry(&packed(entry.clone()));
+            assert!(matches!(decoded, Err(Error::Invalid(_))), "{entry}: {decoded:?}");
+        }
     }
 
     #[test]
     fn garbage_does_not_parse_and_does_not_panic() {
         for bytes in [&b""[..], b"\xc1", b"\xdf\xff\xff\xff\xff", b"{\"ops\":[]}", &[0xdd; 64]] {
-            assert!(matches!(decode::<LogEntry>(bytes), Err(Error::Invalid(_))));
+            assert!(matches!(decode_entry(bytes), Err(Error::Invalid(_))));
         }
     }
 

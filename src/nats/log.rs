@@ -114,6 +114,11 @@ impl Logs {
         self.nats.is_still(connection)
     }
 
+    /// Most bytes of an entry.
+    pub(crate) fn max_body(&self) -> usize {
+        self.nats.max_body()
+    }
+
     /// State of the stream as its leader has it; `None` if there is none.
     pub(crate) async fn info(&self, shard: ShardId) -> Result<Option<LogInfo>> {
         let name = self.subjects.log_stream(shard);
@@ -325,7 +330,8 @@ pub(crate) struct Read {
     pub(crate) time_ms: u64,
     /// See [`stamp`].
     pub(crate) checksum: String,
-    /// What it says; an error if it is damaged or malformed: every replica sees the same bytes and skips it.
+    /// What it says. An error if it is damaged or malformed: every replica sees the same bytes and skips it; or, as
+    /// `Unsupported`, if a newer version has written it: then it is not for this one to skip.
     pub(crate) entry: Result<LogEntry>,
     pub(crate) bytes: usize,
 }
@@ -375,7 +381,7 @@ impl LogReader {
         self.consumer_seq = info.consumer_sequence;
         let (seq, time_ms) = (info.stream_sequence, info.published.timestamp_millis().max(0) as u64);
         let body = &message.payload;
-        let entry = verify_checksum(message.headers.as_ref(), body).and_then(|()| wire::decode(body));
+        let entry = verify_checksum(message.headers.as_ref(), body).and_then(|()| wire::decode_entry(body));
         Ok(Read { seq, time_ms, checksum: stamp(body, info.published), bytes: body.len(), entry })
     }
 }

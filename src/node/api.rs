@@ -2,16 +2,17 @@
 
 use super::context::Context;
 use crate::client::Client;
-use crate::clock::fresh_id;
+use crate::clock::{fresh_operation, wall_ms};
 use crate::error::{Error, Result};
 use crate::model::api::{
-    CountReply, CountRequest, DeleteReply, DeleteRequest, GetReply, GetRequest, SearchReply, SearchRequest,
-    Seqs, UpsertReply, UpsertRequest, from_seqs, op_id, to_seqs,
+    Born, CountReply, CountRequest, DeleteReply, DeleteRequest, GetReply, GetRequest, Operation, SearchReply,
+    SearchRequest, Seqs, UpsertReply, UpsertRequest, from_seqs, to_seqs,
 };
 use crate::model::strict::{self, Format};
 use crate::model::{SearchQuery, ShardId};
 use crate::nats::bus::{Message, content_type, sender};
 use crate::nats::service::ApiService;
+use chrono::{DateTime, Utc};
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -56,9 +57,9 @@ pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
 async fn answer(ctx: &Context, client: &Client, verb: &'static str, message: &Message) {
     let started = Instant::now();
     let outcome = match verb {
-        "upsert" => respond(ctx, message, upsert(client, message).await).await,
+        "upsert" => respond(ctx, message, upsert(ctx, client, message).await).await,
         "get" => respond(ctx, message, get(client, message).await).await,
-        "delete" => respond(ctx, message, delete(client, message).await).await,
+        "delete" => respond(ctx, message, delete(ctx, client, message).await).await,
         "search" => respond(ctx, message, search(client, message).await).await,
         _ => respond(ctx, message, count(client, message).await).await,
     };
@@ -88,16 +89,30 @@ fn request<T: DeserializeOwned>(message: &Message) -> Result<T> {
     Ok(strict::read(format, &message.payload)?.value)
 }
 
-async fn upsert(client: &Client, message: &Message) -> Result<UpsertReply> {
-    let UpsertRequest { entries, op_id: text } = request(message)?;
-    let written = client.new_session().upsert_as(op_id(text.as_deref(), fresh_id)?, entries).await?;
-    Ok(UpsertReply { upserted: written.count, seqs: to_seqs(&written.seqs) })
+async fn upsert(ctx: &Context, client: &Client, message: &Message) -> Result<UpsertReply> {
+    let UpsertRequest { entries, op_id, sent_at } = request(message)?;
+    let operation = operation(ctx, op_id.as_deref(), sent_at)?;
+    let written = client.new_session().upsert_operation(operation, entries).await?;
+    Ok(UpsertReply { upserted: written.count, seqs: to_seqs(&written.seqs), repeated: written.repeated })
 }
 
-async fn delete(client: &Client, message: &Message) -> Result<DeleteReply> {
-    let DeleteRequest { ids, op_id: text } = request(message)?;
-    let written = client.new_session().delete_as(op_id(text.as_deref(), fresh_id)?, ids).await?;
-    Ok(DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs) })
+async fn delete(ctx: &Context, client: &Client, message: &Message) -> Result<DeleteReply> {
+    let DeleteRequest { ids, op_id, sent_at } = request(message)?;
+    let operation = operation(ctx, op_id.as_deref(), sent_at)?;
+    let written = client.new_session().delete_operation(operation, ids).await?;
+    Ok(DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs), repeated: written.repeated })
+}
+
+/// The operation that a request names, or a new one. One that does not say when it was first sent was so when it may have
+/// come here at the earliest: it may have waited in the socket of a process that was stopped, while its client got an
+/// answer elsewhere.
+fn operation(ctx: &Context, op_id: Option<&str>, sent_at: Option<DateTime<Utc>>) -> Result<Operation> {
+    let mut operation = Operation::requested(op_id, sent_at, fresh_operation)?;
+    if operation.born == Born::Now {
+        let waited = ctx.arrivals.waited()?;
+        operation.born = Born::Here(wall_ms().saturating_sub(waited.as_millis() as u64));
+    }
+    Ok(operation)
 }
 
 async fn get(client: &Client, message: &Message) -> Result<GetReply> {

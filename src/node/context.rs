@@ -12,6 +12,7 @@ use crate::nats::bus::{Bus, Message, sender};
 use crate::nats::connect::Nats;
 use crate::nats::log::Logs;
 use crate::nats::subjects::Subjects;
+use crate::node::arrivals::Arrivals;
 use crate::node::causes::Causes;
 use crate::node::rate::RateLimit;
 use crate::view::{Buckets, View, Views};
@@ -57,6 +58,8 @@ pub(crate) struct Context {
     /// Highest term seen anywhere.
     pub(crate) term: AtomicU64,
     pub(crate) rate: RateLimit,
+    /// How long requests may have waited before they were read.
+    pub(crate) arrivals: Arrivals,
     /// Scans at a time: they use a core each.
     pub(crate) scans: Arc<Semaphore>,
     /// Snapshots being sent at a time.

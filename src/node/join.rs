@@ -128,6 +128,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         leading: watch::Sender::new(None),
         term: AtomicU64::new(0),
         rate: RateLimit::new(clock, config.migration_rate),
+        arrivals: crate::node::arrivals::Arrivals::new(),
         scans: Arc::new(Semaphore::new(cores)),
         sends: Arc::new(Semaphore::new(config.migrations_per_node * 4)),
         opens: Arc::new(Semaphore::new(cores * 2)),

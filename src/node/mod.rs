@@ -1,6 +1,7 @@
 //! Who runs the loops: one node of a cluster.
 
 mod api;
+mod arrivals;
 mod causes;
 mod context;
 mod copies;
@@ -77,6 +78,7 @@ impl Node {
         ctx.tasks.spawn(replicas.clone().run());
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(arrivals::watch(ctx.clone()));
         ctx.tasks.spawn(pulse::throttle(ctx.clone()));
         ctx.tasks.spawn(watchdog::run(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));

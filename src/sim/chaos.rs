@@ -308,7 +308,7 @@ async fn try_write(
         };
         let (w, proc) = (world.clone(), node.proc);
         world.exec.spawn(proc, async move {
-            let op = LogOp::Write { op_id, op };
+            let op = LogOp::Write { op_id, op, born_ms: None };
             reply.set(replica.write(&w, op_id, op).await.ok());
         });
     });

@@ -27,7 +27,7 @@ impl Expected {
     fn after(&self, entry: &LogEntry) -> Expected {
         let mut next = self.clone();
         for op in &entry.ops {
-            let LogOp::Write { op_id, op } = op else { continue };
+            let LogOp::Write { op_id, op, .. } = op else { continue };
             if next.seen.contains_key(op_id) {
                 continue;
             }
@@ -299,9 +299,10 @@ pub(crate) fn on_apply(
         let checks = world.checks.borrow();
         let states = checks.all.get(&(condition.log_id, applied));
         let says = |(id, outcome): &&(OpId, Outcome)| {
-            states.is_some_and(|s| s.iter().all(|state| state.seen.get(id) != Some(&outcome.deleted)))
+            let came_to = outcome.result.as_ref().ok().map(|effected| effected.deleted);
+            states.is_some_and(|s| s.iter().all(|state| state.seen.get(id).copied() != came_to))
         };
-        outcomes.iter().find(says).copied()
+        outcomes.iter().find(says).cloned()
     };
     if let Some((id, outcome)) = wrong {
         let shard = replica.shard;

@@ -12,7 +12,7 @@ use crate::logic::replica::{
 };
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
-use crate::model::wire::{LogEntry, LogOp, ReplicaReport};
+use crate::model::wire::{LogEntry, LogOp, ReplicaReport, WindowMarks};
 use crate::model::{OpId, ShardId, VectorEntry};
 use crate::node::replica::apply::{Applier, told_note};
 use crate::store::{Digest, Mutation, ShardStore};
@@ -309,7 +309,7 @@ impl Replica {
             }
             if self.reload.replace(false) {
                 self.change(|c| c.caught_up = false);
-                applier.begin_seed(log_id, 0, None).map_err(|_| "seed")?;
+                applier.begin_seed(log_id, 0, None, WindowMarks::default()).map_err(|_| "seed")?;
                 self.condemned.set(None);
                 return Ok(());
             }
@@ -386,7 +386,7 @@ impl Replica {
             return Err("another log");
         }
         if fresh {
-            applier.begin_seed(log_id, seq, checksum).map_err(|_| "begin")?;
+            applier.begin_seed(log_id, seq, checksum, WindowMarks::default()).map_err(|_| "begin")?;
             self.condemned.set(None);
             super::check::on_clear(world, self.state.at, self);
             self.applied.set(0);
@@ -445,7 +445,7 @@ impl Replica {
         limit: Duration,
     ) -> Tried<Ack> {
         let until = world.exec.local(self.proc) + limit;
-        let entry = Rc::new(LogEntry { ops: vec![op] });
+        let entry = Rc::new(LogEntry::new(vec![op]));
         loop {
             let now = world.exec.local(self.proc);
             if now + Duration::from_millis(50) >= until {

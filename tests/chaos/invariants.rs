@@ -77,7 +77,7 @@ async fn digests(lab: &Lab, shard: u32) -> Result<Vec<(String, Digest)>, String>
     let reply = lab.admin("shards", json!({"only": shard})).await?;
     let nodes = reply["shards"][0]["replicas"].as_array().cloned().ok_or_else(|| reply.to_string())?;
     let checkpoint = OpId::from_u128(u128::from(next_checkpoint()));
-    let body = encode(&LogEntry { ops: vec![LogOp::Checkpoint(checkpoint)] }).map_err(|e| e.to_string())?;
+    let body = encode(&LogEntry::new(vec![LogOp::Checkpoint(checkpoint)])).map_err(|e| e.to_string())?;
     let mut headers = HeaderMap::new();
     headers.insert("Content-Type", "application/msgpack");
     headers.insert("Ruvector-Checksum", checksum(&body).as_str());

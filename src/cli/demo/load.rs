@@ -6,7 +6,7 @@
 use super::ledger::{Ledger, Read, Values, Write, name};
 use super::record::{Record, Span};
 use crate::client::Client;
-use crate::clock::{Clock, fresh_id};
+use crate::clock::{Clock, fresh_operation};
 use crate::error::{Error, Result};
 use crate::model::{Consistency, SearchQuery};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -166,7 +166,7 @@ impl Shared {
 
     /// Repeats a write until it is acknowledged. Its operation id stays, so it takes effect once.
     async fn write(&self, write: Write) {
-        let (op_id, began) = (fresh_id(), self.clock.now());
+        let (op_id, began) = (fresh_operation(), self.clock.now());
         for _ in 0..TRIES {
             let entry = self.values.entry(write);
             match self.client.upsert_as(op_id, vec![entry]).await {

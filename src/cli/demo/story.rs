@@ -8,7 +8,7 @@ use super::record::Span;
 use super::report::{Moved, Scene};
 use super::stage::{HEALING, Stage, connect, is_down};
 use super::verify::{Verdict, verify};
-use crate::clock::fresh_id;
+use crate::clock::fresh_operation;
 use crate::error::{Error, Result};
 use crate::model::admin::MigrateRequest;
 use crate::model::{Consistency, NodeId};
@@ -111,7 +111,7 @@ impl Stage<'_> {
         let parts = data.entries.chunks(BATCH).map(|part| {
             let client = client.clone();
             async move {
-                let (op_id, mut last) = (fresh_id(), None);
+                let (op_id, mut last) = (fresh_operation(), None);
                 for _ in 0..5 {
                     match client.upsert_as(op_id, part.to_vec()).await {
                         Ok(_) => return Ok(part.len()),

@@ -11,7 +11,7 @@ use crate::cli::global::Global;
 use crate::cli::interrupt::Interrupts;
 use crate::cli::render::{self, count, note};
 use crate::client::{Client, Written};
-use crate::clock::fresh_id;
+use crate::clock::fresh_operation;
 use crate::error::{Error, Result};
 use crate::model::{ShardId, VectorEntry};
 use clap::Args;
@@ -292,7 +292,7 @@ async fn attempt(
     bars: &Bars,
     stalled: &AtomicBool,
 ) -> Result<Written> {
-    let op_id = fresh_id();
+    let op_id = fresh_operation();
     let deadline = Instant::now() + TRY_FOR;
     let mut pause = FIRST_PAUSE;
     loop {

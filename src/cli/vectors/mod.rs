@@ -163,7 +163,8 @@ fn start_of(vector: &[f32]) -> String {
 async fn delete(global: &Global, ids: Vec<String>) -> Result<Exit> {
     let asked = ids.len() as u64;
     let written = global.client().await?.delete(ids).await?;
-    let reply = DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs) };
+    let reply =
+        DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs), repeated: written.repeated };
     if reply.deleted < asked {
         note(format!("{} of {} were not there", number(asked.saturating_sub(reply.deleted)), number(asked)));
     }

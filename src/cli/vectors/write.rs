@@ -42,7 +42,8 @@ pub(crate) async fn upsert(global: &Global, args: UpsertArgs) -> Result<Exit> {
     };
     let client = global.client().await?;
     let written = client.upsert(vec![VectorEntry { id, vector, payload: args.payload }]).await?;
-    let reply = UpsertReply { upserted: written.count, seqs: to_seqs(&written.seqs) };
+    let reply =
+        UpsertReply { upserted: written.count, seqs: to_seqs(&written.seqs), repeated: written.repeated };
     render::show(global.output, &reply, |reply| {
         let at = |(shard, seq): (&String, &u64)| format!("shard {shard}, sequence {seq}");
         format!("stored in {}", reply.seqs.iter().map(at).collect::<Vec<_>>().join("; "))
@@ -67,7 +68,7 @@ async fn lines(global: &Global, path: &Path, named: NamedFields) -> Result<Exit>
     let client = global.client().await?;
     // One batch after the other: of two lines with the same id, the later one stays.
     let loaded = Loader { batch: 500, parallel: 1 }.load(&client, source).await?;
-    let reply = UpsertReply { upserted: loaded.count, seqs: to_seqs(&loaded.seqs) };
+    let reply = UpsertReply { upserted: loaded.count, seqs: to_seqs(&loaded.seqs), repeated: false };
     render::show(global.output, &reply, |reply| {
         format!("{} stored", render::count(reply.upserted, "vector"))
     })?;

@@ -1,14 +1,14 @@
 //! The loop's work: look at record, store, other holders and log, decide, then apply the log until something changes.
 
 use super::apply::{self, Applier};
-use super::{CHECKPOINTS, Repair, Replica, SnapshotAsks, blocking, facts, lock};
+use super::{CHECKPOINTS, Repair, Replica, SnapshotAsks, Window, blocking, facts, lock};
 use crate::error::{Error, Result, shortened};
 use crate::logic::replica::{
     Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_foreign, is_nowhere,
     may_go_on, still_has,
 };
 use crate::model::events::Event;
-use crate::model::wire::{PingReply, PingRequest};
+use crate::model::wire::{PingReply, PingRequest, WindowMarks};
 use crate::nats::bus::Asked;
 use crate::node::failpoint::pause;
 use crate::store::AsideKind;
@@ -326,12 +326,14 @@ impl Replica {
                 }
                 () = self.reload.notified() => {
                     self.void_answers();
-                    blocking(move || applier.begin_seed(log_id, 0, None)).await?;
+                    blocking(move || applier.begin_seed(log_id, 0, None, WindowMarks::default())).await?;
                     *lock(&self.condemned) = None;
                     return Ok(());
                 }
                 Some(ask) = asks.recv() => {
-                    let _ = ask.send((applier.held.applied, applier.held.checksum.clone(), applier.window_notes()));
+                    let (seq, checksum) = (applier.held.applied, applier.held.checksum.clone());
+                    let (marks, notes) = (applier.window_marks(), applier.window_notes());
+                    let _ = ask.send(Window { seq, checksum, marks, notes });
                 }
                 changed = views.changed() => {
                     if changed.is_err() { return Ok(()); }
@@ -353,7 +355,12 @@ impl Replica {
                         Ok((applier, applied))
                     }).await?;
                     applier = back;
-                    self.took(&applier, applied?, goal);
+                    let mut applied = applied?;
+                    let stopped = applied.stopped.take();
+                    self.took(&applier, applied, goal);
+                    if let Some(error) = stopped {
+                        return Err(error);
+                    }
                 }
             }
         }
@@ -364,6 +371,7 @@ impl Replica {
         let metrics = &self.ctx.metrics;
         metrics.applied_entries.inc_by(applied.entries);
         metrics.duplicate_ops.inc_by(applied.duplicates);
+        metrics.expired_ops.inc_by(applied.expired);
         for (seq, error) in &applied.rejected {
             metrics.rejected_entries.inc();
             if let Some(unsaid) = metrics.may_log("log entry") {
@@ -380,11 +388,12 @@ impl Replica {
             drop(known);
             self.checkpointed.send_modify(|n| *n += 1);
         }
-        let mut waiting = lock(&self.waiting);
+        let waiting = lock(&self.waiting);
         if !waiting.is_empty() {
             for (op_id, outcome) in applied.outcomes {
-                for waiter in waiting.remove(&op_id).into_iter().flatten() {
-                    let _ = waiter.send(outcome);
+                for waiter in waiting.get(&op_id).into_iter().flatten() {
+                    // One that has no room for more has heard of so many copies that it will ask again.
+                    let _ = waiter.try_send(outcome.clone());
                 }
             }
         }

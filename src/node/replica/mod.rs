@@ -15,9 +15,10 @@ pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
 use crate::logic::lease::PingOutcome;
+use crate::logic::log_time::LogClock;
 use crate::logic::replica::{Condition, LogFacts};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
-use crate::model::wire::{LogOp, PingReply, ReplicaReport};
+use crate::model::wire::{LogOp, PingReply, ReplicaReport, WindowMarks};
 use crate::model::{OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
@@ -29,7 +30,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -116,19 +117,31 @@ pub(crate) struct Replica {
     /// their copies away at once.
     repairs: Arc<tokio::sync::Semaphore>,
     writer: LogWriter,
-    waiting: Mutex<HashMap<OpId, Vec<oneshot::Sender<Outcome>>>>,
+    waiting: Mutex<HashMap<OpId, Vec<mpsc::Sender<Outcome>>>>,
+    /// What the log's clock says.
+    clock: Mutex<LogClock>,
     checkpoints: Mutex<VecDeque<(Uuid, Digest)>>,
     checkpointed: watch::Sender<u64>,
     /// The window of operation ids, for snapshots; `(applied, notes)` asked from the loop.
-    snapshots: tokio::sync::mpsc::Sender<oneshot::Sender<Window>>,
+    snapshots: mpsc::Sender<oneshot::Sender<Window>>,
     pub(crate) counters: Counters,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
-/// Applied sequence, checksum of the entry there, and the window of operation ids there as notes.
-pub(crate) type Window = (u64, Option<String>, Vec<(u64, Vec<u8>)>);
-type SnapshotAsks = tokio::sync::mpsc::Receiver<oneshot::Sender<Window>>;
+/// The window of operation ids at one sequence.
+#[derive(Debug)]
+pub(crate) struct Window {
+    /// Applied so far.
+    pub(crate) seq: u64,
+    /// Of the entry there.
+    pub(crate) checksum: Option<String>,
+    pub(crate) marks: WindowMarks,
+    /// By sequence.
+    pub(crate) notes: Vec<(u64, Vec<u8>)>,
+}
+
+type SnapshotAsks = mpsc::Receiver<oneshot::Sender<Window>>;
 
 impl Replica {
     /// Opens the store and starts the loop.
@@ -146,7 +159,7 @@ impl Replica {
         let store = blocking(move || factory.open(&spec)).await?;
         let stop = ctx.stop.child_token();
         let tasks = TaskTracker::new();
-        let (snapshots, asks) = tokio::sync::mpsc::channel(4);
+        let (snapshots, asks) = mpsc::channel(4);
         let status = Status {
             state: ReplicaState::Recovering,
             applied: store.applied(),
@@ -182,6 +195,7 @@ impl Replica {
             repairs: Arc::new(tokio::sync::Semaphore::new(1)),
             writer,
             waiting: Mutex::default(),
+            clock: Mutex::default(),
             checkpoints: Mutex::default(),
             checkpointed: watch::Sender::new(0),
             snapshots,
@@ -364,15 +378,18 @@ impl Replica {
             self.ctx.causes.retry("replica_stuck", self.shard, Severity::Yellow, text);
             let pause = Duration::from_millis(100 * 2u64.pow(failures.min(5)));
             match &error {
-                Error::Full(_) | Error::Corrupt(_) | Error::Internal(_) => {
+                Error::Full(_) | Error::Corrupt(_) | Error::Unsupported(_) | Error::Internal(_)
+                    if failures.is_power_of_two() =>
+                {
                     warn!(shard = %self.shard, "the replica cannot go on: {error}; trying again in {pause:?}");
                 }
                 _ => debug!(shard = %self.shard, "looking again in {pause:?}: {error}"),
             }
-            let failed = matches!(error, Error::Corrupt(_) | Error::Internal(_));
-            if failed {
+            let broken = matches!(error, Error::Corrupt(_) | Error::Internal(_));
+            if broken {
                 self.mend().await;
             }
+            let failed = broken || matches!(error, Error::Unsupported(_));
             self.change(|status| {
                 status.gate = Some(error);
                 status.failed = failed;

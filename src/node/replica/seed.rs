@@ -115,8 +115,10 @@ impl Replica {
             return Err(Error::Unavailable(format!("{source} follows another log")));
         }
         if resumed.is_none() {
-            let (seq, checksum) = (reply.seq, reply.checksum.clone());
-            applier = blocking(move || applier.begin_seed(log_id, seq, checksum).map(|()| applier)).await?;
+            let (seq, checksum, marks) =
+                (reply.seq, reply.checksum.clone(), reply.window.unwrap_or_default());
+            let begun = move || applier.begin_seed(log_id, seq, checksum, marks).map(|()| applier);
+            applier = blocking(begun).await?;
             *lock(&self.condemned) = None;
             // What was here is gone: nobody must count on it.
             self.change(|status| {

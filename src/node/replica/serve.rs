@@ -4,15 +4,17 @@
 //! stops doing so the moment that its connection is gone. When it retires it leaves the group first and
 //! then finishes what it has in hand.
 
-use super::apply::Outcome;
+use super::apply::{Effected, Outcome};
 use super::{Replica, blocking, lock};
+use crate::clock::wall_ms;
 use crate::error::{Error, Result};
+use crate::logic::dedup::{Expiry, expiry};
 use crate::logic::replica::{Held, Placement, placement, still_has};
 use crate::model::vector::validate_id;
 use crate::model::wire::{
     LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
 };
-use crate::model::{Consistency, SearchQuery, SearchResult};
+use crate::model::{Consistency, OpId, SearchQuery, SearchResult};
 use crate::mutant::mutant;
 use crate::nats::bus::{Message, Subscriber, sender};
 use crate::nats::unavailable;
@@ -20,7 +22,7 @@ use futures::StreamExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -34,6 +36,10 @@ const QUEUE_GROUP: &str = "replicas";
 const LOST_SESSION: Duration = Duration::from_secs(1);
 /// Longest wait on behalf of one request.
 const LONGEST: Duration = Duration::from_secs(30);
+/// Oldest that a write may be when it is appended: below what the log allows.
+const OLDEST: Duration = Duration::from_secs(45);
+/// Copies of one operation that may tell of themselves while one of them is waited for.
+const OUTCOMES: usize = 16;
 
 #[derive(Clone, Copy)]
 enum Verb {
@@ -193,25 +199,19 @@ impl Replica {
             });
         }
         self.counters.writes.fetch_add(1, Ordering::Relaxed);
-        let deadline = Instant::now() + Duration::from_millis(request.timeout_ms).min(LONGEST);
+        let sent_ms = wall_ms();
+        let (born_ms, left) = self.time_left(&request, sent_ms)?;
+        let deadline = Instant::now() + left;
         let (op_id, bytes) = (request.op_id, op_bytes(&request.op));
-        // A delete's answer says how many ids it found, which only applying it can tell.
-        let outcome = matches!(request.op, WriteOp::Delete(_)).then(|| self.expect(op_id));
-        let op = LogOp::Write { op_id, op: request.op };
-        if mutant("ack-early") && outcome.is_none() {
-            let (writer, timeout) = (self.writer.clone(), deadline - Instant::now());
-            self.ctx.tasks.spawn(async move { writer.append(op, bytes, timeout).await });
-            return Ok(WriteReply { seq: before, deleted: 0 });
+        let upsert = matches!(request.op, WriteOp::Upsert(_));
+        let op = LogOp::Write { op_id, op: request.op, born_ms: Some(born_ms) };
+        if mutant("ack-early") && upsert {
+            let writer = self.writer.clone();
+            self.ctx.tasks.spawn(async move { writer.append(op, bytes, left).await });
+            return Ok(WriteReply { seq: before, ..WriteReply::default() });
         }
-        let placed = self.writer.append(op, bytes, deadline - Instant::now()).await;
-        let placed = match placed {
-            Ok(placed) => placed,
-            Err(error) => {
-                drop(outcome);
-                self.forget(op_id);
-                return Err(error);
-            }
-        };
+        let mut outcomes = self.expect(op_id);
+        let placed = self.writer.append(op, bytes, left).await?;
         match placement(placed.seq, placed.duplicate, before) {
             Placement::Fine => {}
             Placement::LogLost => {
@@ -228,17 +228,44 @@ impl Replica {
                 }
             }
         }
-        let deleted = match outcome {
-            None => 0,
-            Some(outcome) => {
-                let applied = tokio::time::timeout_at(deadline, outcome).await;
-                let late = || {
-                    Error::Unavailable("the delete is in the log, but was not applied here in time".into())
-                };
-                applied.ok().and_then(std::result::Result::ok).ok_or_else(late)?.deleted
+        // What becomes of it is decided by the log alone, when it is applied: an acknowledgement of JetStream does not say.
+        // Copies of the same operation tell of themselves, too.
+        let applied = async {
+            loop {
+                let outcome = outcomes.next().await?;
+                if outcome.seq == placed.seq {
+                    return Some(outcome);
+                }
             }
         };
-        Ok(WriteReply { seq: placed.seq, deleted: deleted.into() })
+        let late = || Error::Unavailable("the write is in the log, but was not applied here in time".into());
+        let outcome = tokio::time::timeout_at(deadline, applied).await.ok().flatten().ok_or_else(late)?;
+        lock(&self.clock).heard(sent_ms, wall_ms(), outcome.log_time_ms);
+        let Effected { deleted, repeated } = outcome.result?;
+        let log_time_ms = Some(outcome.log_time_ms);
+        Ok(WriteReply { seq: placed.seq, deleted: deleted.into(), repeated, log_time_ms })
+    }
+
+    /// When a write was born, and how long its sender still waits for it, counted from then: a request may have waited in a
+    /// socket for as long as this process was stopped. It is refused here by the rule by which every replica would refuse its
+    /// entry, with a margin for the time until it is in the log. That is a courtesy, by a clock: safety is with the log.
+    fn time_left(&self, request: &WriteRequest, now_ms: u64) -> Result<(u64, Duration)> {
+        let timeout = Duration::from_millis(request.timeout_ms);
+        let now_ms = lock(&self.clock).at(now_ms);
+        let Some(born_ms) = request.born_ms else {
+            // Older clients do not say: as long ago as it may have come.
+            let waited = self.ctx.arrivals.waited()?;
+            return Ok((now_ms.saturating_sub(waited.as_millis() as u64), timeout.min(LONGEST)));
+        };
+        if let Some(why) = expiry(born_ms, now_ms) {
+            return Err(why.error(now_ms));
+        }
+        let age = Duration::from_millis(now_ms.saturating_sub(born_ms));
+        let left = timeout.saturating_sub(age).min(LONGEST).min(OLDEST.saturating_sub(age));
+        if left.is_zero() {
+            return Err(Expiry::Old(age.as_millis() as u64).error(now_ms));
+        }
+        Ok((born_ms, left))
     }
 
     /// What to answer for a write that may have gone with its log.
@@ -246,26 +273,11 @@ impl Replica {
         Error::Unavailable(format!("the log of shard {} lost data: the write may be lost", self.shard))
     }
 
-    fn expect(&self, op_id: crate::model::OpId) -> oneshot::Receiver<Outcome> {
-        let (tell, told) = oneshot::channel();
-        let mut waiting = lock(&self.waiting);
-        // Those who gave up leave their sender behind; do not let them pile up.
-        if waiting.len() > IN_HAND {
-            waiting.retain(|_, waiters| waiters.iter().any(|w| !w.is_closed()));
-        }
-        waiting.entry(op_id).or_default().push(tell);
-        told
-    }
-
-    /// Takes away who does not wait any more; another copy of the same operation may be under way.
-    fn forget(&self, op_id: crate::model::OpId) {
-        let mut waiting = lock(&self.waiting);
-        if let Some(waiters) = waiting.get_mut(&op_id) {
-            waiters.retain(|waiter| !waiter.is_closed());
-            if waiters.is_empty() {
-                waiting.remove(&op_id);
-            }
-        }
+    /// Listens to what becomes of the copies of an operation, until the listener is dropped.
+    fn expect(&self, op_id: OpId) -> Outcomes<'_> {
+        let (tell, told) = mpsc::channel(OUTCOMES);
+        lock(&self.waiting).entry(op_id).or_default().push(tell);
+        Outcomes { replica: self, op_id, told }
     }
 
     fn check_request(&self, request: &WriteRequest) -> Result<()> {
@@ -442,6 +454,33 @@ impl Replica {
             return Ok(());
         }
         Err(Error::Unavailable(format!("the replica of shard {} is being copied again", self.shard)))
+    }
+}
+
+/// What becomes of the copies of one operation at this replica.
+struct Outcomes<'a> {
+    replica: &'a Replica,
+    op_id: OpId,
+    told: mpsc::Receiver<Outcome>,
+}
+
+impl Outcomes<'_> {
+    async fn next(&mut self) -> Option<Outcome> {
+        self.told.recv().await
+    }
+}
+
+impl Drop for Outcomes<'_> {
+    fn drop(&mut self) {
+        self.told.close();
+        let mut waiting = lock(&self.replica.waiting);
+        // Another copy of the same operation may be under way.
+        if let Some(waiters) = waiting.get_mut(&self.op_id) {
+            waiters.retain(|waiter| !waiter.is_closed());
+            if waiters.is_empty() {
+                waiting.remove(&self.op_id);
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! The receiver drives; if it is gone, its acknowledgements stop coming and so do we.
 
 use super::apply::told_note;
-use super::{Replica, blocking};
+use super::{Replica, Window, blocking};
 use crate::error::{Error, Result};
 use crate::model::wire::{Chunk, ChunkAck, ChunkBody, SnapshotReply, SnapshotRequest, decode};
 use crate::nats::bus::{Subscriber, verify_checksum};
@@ -48,16 +48,19 @@ pub(crate) async fn stream_snapshot(
     if request.min_seq > 0 {
         replica.wait_applied(request.min_seq, Duration::from_secs(3)).await?;
     }
-    let (seq, checksum, window) = match &request.cursor {
-        None => replica.window().await?,
-        Some(_) => (replica.status().applied, None, Vec::new()),
+    let (seq, checksum, marks, window) = match &request.cursor {
+        None => {
+            let Window { seq, checksum, marks, notes } = replica.window().await?;
+            (seq, checksum, Some(marks), notes)
+        }
+        Some(_) => (replica.status().applied, None, None, Vec::new()),
     };
     let acks = ctx.bulk.nats.client.subscribe(ctx.subjects.ack(&request.transfer)).await;
     let acks = acks.map_err(|e| unavailable("subscribing to acknowledgements", e))?;
     ctx.bulk.nats.sync().await?;
     let stats = replica.store().stats();
     let (log_id, vectors, bytes) = (status.log_id, stats.vectors, stats.bytes);
-    let reply = SnapshotReply { seq, log_id, checksum, vectors, bytes };
+    let reply = SnapshotReply { seq, log_id, checksum, vectors, bytes, window: marks };
     let sending = async move {
         let _permits = (permit, repair);
         let (shard, transfer) = (replica.shard, request.transfer.clone());
@@ -103,7 +106,7 @@ impl Sender {
             if page.last && self.request.outcomes {
                 // The window is now that of the last page or later, so nothing between the first and it is missing
                 // (but what is too old to be asked again).
-                let (_, _, window) = replica.window().await?;
+                let window = replica.window().await?.notes;
                 // A copy that is resumed began at a sequence that we do not know: then all.
                 let first = if self.request.cursor.is_some() { 0 } else { seq };
                 let since = window.into_iter().filter(|(key, _)| *key > first);

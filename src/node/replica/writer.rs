@@ -1,21 +1,21 @@
 //! Appends to one shard's log: what waits while an append is under way travels together in the next.
 //!
-//! Why it is safe: a write is answered only after JetStream has acknowledged the message that holds it.
+//! Why it is safe: a write is answered only after JetStream has acknowledged the message that holds it and this replica
+//! has applied it, so that what is answered is what became of it (see `serve`).
 //! - This process dies before the append: nobody was told anything; the client retries elsewhere.
 //! - It dies after the append: the client's retry is appended again, and every replica skips the second
 //!   copy by its operation id.
 //! - The acknowledgement never comes: the same message is sent again with the same message id (JetStream
 //!   drops the copy if it can, replicas skip it if not), until the client's own time is over; then the
 //!   client is told that the outcome is unknown.
-//! - A message is late: it lands as a write that the client may have retried; the operation id covers it.
+//! - A message is late, by however long: the operation's id and birth cover it (see `logic::dedup`).
 
 use super::Status;
 use super::serve::patience;
 use crate::clock::fresh_id;
 use crate::error::{Error, Result};
-use crate::model::wire::{LogEntry, LogOp, WriteOp, encode};
-use crate::model::{OpId, ShardId};
-use crate::mutant::mutant;
+use crate::model::ShardId;
+use crate::model::wire::{LogEntry, LogOp, encode};
 use crate::nats::log::{Appended, Logs, MAX_JOINED_BYTES};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -150,20 +150,28 @@ async fn append(target: &Target, batch: Vec<Job>) {
         let busy = format!("writes wait too long at this replica of shard {}: slow down", target.shard);
         let _ = job.reply.send(Err(Error::Busy(busy)));
     }
-    let (entry, message_id) = join(&batch);
-    let Some(deadline) = batch.iter().map(|job| job.deadline).max() else { return };
-    let result = match encode(&entry) {
-        Ok(body) => persist(target, body.into(), message_id, deadline).await,
-        Err(error) => Err(error),
-    };
-    for job in batch {
-        // Whoever no longer listens has given up, and may retry with the same id.
-        let _ = job.reply.send(result.clone());
+    let mut batches = vec![batch];
+    while let Some(mut batch) = batches.pop() {
+        let Some(deadline) = batch.iter().map(|job| job.deadline).max() else { continue };
+        let result = match encode(&join(&batch)) {
+            // Estimates of sizes are estimates: what does not fit together goes one after the other.
+            Ok(body) if body.len() > target.logs.max_body() && batch.len() > 1 => {
+                let second = batch.split_off(batch.len() / 2);
+                batches.extend([second, batch]);
+                continue;
+            }
+            Ok(body) => persist(target, body.into(), deadline).await,
+            Err(error) => Err(error),
+        };
+        for job in batch {
+            // Whoever no longer listens has given up, and may retry with the same id.
+            let _ = job.reply.send(result.clone());
+        }
     }
 }
 
 /// One entry for all; a repeated operation or a second barrier shares the first one's place.
-fn join(batch: &[Job]) -> (LogEntry, OpId) {
+fn join(batch: &[Job]) -> LogEntry {
     let mut ops: Vec<LogOp> = Vec::with_capacity(batch.len());
     let (mut seen, mut barrier) = (HashMap::new(), false);
     for job in batch {
@@ -178,17 +186,13 @@ fn join(batch: &[Job]) -> (LogEntry, OpId) {
         }
         ops.push(job.op.clone());
     }
-    // JetStream's own de-duplication may only be given an operation's id when nothing else is aboard:
-    // otherwise a retry of one would swallow the others. Nor for a delete: its answer, how many ids it
-    // found, comes from the replica that meets the repeated entry in the log and remembers the first.
-    let message_id = match ops.as_slice() {
-        [LogOp::Write { op_id, op: WriteOp::Upsert(_) }] if !mutant("no-dedup") => *op_id,
-        _ => fresh_id(),
-    };
-    (LogEntry { ops }, message_id)
+    LogEntry::new(ops)
 }
 
-async fn persist(target: &Target, body: bytes::Bytes, id: OpId, deadline: Instant) -> Result<Placed> {
+async fn persist(target: &Target, body: bytes::Bytes, deadline: Instant) -> Result<Placed> {
+    // For JetStream's own de-duplication, of the tries below alone. It never gets an operation's id: what became of a
+    // second copy is known by the replica that meets it in the log.
+    let id = fresh_id();
     let mut unknown = false;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -228,6 +232,8 @@ async fn persist(target: &Target, body: bytes::Bytes, id: OpId, deadline: Instan
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::OpId;
+    use crate::model::wire::WriteOp;
 
     fn job(op: LogOp) -> Job {
         let room = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
@@ -236,21 +242,13 @@ mod tests {
     }
 
     fn write(id: u128) -> LogOp {
-        LogOp::Write { op_id: OpId::from_u128(id), op: WriteOp::Delete(vec![format!("{id}")]) }
+        let op = WriteOp::Delete(vec![format!("{id}")]);
+        LogOp::Write { op_id: OpId::from_u128(id), op, born_ms: None }
     }
 
     #[test]
     fn a_repeated_operation_and_a_second_barrier_travel_once() {
         let batch = [write(1), LogOp::Barrier, write(1), write(2), LogOp::Barrier].map(job);
-        assert_eq!(join(&batch).0.ops, [write(1), LogOp::Barrier, write(2)]);
-    }
-
-    #[test]
-    fn only_a_lone_upsert_lends_its_id_to_the_message() {
-        let upsert = LogOp::Write { op_id: OpId::from_u128(7), op: WriteOp::Upsert(vec![]) };
-        assert_eq!(join(&[job(upsert)]).1, OpId::from_u128(7));
-        assert_ne!(join(&[job(write(7))]).1, OpId::from_u128(7));
-        let joined = join(&[write(7), write(8)].map(job)).1;
-        assert!(joined != OpId::from_u128(7) && joined != OpId::from_u128(8));
+        assert_eq!(join(&batch).ops, [write(1), LogOp::Barrier, write(2)]);
     }
 }

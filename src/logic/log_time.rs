@@ -1,0 +1,70 @@
+//! What a log's clock says now, as far as a client or a node knows it.
+//!
+//! Births of operations are compared with the timestamps that JetStream gives to entries. No two machines' clocks need
+//! agree for that: whoever sends and hears back learns how far its own clock is off. Nothing here makes anything unsafe
+//! (see [`dedup`](super::dedup)): a wrong guess makes operations expire, and the refusal corrects the guess.
+
+/// Log time minus own wall time, in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct LogClock {
+    offset_ms: i64,
+}
+
+/// From how large a correction on it is worth saying so: the clock is off, not only the network slow.
+pub(crate) const NOTICEABLE_MS: u64 = 2_000;
+
+impl LogClock {
+    /// The log's time at a time of the own wall clock.
+    pub(crate) fn at(&self, wall_ms: u64) -> u64 {
+        wall_ms.saturating_add_signed(self.offset_ms)
+    }
+
+    /// An entry got the time `log_time_ms` somewhen between two readings of the own wall clock. Returns how far off the
+    /// guess was, if the guess had to be changed noticeably.
+    pub(crate) fn heard(&mut self, sent_ms: u64, received_ms: u64, log_time_ms: u64) -> Option<i64> {
+        // Our clock may have been set back meanwhile.
+        let (low, high) = (self.at(sent_ms.min(received_ms)), self.at(received_ms));
+        let off = if log_time_ms < low {
+            -i64::try_from(low - log_time_ms).unwrap_or(i64::MAX)
+        } else if log_time_ms > high {
+            i64::try_from(log_time_ms - high).unwrap_or(i64::MAX)
+        } else {
+            return None;
+        };
+        self.offset_ms = self.offset_ms.saturating_add(off);
+        (off.unsigned_abs() >= NOTICEABLE_MS).then_some(off)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_off_is_corrected_by_one_answer_and_said_once() {
+        for off in [-3_600_000i64, 3_600_000] {
+            let mut clock = LogClock::default();
+            let log = |wall: u64| wall.saturating_add_signed(off);
+            let said = clock.heard(10_000_000, 10_000_040, log(10_000_020));
+            assert!(said.is_some_and(|said| said.abs_diff(off) <= 40), "{said:?}");
+            assert!(clock.at(10_001_000).abs_diff(log(10_001_000)) <= 40);
+            assert_eq!(clock.heard(10_002_000, 10_002_040, log(10_002_020)), None);
+        }
+    }
+
+    #[test]
+    fn a_slow_answer_changes_nothing() {
+        let mut clock = LogClock::default();
+        assert_eq!(clock.heard(1_000, 9_000, 1_001), None);
+        assert_eq!(clock, LogClock::default());
+    }
+
+    #[test]
+    fn impossible_times_do_not_overflow() {
+        let mut clock = LogClock::default();
+        clock.heard(0, 0, u64::MAX);
+        clock.heard(u64::MAX, 0, 0);
+        clock.heard(u64::MAX, u64::MAX, 0);
+        clock.at(u64::MAX);
+    }
+}
