@@ -26,6 +26,67 @@ impl TestCluster {
     }
 }
 
+/// Every way in of the command line: exact, or refused with the place, and then nothing is stored.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_data_set_is_imported_exactly_or_refused_with_its_place() {
+    let cluster = TestCluster::start(setup(1, 4, 1)).await;
+    let folder = tempfile::tempdir().unwrap();
+    let dimensions = cluster.client_with(REQUEST).await.settings().dimensions;
+    let row = |first: &str| [&[first], vec!["1"; dimensions - 1].as_slice()].concat().join(",");
+    let names: Vec<String> = (0..dimensions).map(|at| format!("v{at}")).collect();
+    let names = names.join(",");
+    let file = |name: &str, text: String| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    for (name, text, place) in [
+        (
+            "headerless.csv",
+            format!("{}\n{}\n", row("0.5"), row("0.25")),
+            "header line: the first line holds numbers",
+        ),
+        ("huge.csv", format!("{names}\n{}\n", row("1e39")), "line 2: column \"v0\": 1e39 is too large"),
+        (
+            "whole.jsonl",
+            format!("{{\"vector\":[{}]}}\n", row("16777217")),
+            "line 1: column 11: number 0: 16777217",
+        ),
+        (
+            "wide.jsonl",
+            format!(
+                "{{\"id\":\"a\",\"vector\":[{}],\"payload\":{{\"n\":18446744073709551616}}}}\n",
+                row("1")
+            ),
+            "18446744073709551616 would lose digits",
+        ),
+    ] {
+        let path = file(name, text);
+        let ran = cluster.command(&format!("vectors import {path}")).await.refused(place);
+        assert!(ran.err.contains(name), "{ran:?}");
+    }
+    for words in ["vectors upsert a --vector [1e39]", "vectors upsert a --vector [1] --payload {\"n\":1e400}"]
+    {
+        assert_eq!(cluster.command(words).await.code, Some(2), "{words}");
+    }
+    assert_eq!(cluster.command("vectors count").await.done().json()["count"], 0);
+
+    let text =
+        format!("id,{names},n,zip\na,{},9007199254740993,01234\nb,{},7,12345\n", row("0.1"), row("16777216"));
+    let ran = cluster.command(&format!("vectors import {}", file("good.csv", text))).await.done();
+    let done = ran.json();
+    assert_eq!(
+        (&done["imported"], &done["first_id"], &done["last_id"]),
+        (&json!(2), &json!("a"), &json!("b"))
+    );
+    assert!(ran.err.is_empty() || ran.err.contains("column \"zip\" is taken as text"), "{ran:?}");
+    let found = cluster.command("vectors get a").await.done().json();
+    assert_eq!(found["entry"]["payload"], json!({"n": 9_007_199_254_740_993_u64, "zip": "01234"}), "{found}");
+    assert_eq!(found["entry"]["vector"][0], json!(0.1), "{found}");
+    let ran = cluster.command("vectors search --like a -k 1 --filter {\"zip\":\"12345\"}").await.done();
+    assert_eq!(ran.json()["hits"][0]["id"], "b", "{ran:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_outlives_the_leader_and_the_node_and_is_called_off_by_undrain() {
     let mut cluster = TestCluster::start(Setup { pauses: true, ..setup(4, 12, 2) }).await;
