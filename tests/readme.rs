@@ -64,3 +64,38 @@ async fn the_first_command_of_the_readme_runs() {
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("\"lost\":0") && text.contains("\"wrong_reads\":0"), "{text}");
 }
+
+/// The names of the functions in a folder of sources.
+fn functions(folder: &std::path::Path, found: &mut std::collections::HashSet<String>) {
+    for entry in std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+        if entry.is_dir() {
+            functions(&entry, found);
+        } else if entry.extension().is_some_and(|extension| extension == "rs") {
+            let text = std::fs::read_to_string(&entry).expect("a source");
+            let names = text.split("fn ").skip(1).filter_map(|rest| rest.split_once('('));
+            found.extend(names.map(|(name, _)| name.trim().to_owned()));
+        }
+    }
+}
+
+/// A test that was renamed or taken away leaves a promise that nothing shows.
+#[test]
+fn every_test_that_contributing_names_for_a_promise_exists() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("CONTRIBUTING.md")).expect("CONTRIBUTING.md");
+    let (_, table) = text.split_once("## What the README promises").expect("the table");
+    let (table, _) = table.split_once("\n## ").expect("what follows it");
+    let mut known = std::collections::HashSet::new();
+    functions(&root.join("src"), &mut known);
+    functions(&root.join("tests"), &mut known);
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ")).skip(1).collect();
+    assert!(rows.len() >= 20, "{rows:?}");
+    for row in rows {
+        let (_, tests) = row.trim_end_matches(" |").rsplit_once(" | ").expect("two columns");
+        let named: Vec<&str> = tests.split('`').skip(1).step_by(2).collect();
+        assert!(!named.is_empty() || tests.contains("none"), "no test in: {row}");
+        for test in named {
+            assert!(known.contains(test), "there is no test {test:?}: {row}");
+        }
+    }
+}
