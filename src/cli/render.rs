@@ -49,13 +49,20 @@ pub(crate) fn sentence(text: &str) -> String {
     width().map_or_else(|| text.to_owned(), |width| broken(text, width))
 }
 
+/// How many columns a painted text takes: colours have no width.
+fn visible(text: &str) -> usize {
+    let mut parts = text.split('\x1b');
+    let plain = parts.next().map_or(0, |text| text.chars().count());
+    let painted = parts.filter_map(|part| part.split_once('m'));
+    plain + painted.map(|(_, text)| text.chars().count()).sum::<usize>()
+}
+
 fn broken(text: &str, width: usize) -> String {
     const INDENT: &str = "    ";
     let mut out = String::with_capacity(text.len() + 8);
     let mut used = 0;
     for (at, word) in text.split(' ').enumerate() {
-        // Escape codes have no width; they make a line a little shorter than it could be.
-        let length = word.chars().count();
+        let length = visible(word);
         if at > 0 && used + 1 + length > width {
             out.push('\n');
             out.push_str(INDENT);
@@ -437,6 +444,9 @@ mod tests {
         assert_eq!(broken("short", 14), "short");
         assert_eq!(broken("averyveryverylongword and more", 14), "averyveryverylongword\n    and more");
         assert_eq!(broken("two  blanks", 80), "two  blanks");
+        let painted = paint(Tone::Bad, "it is", true) + " on n1, and may stay";
+        assert_eq!(visible(&painted), 24 + 1);
+        assert_eq!(broken(&painted, 14).lines().next(), Some("\x1b[31mit is\x1b[0m on n1,"));
     }
 
     #[test]
