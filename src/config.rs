@@ -111,6 +111,9 @@ pub struct ClusterConfig {
     pub log_replicas: Option<usize>,
     /// Most bytes of one shard's log; when it is full, writes are refused. Default: 1 GiB.
     pub log_max_bytes: u64,
+    /// Where there is no cluster, but log streams and records of an earlier one: delete them, with all that only they
+    /// hold, and found a new one. Without this, such a place is refused.
+    pub start_clean: bool,
 }
 
 impl Default for ClusterConfig {
@@ -153,9 +156,13 @@ impl Default for ClusterConfig {
             scrub_interval: Duration::from_secs(86_400),
             log_replicas: None,
             log_max_bytes: 1 << 30,
+            start_clean: false,
         }
     }
 }
+
+/// What a lease may last, in ms.
+pub(crate) const LEASE_TTLS: std::ops::RangeInclusive<u128> = 1_000..=300_000;
 
 impl ClusterConfig {
     /// Checks everything that can be checked without asking anybody.
@@ -186,7 +193,7 @@ impl ClusterConfig {
         let beats = self.heartbeat_interval.as_millis() * 3;
         range("failure_timeout in ms", self.failure_timeout.as_millis(), beats, 3_600_000);
         range("forget_after in ms", self.forget_after.as_millis(), 1_000, u128::from(u64::MAX));
-        range("lease_ttl in ms", self.lease_ttl.as_millis(), 1_000, 300_000);
+        range("lease_ttl in ms", self.lease_ttl.as_millis(), *LEASE_TTLS.start(), *LEASE_TTLS.end());
         range("max_skew_percent", self.max_skew_percent.into(), 0, 100);
         range("migration_chunk in bytes", self.migration_chunk as u128, 4_096, 64 << 20);
         range("migration_window", self.migration_window.into(), 1, 256);

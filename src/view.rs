@@ -1,22 +1,25 @@
 //! The local copy of the buckets: one watch per bucket, checked records, listed again when in doubt.
 //!
 //! It only ever holds records that passed their check: garbage is counted and the last good record stays.
-//! A shard record whose term is lower than one seen for that shard is ignored, so a deposed leader's late
+//! A shard record whose term is lower than one seen for that shard is ignored, and one of a term that the lease has not
+//! reached is kept aside until it has (a leader takes the lease before it writes), so a deposed leader's late
 //! write changes nothing here. When NATS is away, the last copy goes on being used.
 
 use crate::error::{Error, Result, shortened};
-use crate::logic::fencing::{is_plausible, takes_over};
+use crate::logic::fencing::{is_plausible, is_reached, takes_over};
+use crate::logic::settings::is_same;
 use crate::metrics::Metrics;
 use crate::model::records::{
     ClusterRecord, LeaderRecord, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord, ShardRecord,
     ThrottleRecord,
 };
 use crate::model::{MigrationId, NodeId, ShardId, Term};
-use crate::nats::bucket::{Bucket, Change, Versioned, rewatch_pause};
+use crate::nats::bucket::{Bucket, BucketState, Change, Versioned, rewatch_pause};
 use crate::nats::connect::Nats;
 use crate::nats::subjects::Subjects;
 use futures::StreamExt;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -24,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+/// Keys of the cluster's bucket.
+const KEYS: [&str; 4] = [CONFIG_KEY, LEADER_KEY, REBALANCE_KEY, THROTTLE_KEY];
 /// Key of the cluster's settings.
 pub(crate) const CONFIG_KEY: &str = "config";
 /// Key of the lease.
@@ -34,8 +39,10 @@ pub(crate) const REBALANCE_KEY: &str = "rebalance";
 pub(crate) const THROTTLE_KEY: &str = "throttle";
 /// Records read at a time where there is no watch.
 const FILL_PARALLEL: usize = 32;
-/// A watch can die silently: compare revisions this often.
-const RELIST: Duration = Duration::from_secs(30);
+/// A watch can die silently, and a bucket be made anew under it: clients look this often, nodes more often.
+const CLIENTS_LOOK: Duration = Duration::from_secs(15);
+/// Keys that nobody knows what to do with, as far as they are remembered to be said.
+const STRANGERS: usize = 100;
 
 /// The four buckets.
 #[derive(Debug, Clone)]
@@ -75,8 +82,26 @@ pub(crate) struct View {
     pub(crate) migrations: BTreeMap<MigrationId, Rev<MigrationRecord>>,
     /// Highest term of a record that was taken over: see [`is_plausible`].
     pub(crate) term: Term,
-    /// Revisions at which somebody put garbage, or a deposed leader its record, under a shard's key.
-    pub(crate) overwritten: BTreeMap<ShardId, u64>,
+    /// The settings that this process goes by; `None` in tests.
+    pub(crate) own: Option<Arc<ClusterRecord>>,
+    /// Highest term that the lease was seen to have.
+    lease_term: Term,
+    /// Counts whatever was seen under the lease's key, garbage and deletions too.
+    pub(crate) lease_touched: u64,
+    /// Records of terms that the lease has not reached.
+    pub(crate) held_back: BTreeMap<ShardId, Rev<ShardRecord>>,
+    /// Shards under whose key the bucket has nothing, or nothing that counts: not what we have here.
+    pub(crate) overwritten: BTreeSet<ShardId>,
+    /// Nodes whose record is gone without a mark of a deletion, or is garbage: the revision that is there (0: none).
+    pub(crate) lost_nodes: BTreeMap<NodeId, u64>,
+    /// The same for migrations.
+    pub(crate) lost_migrations: BTreeMap<MigrationId, u64>,
+    /// The same for keys of the cluster's bucket.
+    pub(crate) lost_keys: BTreeMap<String, u64>,
+    /// Keys that no record of ours can stand under, by bucket.
+    pub(crate) strangers: BTreeSet<(&'static str, String)>,
+    /// Keys of the cluster's bucket that the listing under way has brought.
+    listing: BTreeSet<String>,
 }
 
 impl View {
@@ -97,12 +122,126 @@ impl View {
         self.leader.as_ref().map(|(_, record)| record).filter(|record| record.node.is_some())
     }
 
-    fn believe(&mut self, term: Term) -> Result<()> {
-        if !is_plausible(self.term, term) {
-            return Err(Error::Invalid(format!("nobody can have reached term {term}")));
+    fn check_term(&self, term: Term) -> Result<()> {
+        if is_plausible(self.term, term) {
+            return Ok(());
         }
+        Err(Error::Invalid(format!("nobody can have reached term {term}")))
+    }
+
+    fn believe(&mut self, term: Term) -> Result<()> {
+        self.check_term(term)?;
         self.term = self.term.max(term);
         Ok(())
+    }
+
+    /// Takes in what a watch has brought; an error if it is not taken over.
+    fn take(&mut self, part: Part, change: &Change) -> Result<()> {
+        let Change { key, revision, value } = change;
+        match part {
+            Part::Cluster => {
+                self.listing.insert(key.clone());
+                self.lease_touched += u64::from(key == LEADER_KEY);
+            }
+            Part::Shards => {
+                if let Ok(shard) = ShardId::parse(key) {
+                    if self.shards.get(&shard).is_some_and(|(known, _)| revision < known) {
+                        // We have written a newer one, and the watch is a moment behind.
+                        return Ok(());
+                    }
+                    self.held_back.remove(&shard);
+                }
+            }
+            Part::Nodes | Part::Migrations => {}
+        }
+        let outcome = self.apply(part, change);
+        let known = match (part, value) {
+            (_, None) => true,
+            (Part::Cluster, _) => KEYS.contains(&key.as_str()),
+            (Part::Nodes, _) => self.nodes.contains_key(key),
+            (Part::Shards, _) => ShardId::parse(key).is_ok_and(|shard| self.has(shard)),
+            (Part::Migrations, _) => self.migrations.contains_key(key),
+        };
+        let stranger = (part.name(), key.clone());
+        if !known && outcome.is_err() {
+            if self.strangers.len() < STRANGERS {
+                self.strangers.insert(stranger);
+            }
+            return outcome;
+        }
+        self.strangers.remove(&stranger);
+        let good = outcome.is_ok() && value.is_some();
+        match part {
+            Part::Cluster if good => drop(self.lost_keys.remove(key)),
+            // These are never deleted by us.
+            Part::Cluster if outcome.is_err() || key == CONFIG_KEY || key == LEADER_KEY => {
+                self.lost_keys.insert(key.clone(), *revision);
+            }
+            Part::Cluster => drop(self.lost_keys.remove(key)),
+            Part::Nodes if outcome.is_ok() => drop(self.lost_nodes.remove(key)),
+            Part::Nodes => drop(self.lost_nodes.insert(key.clone(), *revision)),
+            Part::Shards => {
+                if let Ok(shard) = ShardId::parse(key) {
+                    match good {
+                        true => self.overwritten.remove(&shard),
+                        false => self.overwritten.insert(shard),
+                    };
+                }
+            }
+            Part::Migrations if outcome.is_ok() => drop(self.lost_migrations.remove(key)),
+            Part::Migrations => drop(self.lost_migrations.insert(key.clone(), *revision)),
+        }
+        outcome
+    }
+
+    fn has(&self, shard: ShardId) -> bool {
+        self.shards.contains_key(&shard) || self.cluster.as_ref().is_some_and(|c| shard.0 < c.num_shards)
+    }
+
+    /// A watch begins: it brings everything that there is once more, and what it does not bring is not there.
+    fn begin(&mut self, part: Part) {
+        match part {
+            Part::Cluster => self.listing.clear(),
+            Part::Nodes => self.nodes.values_mut().for_each(|(revision, _)| *revision = 0),
+            Part::Shards => {
+                self.shards.values_mut().for_each(|(revision, _)| *revision = 0);
+                self.held_back.clear();
+            }
+            Part::Migrations => self.migrations.values_mut().for_each(|(revision, _)| *revision = 0),
+        }
+        self.strangers.retain(|(name, _)| *name != part.name());
+    }
+
+    /// The watch has brought everything that there was. What is missing without a mark of a deletion went with its
+    /// bucket, or was purged from below: what we know of it stays.
+    fn listed(&mut self, part: Part) {
+        match part {
+            Part::Cluster => {
+                let known = [
+                    (CONFIG_KEY, self.cluster.is_some() || self.own.is_some()),
+                    (LEADER_KEY, self.leader.is_some()),
+                    (REBALANCE_KEY, self.rebalance.is_some()),
+                    (THROTTLE_KEY, self.throttle.is_some()),
+                ];
+                for (key, known) in known {
+                    if known && !self.listing.contains(key) {
+                        self.lost_keys.insert(key.to_owned(), 0);
+                    }
+                }
+            }
+            Part::Nodes => {
+                let missing = self.nodes.iter().filter(|(_, (revision, _))| *revision == 0);
+                self.lost_nodes.extend(missing.map(|(node, _)| (node.clone(), 0)));
+            }
+            Part::Shards => {
+                let missing = self.shards.iter().filter(|(_, (revision, _))| *revision == 0);
+                self.overwritten.extend(missing.map(|(shard, _)| *shard));
+            }
+            Part::Migrations => {
+                let missing = self.migrations.iter().filter(|(_, (revision, _))| *revision == 0);
+                self.lost_migrations.extend(missing.map(|(id, _)| (id.clone(), 0)));
+            }
+        }
     }
 
     fn apply(&mut self, part: Part, change: &Change) -> Result<()> {
@@ -125,12 +264,27 @@ impl View {
             Part::Cluster if key == CONFIG_KEY => {
                 let record: ClusterRecord = parse(bytes)?;
                 record.check()?;
+                if let Some(own) = &self.own
+                    && !is_same(own, &record)
+                {
+                    return Err(Error::Invalid(format!(
+                        "these are not the settings of this cluster, {}",
+                        own.cluster_id
+                    )));
+                }
                 self.cluster = Some(record);
             }
             Part::Cluster if key == LEADER_KEY => {
                 let record: LeaderRecord = parse(bytes)?;
                 self.believe(record.term)?;
+                self.lease_term = self.lease_term.max(record.term);
                 self.leader = Some((rev, record));
+                let reached = |(_, record): &Rev<ShardRecord>| record.term <= self.lease_term;
+                let held_back = std::mem::take(&mut self.held_back);
+                let (now, later) = held_back.into_iter().partition(|(_, held)| reached(held));
+                self.held_back = later;
+                self.overwritten.retain(|shard| !BTreeMap::contains_key(&now, shard));
+                self.shards.extend(now);
             }
             Part::Cluster if key == REBALANCE_KEY => self.rebalance = Some(parse(bytes)?),
             Part::Cluster if key == THROTTLE_KEY => {
@@ -147,17 +301,24 @@ impl View {
             Part::Shards => {
                 let record: ShardRecord = parse(bytes)?;
                 record.check(key)?;
+                if let Some(own) = self.own.as_ref().filter(|own| record.is_of_another(own.cluster_id)) {
+                    return Err(Error::Invalid(format!("it is not of this cluster, {}", own.cluster_id)));
+                }
                 if let Some(cluster) = &self.cluster
                     && record.shard.0 >= cluster.num_shards
                 {
                     return Err(Error::Invalid(format!("the cluster has {} shards", cluster.num_shards)));
                 }
+                self.check_term(record.term)?;
                 match self.shards.get(&record.shard) {
                     Some((_, known)) if !takes_over(known.term, record.term) => {
                         return Err(Error::Fenced(format!(
                             "term {} is over, term {} has been seen",
                             record.term, known.term
                         )));
+                    }
+                    Some((_, known)) if !is_reached(self.lease_term, known.term, record.term) => {
+                        self.held_back.insert(record.shard, (rev, record));
                     }
                     _ => {
                         self.believe(record.term)?;
@@ -188,6 +349,17 @@ enum Part {
     Migrations,
 }
 
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Part::Cluster => "cluster",
+            Part::Nodes => "nodes",
+            Part::Shards => "shards",
+            Part::Migrations => "migrations",
+        }
+    }
+}
+
 /// Keeps a [`View`] up to date.
 #[derive(Debug, Clone)]
 pub(crate) struct Views {
@@ -198,12 +370,12 @@ pub(crate) struct Views {
 }
 
 /// Which buckets to follow.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Scope {
-    /// All four (nodes).
-    Node,
-    /// Settings, nodes and shards (clients).
-    Client,
+    /// All four, for a node of this cluster, which looks this often whether it has missed anything.
+    Node(Arc<ClusterRecord>, Duration),
+    /// Settings, nodes and shards, for a client of this cluster.
+    Client(Arc<ClusterRecord>),
 }
 
 impl Views {
@@ -221,11 +393,16 @@ impl Views {
             (Part::Nodes, buckets.nodes.clone()),
             (Part::Shards, buckets.shards.clone()),
         ];
-        if let Scope::Node = scope {
-            parts.push((Part::Migrations, buckets.migrations.clone()));
-        }
+        let (own, look) = match scope {
+            Scope::Node(own, look) => {
+                parts.push((Part::Migrations, buckets.migrations.clone()));
+                (own, look)
+            }
+            Scope::Client(own) => (own, CLIENTS_LOOK),
+        };
         let wanted = parts.iter().map(|(part, _)| 1 << *part as u8).sum();
-        let views = Views { view: watch::Sender::new(Arc::default()), synced: watch::Sender::new(0), wanted };
+        let view = View { cluster: Some((*own).clone()), own: Some(own), ..View::default() };
+        let views = Views { view: watch::Sender::new(Arc::new(view)), synced: watch::Sender::new(0), wanted };
         for (part, bucket) in parts {
             let follow = Follow {
                 part,
@@ -234,6 +411,7 @@ impl Views {
                 views: views.clone(),
                 metrics: metrics.clone(),
                 stop: stop.clone(),
+                look,
             };
             tasks.spawn(follow.run());
         }
@@ -295,7 +473,10 @@ impl Views {
             let view = Arc::make_mut(view);
             for record in records {
                 view.term = view.term.max(record.term);
-                view.shards.entry(record.shard).or_insert_with(|| (0, record.clone()));
+                if let Entry::Vacant(free) = view.shards.entry(record.shard) {
+                    free.insert((0, record.clone()));
+                    view.overwritten.insert(record.shard);
+                }
             }
         });
     }
@@ -305,9 +486,23 @@ impl Views {
         self.view.send_if_modified(|view| {
             let newer = view.nodes.get(&record.node).is_none_or(|(known, _)| *known < revision);
             if newer {
-                Arc::make_mut(view).nodes.insert(record.node.clone(), (revision, record.clone()));
+                let view = Arc::make_mut(view);
+                view.nodes.insert(record.node.clone(), (revision, record.clone()));
+                view.lost_nodes.remove(&record.node);
             }
             newer
+        });
+    }
+
+    /// Takes over what the bucket was just found to have, whatever revision the watch has brought: it may be of a bucket
+    /// that is no more.
+    pub(crate) fn found_shard(&self, revision: u64, record: &ShardRecord) {
+        self.view.send_modify(|view| {
+            let view = Arc::make_mut(view);
+            view.term = view.term.max(record.term);
+            view.shards.insert(record.shard, (revision, record.clone()));
+            view.overwritten.remove(&record.shard);
+            view.held_back.remove(&record.shard);
         });
     }
 
@@ -319,6 +514,8 @@ impl Views {
                 let view = Arc::make_mut(view);
                 view.term = view.term.max(record.term);
                 view.shards.insert(record.shard, (revision, record.clone()));
+                view.overwritten.remove(&record.shard);
+                view.held_back.remove(&record.shard);
             }
             newer
         });
@@ -332,6 +529,7 @@ struct Follow {
     views: Views,
     metrics: Arc<Metrics>,
     stop: CancellationToken,
+    look: Duration,
 }
 
 impl Follow {
@@ -353,16 +551,23 @@ impl Follow {
         }
     }
 
-    /// Runs one watch until it must be started again: it ended, it missed something, or NATS came back.
+    /// Runs one watch until it must be started again: it ended, it missed something, its bucket is another one, or NATS
+    /// came back.
     async fn watch_once(&self, failures: &mut u32) -> Result<()> {
+        // First: should the bucket be made anew in between, the next look finds another one.
+        let created = self.state().await?.created;
         let mut watch = self.bucket.watch().await?;
+        self.change(|view| view.begin(self.part));
         let mut connected = self.nats.connected();
         connected.mark_unchanged();
-        let mut relist = tokio::time::interval_at(tokio::time::Instant::now() + RELIST, RELIST);
-        let (mut seen, mut lagging) = (0, false);
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + self.look, self.look);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut seen, mut lagging, mut listed) = (0, false, false);
+        let mut keys = HashSet::new();
         loop {
-            if watch.current {
-                *failures = 0;
+            if watch.current && !listed {
+                (*failures, listed) = (0, true);
+                self.change(|view| view.listed(self.part));
                 self.views.synced.send_if_modified(|parts| {
                     let before = *parts;
                     *parts |= 1 << self.part as u8;
@@ -373,6 +578,7 @@ impl Follow {
                 change = watch.next() => if let Some(change) = change? {
                     seen = seen.max(change.revision);
                     self.take(&change);
+                    keys.insert(change.key);
                 },
                 changed = connected.changed() => {
                     if changed.is_ok() && *connected.borrow_and_update() {
@@ -380,33 +586,53 @@ impl Follow {
                         return Ok(());
                     }
                 }
-                _ = relist.tick() => {
-                    let last = self.bucket.last_revision().await?;
-                    if last < seen {
-                        // The bucket was made anew: an old watch waits for revisions that never come.
+                _ = look.tick() => {
+                    let now = match self.state().await {
+                        Ok(now) => now,
+                        Err(error @ Error::NotFound(_)) => return Err(error),
+                        // Without a majority nobody can say, and what we have is better than nothing.
+                        Err(_) => continue,
+                    };
+                    if now.created != created || now.last_revision < seen {
+                        // The bucket was made anew, or went back in time: an old watch waits for revisions that never
+                        // come, or that are not what it takes them for.
+                        return Ok(());
+                    }
+                    if now.last_revision == seen && now.messages < keys.len() as u64 {
+                        debug!(part = ?self.part, "keys are gone without a mark, listing again");
                         return Ok(());
                     }
                     // Purged keys leave revisions that no watch delivers; a watch that is merely a
                     // moment late catches up before the second look.
-                    if last > seen && lagging {
-                        debug!(part = ?self.part, last, seen, "the watch may have missed something, listing again");
+                    if now.last_revision > seen && lagging {
+                        debug!(part = ?self.part, ?now, seen, "the watch may have missed something, listing again");
                         return Ok(());
                     }
-                    lagging = last > seen;
+                    lagging = now.last_revision > seen;
                 }
             }
         }
     }
 
+    /// A bucket that is not there has none of what we know.
+    async fn state(&self) -> Result<BucketState> {
+        let state = self.bucket.state().await;
+        if let Err(Error::NotFound(_)) = state {
+            self.change(|view| {
+                view.begin(self.part);
+                view.listed(self.part);
+            });
+        }
+        state
+    }
+
+    fn change(&self, change: impl FnOnce(&mut View)) {
+        self.views.view.send_modify(|view| change(Arc::make_mut(view)));
+    }
+
     fn take(&self, change: &Change) {
         let mut outcome = Ok(());
-        self.views.view.send_modify(|view| {
-            let view = Arc::make_mut(view);
-            outcome = view.apply(self.part, change);
-            if let (Part::Shards, Err(_), Ok(shard)) = (self.part, &outcome, ShardId::parse(&change.key)) {
-                view.overwritten.insert(shard, change.revision);
-            }
-        });
+        self.change(|view| outcome = view.take(self.part, change));
         if let Err(error) = outcome
             && let Some(unsaid) = self.metrics.bad_message("record")
         {
@@ -432,9 +658,9 @@ pub(crate) fn fuzz_records(bytes: &[u8]) {
     for (revision, (part, key)) in (1..).zip(keys) {
         let change = Change { key: key.to_owned(), revision, value: Some(bytes.to_vec().into()) };
         // Taken or refused: whatever is taken passes its own check.
-        if view.apply(part, &change).is_ok() {
+        if view.take(part, &change).is_ok() {
             let again = Change { revision: revision + 100, ..change };
-            assert!(view.apply(part, &again).is_ok(), "the same record once more");
+            assert!(view.take(part, &again).is_ok(), "the same record once more");
         }
     }
 }
@@ -458,6 +684,7 @@ mod tests {
             log_first_seq: 1,
             log_base: None,
             log_before: None,
+            cluster_id: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         let value = serde_json::to_vec(&record).unwrap();

@@ -102,6 +102,7 @@ fn what_nodes_say_of_themselves() {
             sent_at: at(0),
             leader: Some("n2".into()),
             term: 7,
+            cluster_id: None,
             shards: 12,
             primaries: 4,
             ops_per_s: 120.5,
@@ -205,6 +206,7 @@ fn the_records() {
         log_first_seq: 1,
         log_base: None,
         log_before: None,
+        cluster_id: None,
         updated_at: at(7),
     };
     json_form("shard", &shard);

@@ -105,6 +105,11 @@ pub(crate) struct NodeArgs {
     /// Most bytes of one shard's log in a new cluster [default: 1GiB].
     #[arg(long)]
     log_max_bytes: Option<String>,
+    /// Found a new cluster even where an earlier one has left log streams and records in the namespace: deletes them, and
+    /// all that only they hold. Does nothing where there is a cluster.
+    #[arg(long)]
+    #[serde(skip)]
+    start_clean: bool,
     /// Memory for file pages of all stores together [default: 256MiB].
     #[arg(long)]
     cache: Option<String>,
@@ -154,6 +159,7 @@ impl NodeArgs {
             log_max_bytes: self.log_max_bytes.or(file.log_max_bytes),
             cache: self.cache.or(file.cache),
             config: None,
+            start_clean: self.start_clean,
             stop_with_stdin: self.stop_with_stdin,
         })
     }
@@ -202,6 +208,7 @@ impl NodeArgs {
             hot_min_ops_per_s: self.hot_min_ops.unwrap_or(base.hot_min_ops_per_s),
             log_replicas: self.log_replicas,
             log_max_bytes: bytes(&self.log_max_bytes, base.log_max_bytes)?,
+            start_clean: self.start_clean,
             cache_bytes: bytes(&self.cache, base.cache_bytes as u64)? as usize,
             ..base
         })

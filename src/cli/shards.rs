@@ -275,6 +275,7 @@ mod tests {
             log_first_seq: 1,
             log_base: None,
             log_before: None,
+            cluster_id: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         let applied = [("n1".to_owned(), 1_500), ("n2".to_owned(), 1_400)].into();

@@ -172,7 +172,8 @@ impl Client {
         let router = KeyRouter::of(&cluster)?;
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new()?);
-        let views = Views::start(&buckets, &nats, Scope::Client, &metrics, &stop, &TaskTracker::new());
+        let scope = Scope::Client(Arc::new(cluster.clone()));
+        let views = Views::start(&buckets, &nats, scope, &metrics, &stop, &TaskTracker::new());
         let guard = stop.drop_guard();
         if let Err(error) = views.synced(options.connect_timeout).await {
             // Watches need JetStream's majority; what any of its servers has is enough for reads, and the watches go on.

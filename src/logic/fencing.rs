@@ -29,6 +29,13 @@ pub(crate) fn takes_over(known: Term, found: Term) -> bool {
     !is_over(found, known)
 }
 
+/// Whether somebody can have written in term `found`, when `lease` is the highest term that the lease was seen to have (0:
+/// not seen yet) and `known` that of the record before. Who leads takes the lease first: a record that is ahead of it
+/// comes from a watch that is ahead of the other, for a moment, or from nobody who leads.
+pub(crate) fn is_reached(lease: Term, known: Term, found: Term) -> bool {
+    lease == 0 || found <= lease.max(known)
+}
+
 /// What a new leader rewrites under its term: the bucket's record, or its own copy where that is newer or
 /// the bucket has nothing good.
 pub(crate) fn newest(stored: Option<ShardRecord>, ours: Option<ShardRecord>) -> Option<ShardRecord> {
@@ -98,6 +105,13 @@ mod tests {
         // Whatever has been reached, a next one can follow.
         assert!(is_plausible(REACHED + AHEAD, REACHED + AHEAD + 1));
         assert!(!is_plausible(MAX_TERM, MAX_TERM + 1));
+    }
+
+    #[test]
+    fn nobody_writes_in_a_term_that_the_lease_has_not_reached() {
+        assert!(is_reached(4, 3, 4) && is_reached(0, 3, 9), "the lease was not seen yet");
+        assert!(!is_reached(4, 3, 5));
+        assert!(is_reached(3, 5, 5), "the lease's record went back in time, or was made anew");
     }
 
     #[test]

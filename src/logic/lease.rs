@@ -14,6 +14,11 @@
 //! - A compare-and-set is lost or doubled: it applies at most at one revision; a doubled one fails.
 //! - Its answer never comes: the outcome is *unknown*. The record is read again from the stream's leader:
 //!   our instance and term in it mean that it landed. Until then the earlier renewal counts.
+//! - The record is deleted by hand, or garbage is put in its place, at a revision R: it names nobody, and is no free
+//!   lease. Whoever led fails at the next compare-and-set, as that expects an older revision; it then renews at R,
+//!   within its validity, which makes a record of it again. Anybody else has to watch R unchanged for a whole ttl, and
+//!   claims by compare-and-set at that very R: of the two only one can apply. Each renewal that the holder counts from
+//!   landed before R came to be, so it has stopped acting by then; nothing of what it sent at older revisions applies.
 //! - It lands late, after we have given up: it renews a lease that nobody uses, and costs one ttl. If it was sent again
 //!   meanwhile, at the same revision, nobody can tell which of the two has landed: validity counts from the first.
 
@@ -39,6 +44,8 @@ pub(crate) enum Event {
     Tick,
     /// The record as read from the stream's leader: answer to [`Action::Read`].
     Seen(Option<(u64, LeaderRecord)>),
+    /// The record was deleted, or is garbage, at this revision: answer to [`Action::Read`].
+    Spoilt(u64),
     /// A watch says that the record has changed: time to read it.
     Changed,
     /// [`Action::Read`] failed.
@@ -107,7 +114,10 @@ pub(crate) enum Claim {
 #[cfg_attr(test, derive(Eq, Hash))]
 struct Observed {
     revision: u64,
-    record: LeaderRecord,
+    /// `None`: deleted, or garbage.
+    record: Option<LeaderRecord>,
+    /// How long it must stay unchanged before anybody else takes over.
+    ttl: Duration,
     /// When we first saw this revision.
     since: Duration,
 }
@@ -157,6 +167,8 @@ pub(crate) struct Lease {
     /// Do not contend before this.
     not_before: Duration,
     resigning: bool,
+    /// We hold the lease and its record is spoilt: renew it now.
+    mend: bool,
     highest_term: Term,
 }
 
@@ -175,6 +187,7 @@ impl Lease {
             pinging: false,
             not_before: now,
             resigning: false,
+            mend: false,
             highest_term: 0,
         }
     }
@@ -214,7 +227,7 @@ impl Lease {
             }
             Role::Follower { next_ping, .. } => {
                 if let Some(seen) = &self.observed {
-                    due = due.min((seen.since + seen.ttl()).max(self.not_before));
+                    due = due.min((seen.since + seen.ttl).max(self.not_before));
                     if self.settings.early_takeover && !self.pinging {
                         due = due.min((*next_ping).max(self.overdue(seen)));
                     }
@@ -227,7 +240,7 @@ impl Lease {
 
     /// When the holder should have renewed long ago.
     fn overdue(&self, seen: &Observed) -> Duration {
-        seen.since + seen.ttl() / 4 + self.settings.ping_gap / 4
+        seen.since + seen.ttl / 4 + self.settings.ping_gap / 4
     }
 
     /// Takes a fact, returns what to do.
@@ -242,6 +255,12 @@ impl Lease {
                 self.fresh = true;
                 self.next_read = now + self.renew_every();
                 self.seen(now, found, &mut out);
+            }
+            Event::Spoilt(revision) => {
+                self.reading = false;
+                self.fresh = true;
+                self.next_read = now + self.renew_every();
+                self.spoilt(now, revision);
             }
             Event::ReadFailed => {
                 self.reading = false;
@@ -275,6 +294,26 @@ impl Lease {
         }
         self.role = Role::Follower { misses: 0, next_ping: Duration::ZERO };
         self.resigning = false;
+        self.mend = false;
+    }
+
+    /// What the record said is gone. Should a claim of unknown outcome have landed before that, it counts as one that did
+    /// not.
+    fn spoilt(&mut self, now: Duration, revision: u64) {
+        self.unknown = None;
+        let known = self.observed.as_ref();
+        if known.is_none_or(|seen| seen.revision != revision || seen.record.is_some()) {
+            // Whoever held it may have been given a longer one than ours.
+            let ttl = known.map_or(self.settings.ttl, |seen| seen.ttl.max(self.settings.ttl));
+            self.observed = Some(Observed { revision, record: None, ttl, since: now });
+            if let Role::Follower { misses, .. } = &mut self.role {
+                *misses = 0;
+            }
+        }
+        if let Role::Leader { revision: held, .. } = &mut self.role {
+            *held = revision;
+            self.mend = true;
+        }
     }
 
     fn expire(&mut self, now: Duration, out: &mut Vec<Action>) {
@@ -305,10 +344,13 @@ impl Lease {
                 Claim::Acquire | Claim::Renew | Claim::Release => {}
             }
         }
-        if self.observed.as_ref().is_none_or(|seen| seen.revision != revision) {
-            // A watch may deliver an older revision late; a restored bucket starts again below. Both
-            // only restart our wait.
-            self.observed = Some(Observed { revision, record: record.clone(), since: now });
+        let same = |seen: &Observed| seen.revision == revision && seen.record.as_ref() == Some(&record);
+        if !self.observed.as_ref().is_some_and(same) {
+            // A watch may deliver an older revision late; a restored bucket starts again below, and one that was
+            // made anew may have another record at the same revision. All only restart our wait.
+            // The holder's own ttl counts, not ours; bounded against garbage in the record.
+            let ttl = Duration::from_millis(record.ttl_ms.clamp(500, 600_000));
+            self.observed = Some(Observed { revision, record: Some(record.clone()), ttl, since: now });
             if let Role::Follower { misses, .. } = &mut self.role {
                 *misses = 0;
             }
@@ -364,7 +406,7 @@ impl Lease {
 
     fn on_ping(&mut self, now: Duration, outcome: PingOutcome) {
         self.pinging = false;
-        let holder = self.observed.as_ref().and_then(|seen| seen.record.instance);
+        let holder = self.observed.as_ref().and_then(|seen| seen.record.as_ref()?.instance);
         let gap = self.settings.ping_gap;
         if let Role::Follower { misses, next_ping } = &mut self.role {
             *next_ping = now + gap;
@@ -387,6 +429,7 @@ impl Lease {
             && self.unknown.is_none()
             && let Some((claim, term, expected)) = self.wanted(now)
         {
+            self.mend = false;
             self.pending = Some(Pending { claim, term, expected, sent: now });
             out.push(Action::Cas { expected, claim, term });
         }
@@ -404,7 +447,8 @@ impl Lease {
         match &self.role {
             Role::Leader { term, revision, .. } if self.resigning => Some((Claim::Release, *term, *revision)),
             Role::Leader { term, revision, renewed } => {
-                (now >= *renewed + self.renew_every()).then_some((Claim::Renew, *term, *revision))
+                let due = self.mend || now >= *renewed + self.renew_every();
+                due.then_some((Claim::Renew, *term, *revision))
             }
             Role::Follower { misses, .. } => {
                 if now < self.not_before || self.reading || !self.fresh {
@@ -412,8 +456,10 @@ impl Lease {
                 }
                 let term = self.highest_term + 1;
                 let Some(seen) = &self.observed else { return Some((Claim::Acquire, term, 0)) };
-                let free = seen.record.node.is_none() || seen.record.instance == Some(self.settings.instance);
-                let expired = now >= seen.since + seen.ttl();
+                let ours = Some(self.settings.instance);
+                let free = |record: &LeaderRecord| record.node.is_none() || record.instance == ours;
+                let free = seen.record.as_ref().map_or(broken!(SpoiltIsFree), free);
+                let expired = now >= seen.since + seen.ttl;
                 let early = self.settings.early_takeover && *misses >= 2;
                 (free || expired || early).then_some((Claim::Acquire, term, seen.revision))
             }
@@ -423,21 +469,15 @@ impl Lease {
     fn wants_ping(&self, now: Duration) -> Option<NodeId> {
         let Role::Follower { next_ping, misses } = &self.role else { return None };
         let seen = self.observed.as_ref()?;
-        let holder = seen.record.node.clone()?;
+        let record = seen.record.as_ref()?;
+        let holder = record.node.clone()?;
         let due = self.settings.early_takeover
             && !self.pinging
             && *misses < 2
-            && seen.record.instance != Some(self.settings.instance)
+            && record.instance != Some(self.settings.instance)
             && now >= self.overdue(seen)
             && now >= *next_ping;
         due.then_some(holder)
-    }
-}
-
-impl Observed {
-    fn ttl(&self) -> Duration {
-        // The holder's own ttl counts, not ours; bounded against garbage in the record.
-        Duration::from_millis(self.record.ttl_ms.clamp(500, 600_000))
     }
 }
 
@@ -671,6 +711,51 @@ mod tests {
         let out = a.on_event(ms(2_100), Event::Seen(Some((1, record(Some("a"), 1)))));
         assert_eq!(out, [Action::Cas { expected: 1, claim: Claim::Release, term: 1 }], "not landed: again");
         assert_eq!(a.leading(ms(2_100)), None);
+    }
+
+    #[test]
+    fn a_record_that_was_deleted_by_hand_is_written_again_by_its_holder() {
+        let mut a = leader();
+        assert_eq!(a.on_event(ms(100), Event::Changed), [Action::Read]);
+        assert_eq!(a.on_event(ms(110), Event::Spoilt(9)), [renew(9, 1)], "at the revision of the deletion");
+        assert!(a.on_event(ms(120), Event::Cas(CasOutcome::Applied(10))).is_empty());
+        assert_eq!((a.leading(ms(121)), a.valid_until()), (Some(1), Some(ms(110 + 7_500))));
+    }
+
+    #[test]
+    fn a_holder_that_cannot_write_its_deleted_record_again_stops_in_time() {
+        let mut a = leader();
+        a.on_event(ms(100), Event::Changed);
+        a.on_event(ms(110), Event::Spoilt(9));
+        a.on_event(ms(120), Event::Cas(CasOutcome::Unknown));
+        assert_eq!(a.on_event(ms(130), Event::Spoilt(9)), [renew(9, 1)]);
+        a.on_event(ms(140), Event::Cas(CasOutcome::Lost));
+        let out = a.on_event(ms(150), Event::Seen(Some((10, record(Some("b"), 2)))));
+        assert!(matches!(out[0], Action::SteppedDown(_)), "{out:?}");
+    }
+
+    #[test]
+    fn a_deleted_record_is_no_free_lease_and_is_taken_over_at_its_revision_after_a_whole_ttl() {
+        let mut b = follower();
+        b.on_event(ms(500), Event::Changed);
+        assert!(b.on_event(ms(510), Event::Spoilt(8)).is_empty());
+        for at in (600..10_500).step_by(100) {
+            for action in b.on_event(ms(at), Event::Tick) {
+                assert_eq!(action, Action::Read, "at {at} ms");
+                b.on_event(ms(at), Event::Spoilt(8));
+            }
+        }
+        assert!(b.on_event(ms(10_511), Event::Tick).contains(&acquire(8, 5)));
+    }
+
+    /// Both buckets, the one that was lost and the new one, have come to revision 7.
+    #[test]
+    fn another_record_at_a_revision_that_was_met_before_is_watched_anew() {
+        let mut b = follower();
+        b.on_event(ms(9_000), Event::Tick);
+        b.on_event(ms(9_001), Event::Seen(Some((7, record(Some("c"), 5)))));
+        let out = b.on_event(ms(10_500), Event::Tick);
+        assert!(!out.iter().any(|x| matches!(x, Action::Cas { .. })), "{out:?}");
     }
 
     #[test]

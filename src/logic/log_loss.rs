@@ -6,8 +6,9 @@
 use crate::logic::replica::LogFacts;
 use crate::model::ShardId;
 use crate::model::events::ReplicaState;
-use crate::model::records::ShardRecord;
+use crate::model::records::{ClusterRecord, ShardRecord};
 use crate::model::wire::ReplicaReport;
+use chrono::{DateTime, Utc};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use uuid::Uuid;
@@ -78,6 +79,22 @@ pub(crate) fn turns(
     shards.sort_by_key(|shard| looked.get(shard));
     shards.truncate(most);
     shards
+}
+
+/// Whether a stream that was found where a shard is placed for the first time is a log of this cluster: who led before
+/// has made it, and died before it wrote the record; or records and disks are lost, and it brings everything back.
+/// `whose` is what it says, which it does since 0.3.
+pub(crate) fn is_of(
+    cluster: &ClusterRecord,
+    whose: Option<Uuid>,
+    created: DateTime<Utc>,
+    last_seq: u64,
+) -> bool {
+    match whose {
+        Some(whose) => whose == cluster.cluster_id,
+        // Clocks of nodes and NATS may differ: an empty one does no harm.
+        None => last_seq == 0 || created > cluster.created_at,
+    }
 }
 
 /// Decides, from what every holder has said and the stream as it was seen afterwards.
@@ -165,7 +182,6 @@ fn base(counted: &[&ReplicaReport], most: u64) -> Option<String> {
 mod tests {
     use super::*;
     use crate::model::records::ShardStatus;
-    use chrono::DateTime;
 
     const A: Uuid = Uuid::from_u128(1);
     const B: Uuid = Uuid::from_u128(2);
@@ -183,6 +199,7 @@ mod tests {
             log_first_seq,
             log_base: None,
             log_before: None,
+            cluster_id: None,
             updated_at: DateTime::UNIX_EPOCH,
         }
     }
@@ -241,6 +258,29 @@ mod tests {
         assert!(!suspicion.is_confirmed(&wanting, &open, at(200_000)));
         assert!(!suspicion.is_confirmed(&Verdict::Create, &open, at(203_000)), "it is another finding");
         assert!(suspicion.is_confirmed(&Verdict::Create, &open, at(205_000)));
+    }
+
+    #[test]
+    fn the_log_of_an_earlier_cluster_is_not_taken_for_a_log_of_this_one() {
+        let time = |s| DateTime::from_timestamp(s, 0).unwrap();
+        let cluster = ClusterRecord {
+            cluster_id: A,
+            num_shards: 4,
+            replication_factor: 1,
+            hash: Default::default(),
+            hash_secret: None,
+            placement: Default::default(),
+            dimensions: 2,
+            metric: Default::default(),
+            log_replicas: 1,
+            log_max_bytes: 1 << 30,
+            format_version: 1,
+            created_at: time(100),
+        };
+        assert!(is_of(&cluster, Some(A), time(50), 9), "its own, whatever the clocks say");
+        assert!(!is_of(&cluster, Some(B), time(150), 9) && !is_of(&cluster, Some(B), time(150), 0));
+        assert!(is_of(&cluster, None, time(150), 9) && is_of(&cluster, None, time(50), 0));
+        assert!(!is_of(&cluster, None, time(50), 9));
     }
 
     #[test]

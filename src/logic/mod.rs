@@ -34,4 +34,5 @@ pub(crate) mod planner;
 pub(crate) mod replica;
 pub(crate) mod routing;
 pub(crate) mod serving;
+pub(crate) mod settings;
 pub(crate) mod truncation;

@@ -30,6 +30,9 @@ pub struct Heartbeat {
     pub leader: Option<NodeId>,
     /// The leader's term, 0 if none was seen.
     pub term: Term,
+    /// The sender's cluster: another one may run in the same namespace by mistake.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_id: Option<Uuid>,
     /// Number of replicas that serve here.
     pub shards: usize,
     /// Number of those that are primaries.

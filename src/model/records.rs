@@ -442,6 +442,9 @@ pub struct ShardRecord {
     /// While the log is closed (`log_first_seq` is 0): the one before, whose entries count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub log_before: Option<Uuid>,
+    /// The cluster whose shard this is: another one, founded over it in the same namespace, must not take it for its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cluster_id: Option<Uuid>,
     /// When it was written.
     pub updated_at: DateTime<Utc>,
 }
@@ -473,6 +476,11 @@ impl ShardRecord {
             )));
         }
         Ok(())
+    }
+
+    /// Whether it is of another cluster than this one. Versions before 0.3 do not say.
+    pub fn is_of_another(&self, cluster_id: Uuid) -> bool {
+        self.cluster_id.is_some_and(|id| id != cluster_id)
     }
 
     /// Replicas and joining nodes.
@@ -643,6 +651,7 @@ pub(crate) mod tests {
             log_first_seq: 1,
             log_base: None,
             log_before: None,
+            cluster_id: None,
             updated_at: DateTime::UNIX_EPOCH,
         }
     }

@@ -8,6 +8,7 @@ use super::trouble::{Asking, Reason};
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use async_nats::HeaderMap;
+use async_nats::datetime::DateTime;
 use async_nats::jetstream::{self, context::PublishErrorKind, kv};
 use bytes::Bytes;
 use futures::StreamExt;
@@ -20,6 +21,9 @@ const WRONG_LAST_SEQUENCE: [u64; 2] = [10_071, 10_164];
 
 /// One question to any server of a stream.
 const FROM_ANY: Duration = Duration::from_secs(2);
+
+/// Largest record.
+pub(super) const MAX_VALUE_BYTES: i32 = 256 * 1024;
 
 /// What became of a compare-and-set.
 #[derive(Debug)]
@@ -37,6 +41,48 @@ pub(crate) enum Cas {
 pub(crate) struct Versioned {
     pub(crate) revision: u64,
     pub(crate) value: Bytes,
+}
+
+/// What stands under a key.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// Nothing: a compare-and-set expects revision 0.
+    Nothing,
+    /// The mark of a deletion: not nothing, it has a revision that a compare-and-set must expect.
+    Deleted(u64),
+    /// A value.
+    Value(Versioned),
+}
+
+impl Found {
+    /// What a compare-and-set must expect to replace it.
+    pub(crate) fn revision(&self) -> u64 {
+        match self {
+            Found::Nothing => 0,
+            Found::Deleted(revision) => *revision,
+            Found::Value(found) => found.revision,
+        }
+    }
+
+    /// The value, if there is one.
+    pub(crate) fn value(&self) -> Option<&Bytes> {
+        match self {
+            Found::Nothing | Found::Deleted(_) => None,
+            Found::Value(found) => Some(&found.value),
+        }
+    }
+}
+
+/// What a bucket is at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct BucketState {
+    /// When its stream was created: a bucket that was lost and made anew is another one, whatever revisions it has
+    /// come to meanwhile.
+    pub(crate) created: DateTime,
+    /// Last revision.
+    pub(crate) last_revision: u64,
+    /// Values and marks of deletions that are there.
+    pub(crate) messages: u64,
 }
 
 /// A change seen by a watch.
@@ -70,7 +116,7 @@ impl Bucket {
             history: 1,
             num_replicas: replicas,
             storage: jetstream::stream::StorageType::File,
-            max_value_size: 256 * 1024,
+            max_value_size: MAX_VALUE_BYTES,
             ..Default::default()
         };
         match self.nats.jetstream.create_key_value(config).await {
@@ -109,7 +155,10 @@ impl Bucket {
 
     /// The value as the stream's leader has it; `None` if the key is missing or deleted.
     pub(crate) async fn get(&self, key: &str) -> Result<Option<Versioned>> {
-        Ok(self.get_raw(key).await?.filter(|(_, deleted)| !deleted).map(|(found, _)| found))
+        Ok(match self.look(key).await? {
+            Found::Value(found) => Some(found),
+            Found::Nothing | Found::Deleted(_) => None,
+        })
     }
 
     /// The value as any server of the stream has it: it may be old, but needs no majority.
@@ -128,8 +177,8 @@ impl Bucket {
         }
     }
 
-    /// With deleted keys, whose marker has a revision too.
-    async fn get_raw(&self, key: &str) -> Result<Option<(Versioned, bool)>> {
+    /// What the stream's leader has under the key, the mark of a deletion included.
+    pub(crate) async fn look(&self, key: &str) -> Result<Found> {
         let connected = self.nats.is_connected();
         let mut reason = Reason::NoAnswer;
         let found = self.ask_leader(key, &mut reason).await;
@@ -143,19 +192,31 @@ impl Bucket {
         found
     }
 
-    async fn ask_leader(&self, key: &str, reason: &mut Reason) -> Result<Option<(Versioned, bool)>> {
+    async fn ask_leader(&self, key: &str, reason: &mut Reason) -> Result<Found> {
         let stream = self.nats.jetstream.get_stream_no_info(self.stream()).await;
         let stream = stream.map_err(|e| unavailable(format!("bucket {}", self.name), e))?;
-        match stream.get_last_raw_message_by_subject(&self.subject(key)).await {
+        let subject = self.subject(key);
+        let reading = stream.get_last_raw_message_by_subject(&subject);
+        let Ok(read) = tokio::time::timeout(API_TIMEOUT, reading).await else {
+            return Err(Error::Unavailable(format!("reading {key:?} of bucket {}: no answer", self.name)));
+        };
+        match read {
             Ok(message) => {
-                let deleted = message.headers.get("KV-Operation").is_some();
-                Ok(Some((Versioned { revision: message.sequence, value: message.payload }, deleted)))
+                let operation = message.headers.get("KV-Operation").map(|value| value.as_str().to_owned());
+                let deleted = matches!(operation.as_deref(), Some("DEL" | "PURGE"))
+                    || message.headers.get("Nats-Marker-Reason").is_some();
+                let (revision, value) = (message.sequence, message.payload);
+                Ok(if deleted {
+                    Found::Deleted(revision)
+                } else {
+                    Found::Value(Versioned { revision, value })
+                })
             }
             Err(error)
                 if api_code(&error) == Some(10_037)
                     || matches!(error.kind(), jetstream::stream::LastRawMessageErrorKind::NoMessageFound) =>
             {
-                Ok(None)
+                Ok(Found::Nothing)
             }
             Err(error) if api_code(&error) == Some(10_059) => {
                 Err(Error::NotFound(format!("bucket {} does not exist", self.name)))
@@ -213,10 +274,9 @@ impl Bucket {
 
     /// Creates the key, also over a deletion marker. `Lost` if it exists.
     pub(crate) async fn create(&self, key: &str, value: Vec<u8>) -> Result<Cas> {
-        let expected = match self.get_raw(key).await? {
-            None => 0,
-            Some((marker, true)) => marker.revision,
-            Some((_, false)) => return Ok(Cas::Lost),
+        let expected = match self.look(key).await? {
+            Found::Value(_) => return Ok(Cas::Lost),
+            none => none.revision(),
         };
         Ok(self.cas(key, value, expected).await)
     }
@@ -228,6 +288,17 @@ impl Bucket {
             .purge(key)
             .await
             .map_err(|e| unavailable(format!("deleting {key:?} of bucket {}", self.name), e))
+    }
+
+    /// Removes every key, marks included. Missing is fine.
+    pub(crate) async fn clear(&self) -> Result<()> {
+        let failed = |e: &dyn std::fmt::Display| unavailable(format!("clearing bucket {}", self.name), e);
+        let stream = self.nats.jetstream.get_stream_no_info(self.stream()).await.map_err(|e| failed(&e))?;
+        match stream.purge().await {
+            Ok(_) => Ok(()),
+            Err(error) if api_code(&error) == Some(10_059) => Ok(()),
+            Err(error) => Err(failed(&error)),
+        }
     }
 
     /// All present keys, from the stream's leader (consumers live there).
@@ -245,11 +316,24 @@ impl Bucket {
         Ok(all)
     }
 
-    /// Last revision in the bucket: whether a watch has missed anything.
-    pub(crate) async fn last_revision(&self) -> Result<u64> {
-        let stream = self.nats.jetstream.get_stream(self.stream()).await;
-        let stream = stream.map_err(|e| unavailable(format!("bucket {}", self.name), e))?;
-        Ok(stream.cached_info().state.last_sequence)
+    /// What the bucket is now: whether a watch has missed anything, or is of a bucket that is no more.
+    pub(crate) async fn state(&self) -> Result<BucketState> {
+        let asked = tokio::time::timeout(API_TIMEOUT, self.nats.jetstream.get_stream(self.stream())).await;
+        let late = || Error::Unavailable(format!("bucket {}: no answer in time", self.name));
+        match asked.map_err(|_| late())? {
+            Ok(stream) => {
+                let info = stream.cached_info();
+                Ok(BucketState {
+                    created: info.created,
+                    last_revision: info.state.last_sequence,
+                    messages: info.state.messages,
+                })
+            }
+            Err(error) if api_code(&error) == Some(10_059) => {
+                Err(Error::NotFound(format!("bucket {} does not exist", self.name)))
+            }
+            Err(error) => Err(unavailable(format!("bucket {}", self.name), error)),
+        }
     }
 
     /// Every present key once, then every change.

@@ -1,7 +1,7 @@
 //! Connecting to NATS, and knowing how the connection is.
 
 use super::trouble::{Reason, Trouble};
-use super::{API_TIMEOUT, unavailable};
+use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, ServerError, jetstream};
@@ -267,6 +267,15 @@ impl Nats {
     /// Whether the connection is up, now and later.
     pub(crate) fn connected(&self) -> watch::Receiver<bool> {
         self.health.connected.subscribe()
+    }
+
+    /// Deletes a stream. Missing is fine.
+    pub(crate) async fn delete_stream(&self, name: &str) -> Result<()> {
+        match self.jetstream.delete_stream(name).await {
+            Ok(_) => Ok(()),
+            Err(error) if api_code(&error) == Some(10_059) => Ok(()),
+            Err(error) => Err(unavailable(format!("deleting {name}"), error)),
+        }
     }
 
     pub(crate) fn is_connected(&self) -> bool {

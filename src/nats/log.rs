@@ -8,6 +8,7 @@ use super::bus::{Bus, CHECKSUM, MSGPACK, verify_checksum};
 use super::connect::Nats;
 use super::subjects::Subjects;
 use super::trouble::{Asking, Reason, is_own_limit};
+use super::upkeep::Settings;
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use crate::model::records::ClusterRecord;
@@ -24,6 +25,7 @@ use tracing::debug;
 use uuid::Uuid;
 
 const LOG_ID: &str = "ruvector-log-id";
+const CLUSTER_ID: &str = "ruvector-cluster-id";
 /// Largest body of an entry that joins several writes.
 pub(crate) const MAX_JOINED_BYTES: usize = 256 * 1024;
 /// Messages asked for in advance, and their bytes: what one shard's reader may hold.
@@ -46,6 +48,10 @@ pub(crate) struct LogInfo {
     pub(crate) messages: u64,
     /// Bytes there.
     pub(crate) bytes: u64,
+    /// Whose it is; versions before 0.3 did not say.
+    pub(crate) cluster: Option<Uuid>,
+    /// When it was created, by the clock of NATS.
+    pub(crate) created: chrono::DateTime<chrono::Utc>,
 }
 
 impl LogInfo {
@@ -54,7 +60,16 @@ impl LogInfo {
         let state = &info.state;
         // An empty stream reports first = last + 1, a new one first = 0 or its configured first.
         let first_seq = if state.messages == 0 { state.last_sequence + 1 } else { state.first_sequence };
-        LogInfo { id, first_seq, last_seq: state.last_sequence, messages: state.messages, bytes: state.bytes }
+        let cluster = info.config.metadata.get(CLUSTER_ID).and_then(|id| Uuid::parse_str(id).ok());
+        LogInfo {
+            id,
+            first_seq,
+            last_seq: state.last_sequence,
+            messages: state.messages,
+            bytes: state.bytes,
+            cluster,
+            created: info.created,
+        }
     }
 }
 
@@ -69,13 +84,9 @@ pub(crate) enum Appended {
     Unknown(Error),
 }
 
-/// Creates the stream that keeps events for a week. Idempotent.
-pub(crate) async fn ensure_event_stream(
-    nats: &Nats,
-    subjects: &Subjects,
-    replicas: usize,
-) -> std::result::Result<(), async_nats::jetstream::context::CreateStreamError> {
-    let config = Config {
+/// The stream that keeps events for a week.
+pub(crate) fn event_settings(subjects: &Subjects, replicas: usize) -> Settings {
+    Settings(Config {
         name: subjects.event_stream(),
         subjects: vec![subjects.all_events()],
         max_age: Duration::from_secs(7 * 24 * 3600),
@@ -85,7 +96,44 @@ pub(crate) async fn ensure_event_stream(
         num_replicas: replicas,
         allow_direct: true,
         ..Default::default()
+    })
+}
+
+/// Names of all log streams in the namespace, of whichever cluster.
+pub(crate) async fn log_streams(nats: &Nats, subjects: &Subjects) -> Result<Vec<String>> {
+    let prefix = subjects.log_streams();
+    let listing = async {
+        let mut names = nats.jetstream.stream_names();
+        let mut found = Vec::new();
+        while let Some(name) = names.next().await {
+            let name = name.map_err(|e| unavailable("listing streams", e))?;
+            if name.starts_with(&prefix) {
+                found.push(name);
+            }
+        }
+        Ok(found)
     };
+    let late = || Error::Unavailable("listing streams: no answer in time".into());
+    tokio::time::timeout(4 * API_TIMEOUT, listing).await.map_err(|_| late())?
+}
+
+/// Whose log a stream is, if it is there and says so.
+pub(crate) async fn whose(nats: &Nats, stream: &str) -> Result<Option<Uuid>> {
+    match tokio::time::timeout(API_TIMEOUT, nats.jetstream.get_stream(stream)).await {
+        Ok(Ok(stream)) => Ok(LogInfo::of(stream.cached_info()).cluster),
+        Ok(Err(error)) if api_code(&error) == Some(10_059) => Ok(None),
+        Ok(Err(error)) => Err(unavailable(format!("log {stream}"), error)),
+        Err(_) => Err(Error::Unavailable(format!("log {stream}: no answer in time"))),
+    }
+}
+
+/// Creates it. Idempotent.
+pub(crate) async fn ensure_event_stream(
+    nats: &Nats,
+    subjects: &Subjects,
+    replicas: usize,
+) -> std::result::Result<(), async_nats::jetstream::context::CreateStreamError> {
+    let Settings(config) = event_settings(subjects, replicas);
     if nats.jetstream.get_stream(&config.name).await.is_ok() {
         return Ok(());
     }
@@ -130,18 +178,17 @@ impl Logs {
         }
     }
 
-    /// Creates the stream with this id. An existing one with the same id is left alone, one with another
-    /// id is reported. Safe to repeat: whoever dies in between leaves a stream that says what it is.
-    pub(crate) async fn create(
+    /// What a log's stream must be like.
+    pub(crate) fn settings(
         &self,
         shard: ShardId,
         id: Uuid,
         first_seq: u64,
         cluster: &ClusterRecord,
-    ) -> Result<LogInfo> {
-        let name = self.subjects.log_stream(shard);
-        let config = Config {
-            name: name.clone(),
+    ) -> Settings {
+        let whose = (CLUSTER_ID.to_owned(), cluster.cluster_id.to_string());
+        Settings(Config {
+            name: self.subjects.log_stream(shard),
             subjects: vec![self.subjects.log(shard)],
             retention: RetentionPolicy::Limits,
             // A full log refuses writes; it never drops what a replica may still need.
@@ -152,9 +199,22 @@ impl Logs {
             duplicate_window: Duration::from_secs(120),
             allow_direct: true,
             first_sequence: (first_seq > 1).then_some(first_seq),
-            metadata: HashMap::from([(LOG_ID.to_owned(), id.to_string())]),
+            metadata: HashMap::from([(LOG_ID.to_owned(), id.to_string()), whose]),
             ..Default::default()
-        };
+        })
+    }
+
+    /// Creates the stream with this id. An existing one with the same id is left alone, one with another
+    /// id is reported. Safe to repeat: whoever dies in between leaves a stream that says what it is.
+    pub(crate) async fn create(
+        &self,
+        shard: ShardId,
+        id: Uuid,
+        first_seq: u64,
+        cluster: &ClusterRecord,
+    ) -> Result<LogInfo> {
+        let name = self.subjects.log_stream(shard);
+        let Settings(config) = self.settings(shard, id, first_seq, cluster);
         let created =
             tokio::time::timeout(Duration::from_secs(20), self.nats.jetstream.create_stream(config)).await;
         let error = match created {
@@ -171,12 +231,7 @@ impl Logs {
 
     /// Deletes the stream. Missing is fine.
     pub(crate) async fn delete(&self, shard: ShardId) -> Result<()> {
-        let name = self.subjects.log_stream(shard);
-        match self.nats.jetstream.delete_stream(&name).await {
-            Ok(_) => Ok(()),
-            Err(error) if api_code(&error) == Some(10_059) => Ok(()),
-            Err(error) => Err(unavailable(format!("deleting {name}"), error)),
-        }
+        self.nats.delete_stream(&self.subjects.log_stream(shard)).await
     }
 
     /// Appends one entry. `message_id` lets JetStream drop a doubled message within its window.

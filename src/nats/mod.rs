@@ -11,6 +11,7 @@ pub(crate) mod log;
 pub(crate) mod service;
 pub(crate) mod subjects;
 pub(crate) mod trouble;
+pub(crate) mod upkeep;
 
 pub use connect::NatsOptions;
 pub use events::EventStream;

@@ -72,6 +72,11 @@ impl Subjects {
         format!("{}_log_{}", self.namespace, shard.token())
     }
 
+    /// How the names of all logs' streams begin.
+    pub(crate) fn log_streams(&self) -> String {
+        format!("{}_log_", self.namespace)
+    }
+
     /// Stream of the events.
     pub(crate) fn event_stream(&self) -> String {
         format!("{}_events", self.namespace)

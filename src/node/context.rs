@@ -17,7 +17,7 @@ use crate::node::causes::Causes;
 use crate::node::rate::RateLimit;
 use crate::view::{Buckets, View, Views};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -66,6 +66,8 @@ pub(crate) struct Context {
     pub(crate) sends: Arc<Semaphore>,
     /// Stores being opened at a time.
     pub(crate) opens: Arc<Semaphore>,
+    /// The node says goodbye: its record may say so.
+    pub(crate) leaving: AtomicBool,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
 }

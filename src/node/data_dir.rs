@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::model::NodeId;
 use crate::model::records::{ClusterRecord, ShardRecord};
+use crate::node::founding::of_another_cluster;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -105,12 +106,7 @@ impl DataDir {
             Identity { node: node.to_owned(), namespace: namespace.to_owned(), cluster: cluster.clone() };
         if let Some(found) = self.settings(node, namespace)? {
             if found.cluster_id != cluster.cluster_id {
-                return Err(Error::Invalid(format!(
-                    "data folder {} belongs to another cluster ({}, this one is {}): choose another with --data-dir",
-                    self.path.display(),
-                    found.cluster_id,
-                    cluster.cluster_id
-                )));
+                return Err(of_another_cluster(&self.path.display().to_string(), &found, cluster));
             }
             if found == *cluster {
                 return Ok(());

@@ -6,19 +6,20 @@
 use super::causes::Causes;
 use super::context::Context;
 use super::data_dir::{DataDir, keep_shard_map};
+use super::founding::Founding;
 use super::rate::RateLimit;
 use super::replica::blocking;
 use super::requests::subscribe_ping;
 use crate::client::Client;
-use crate::clock::{Clock, fresh_id, fresh_secret, wall};
+use crate::clock::{Clock, fresh_id, wall};
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
 use crate::logic::hash::KeyRouter;
 use crate::logic::lease::PingOutcome;
 use crate::metrics::Metrics;
 use crate::model::InstanceId;
-use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash, NodeRecord, NodeStatus};
-use crate::model::wire::{PingReply, PingRequest};
+use crate::model::records::{ClusterRecord, NodeRecord, NodeStatus};
+use crate::model::wire::PingRequest;
 use crate::nats::bucket::{Cas, creation_error};
 use crate::nats::bus::{Bus, Subscriber};
 use crate::nats::connect::{Nats, Patience, ServerFacts, permission_error};
@@ -29,15 +30,15 @@ use crate::node::replica::ping_outcome;
 use crate::store::{RedbOptions, RedbStores, StoreFactory};
 use crate::view::{Buckets, CONFIG_KEY, Scope, Views, parse};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
-/// Dimensions of a cluster whose creator did not say.
-const DEFAULT_DIMENSIONS: usize = 384;
+/// How often a node looks whether its watches have missed anything, at least.
+const WATCHED: Duration = Duration::from_secs(5);
 /// Longest wait for the first complete listing.
 const SYNC: Duration = Duration::from_secs(20);
 
@@ -76,7 +77,15 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let ensure = || ensure_buckets(&control, &buckets, &facts, known_replicas, config.log_replicas);
     let permitted = |error| control.violation().map_or(error, |violation| permission_error(&violation));
     let replicas = patiently(|| async { ensure().await.map_err(permitted) }).await?;
-    let cluster = patiently(|| agree(&buckets, &config, replicas, known.clone())).await?;
+    let founding = Founding {
+        nats: &control,
+        subjects: &subjects,
+        buckets: &buckets,
+        config: &config,
+        replicas,
+        known: known.clone(),
+    };
+    let cluster = patiently(|| founding.agree()).await?;
     facts.allow_replicas(cluster.log_replicas)?;
     if let Some(dir) = &data_dir {
         dir.claim(&config.node_id, &config.namespace, &cluster)?;
@@ -85,7 +94,9 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let (data, bulk) = (connect("data").await?, connect("bulk").await?);
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
     let metrics = Arc::new(Metrics::new()?);
-    let views = Views::start(&buckets, &control, Scope::Node, &metrics, &stop, &tasks);
+    let look = (config.heartbeat_interval * 5).clamp(Duration::from_secs(1), WATCHED);
+    let scope = Scope::Node(Arc::new(cluster.clone()), look);
+    let views = Views::start(&buckets, &control, scope, &metrics, &stop, &tasks);
     if let Some(dir) = &data_dir {
         views.remember(&dir.shard_map());
     }
@@ -127,6 +138,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         clock,
         leading: watch::Sender::new(None),
         term: AtomicU64::new(0),
+        leaving: AtomicBool::new(false),
         rate: RateLimit::new(clock, config.migration_rate),
         arrivals: crate::node::arrivals::Arrivals::new(),
         scans: Arc::new(Semaphore::new(cores)),
@@ -217,108 +229,10 @@ pub(crate) async fn restore_buckets(ctx: &Context) -> Result<()> {
     }
 }
 
-/// Writes the settings again when NATS has lost them alone, or when whoever restored the buckets did not get to
-/// them: nodes that run know them, but nobody new would find the cluster.
-async fn guard_settings(ctx: &Context) {
-    if !matches!(ctx.buckets.cluster.get(CONFIG_KEY).await, Ok(None) | Err(Error::NotFound(_))) {
-        return;
-    }
-    warn!("the cluster's settings are gone from NATS, writing them again");
-    if let Err(error) = restore_buckets(ctx).await {
-        warn!("{error}");
-    }
-}
-
 async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Result<()> {
     crate::nats::log::ensure_event_stream(nats, subjects, replicas)
         .await
         .map_err(|e| creation_error(&subjects.event_stream(), replicas, &e))
-}
-
-/// The settings of the cluster: created once, by whoever comes first, then compared by everybody.
-async fn agree(
-    buckets: &Buckets,
-    config: &ClusterConfig,
-    replicas: usize,
-    known: Option<ClusterRecord>,
-) -> Result<ClusterRecord> {
-    let wanted = known.unwrap_or_else(|| ClusterRecord {
-        cluster_id: fresh_id(),
-        num_shards: config.num_shards as u32,
-        replication_factor: config.replication_factor as u32,
-        hash: config.hash.unwrap_or_default(),
-        hash_secret: match config.hash.unwrap_or_default() {
-            KeyHash::Xxh3 => None,
-            KeyHash::Sip24 => Some(HashSecret::new(fresh_secret())),
-        },
-        placement: config.placement.unwrap_or_default(),
-        dimensions: config.dimensions.unwrap_or(DEFAULT_DIMENSIONS),
-        metric: config.metric.unwrap_or_default(),
-        log_replicas: replicas,
-        log_max_bytes: config.log_max_bytes as i64,
-        format_version: FORMAT_VERSION,
-        created_at: wall(),
-    });
-    for _ in 0..5 {
-        match buckets.cluster.get(CONFIG_KEY).await? {
-            Some(found) => {
-                let record: ClusterRecord = parse(&found.value).map_err(|e| {
-                    e.context(format!(
-                        "the settings of the cluster (key {CONFIG_KEY:?} of its bucket) are damaged"
-                    ))
-                })?;
-                record.check()?;
-                compare(config, &record)?;
-                return Ok(record);
-            }
-            None => {
-                let value = serde_json::to_vec(&wanted).map_err(|e| Error::Internal(e.to_string()))?;
-                // Whatever became of it: the next look says what the settings are.
-                if let Cas::Unknown(error) = buckets.cluster.create(CONFIG_KEY, value).await? {
-                    warn!("creating the cluster: {error}");
-                }
-            }
-        }
-    }
-    Err(Error::Unavailable("the settings of the cluster can be neither read nor created".into()))
-}
-
-fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
-    let mut differences = Vec::new();
-    let mut check = |what: &str, ours: String, theirs: String| {
-        if ours != theirs {
-            differences.push(format!("{what} is {ours} here and {theirs} in the cluster"));
-        }
-    };
-    if !config.adopt_num_shards {
-        check("num_shards", config.num_shards.to_string(), record.num_shards.to_string());
-    }
-    if !config.adopt_replication_factor {
-        check(
-            "replication_factor",
-            config.replication_factor.to_string(),
-            record.replication_factor.to_string(),
-        );
-    }
-    if let Some(dimensions) = config.dimensions {
-        check("dimensions", dimensions.to_string(), record.dimensions.to_string());
-    }
-    if let Some(metric) = config.metric {
-        check("metric", metric.to_string(), record.metric.to_string());
-    }
-    if let Some(hash) = config.hash {
-        check("hash", hash.to_string(), record.hash.to_string());
-    }
-    if let Some(placement) = config.placement {
-        check("placement", placement.to_string(), record.placement.to_string());
-    }
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(Error::Invalid(format!(
-        "these settings are fixed when a cluster is created: {}",
-        differences.join("; ")
-    )))
 }
 
 /// Writes our record, unless a live process already has our name.
@@ -391,7 +305,7 @@ fn taken(ctx: &Context, other: InstanceId) -> Error {
 }
 
 /// Our record; what operators have ordered of us stays in it.
-fn own_record(ctx: &Context, status: NodeStatus, before: Option<&NodeRecord>) -> NodeRecord {
+pub(super) fn own_record(ctx: &Context, status: NodeStatus, before: Option<&NodeRecord>) -> NodeRecord {
     let set_weight = before.and_then(|record| record.set_weight);
     let set_rack = before.and_then(|record| record.set_rack.clone());
     NodeRecord {
@@ -408,35 +322,6 @@ fn own_record(ctx: &Context, status: NodeStatus, before: Option<&NodeRecord>) ->
         set_weight,
         set_rack,
     }
-}
-
-/// Writes our own status. A record of another instance is left alone: we have been replaced.
-pub(crate) async fn set_own_status(ctx: &Context, status: NodeStatus) -> Result<()> {
-    write_own(ctx, status, None).await
-}
-
-/// The same, over the record of an instance that is no more.
-async fn write_own(ctx: &Context, status: NodeStatus, dead: Option<InstanceId>) -> Result<()> {
-    for _ in 0..5 {
-        let found = ctx.buckets.nodes.get(&ctx.node).await?;
-        let current = found.as_ref().and_then(|f| parse::<NodeRecord>(&f.value).ok());
-        if current.as_ref().is_some_and(|r| r.instance != ctx.instance && Some(r.instance) != dead) {
-            return Err(Error::Fenced(format!("another process has taken the name {}", ctx.node)));
-        }
-        // A damaged record says nothing: what we saw last does.
-        let view = ctx.view();
-        let before = current.filter(|r| r.check(&ctx.node).is_ok()).or_else(|| view.node(&ctx.node).cloned());
-        let record = own_record(ctx, status, before.as_ref());
-        let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
-        let written = match &found {
-            Some(found) => ctx.buckets.nodes.cas(&ctx.node, value, found.revision).await,
-            None => ctx.buckets.nodes.create(&ctx.node, value).await?,
-        };
-        if let Cas::Applied(_) = written {
-            return Ok(());
-        }
-    }
-    Err(Error::Unavailable("the node record cannot be written".into()))
 }
 
 /// Writes the shard map into the data folder when it has changed, at most once a second.
@@ -464,68 +349,6 @@ pub(crate) async fn keep_map(ctx: Arc<Context>, folder: std::path::PathBuf) {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
             changed = views.changed() => if changed.is_err() { return },
-        }
-    }
-}
-
-/// Looks at our own record and writes it again when it is gone, damaged, or of an instance that is no more: NATS
-/// may have gone back to a record of the process before us. Returns the instance that has taken our name.
-///
-/// Why it is safe: whoever takes a name listens under it before it writes the record, so it answers here. One that
-/// hangs, or is cut off, finds our record when it comes back, and asks in its turn: we answer, and it stops.
-async fn check_name(ctx: &Context) -> Result<Option<InstanceId>> {
-    let found = ctx.buckets.nodes.get(&ctx.node).await?;
-    let good = found
-        .and_then(|f| parse::<NodeRecord>(&f.value).ok())
-        .filter(|record| record.check(&ctx.node).is_ok());
-    let other = match good.map(|record| record.instance) {
-        Some(instance) if instance == ctx.instance => return Ok(None),
-        other => other,
-    };
-    if let Some(other) = other {
-        let subject = ctx.subjects.node(&ctx.node, "ping");
-        let answers: Vec<PingReply> =
-            ctx.control.ask_everybody(subject, &PingRequest::default(), Duration::from_millis(800)).await?;
-        // Our own answer shows that the question went round.
-        if !answers.iter().any(|answer| answer.instance == ctx.instance) {
-            return Err(Error::Unavailable("our own answer to a ping did not come".into()));
-        }
-        if answers.iter().any(|answer| answer.instance == other) {
-            return Ok(Some(other));
-        }
-    }
-    warn!("our node record is gone, damaged, or of an earlier process, writing it again");
-    write_own(ctx, NodeStatus::Up, other).await.map(|()| None)
-}
-
-/// Watches the settings and our own record: writes them again when they are not there, and gives up when another
-/// process has taken our name.
-pub(crate) async fn guard_record(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) {
-    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.max(Duration::from_secs(1)) * 5);
-    tick.tick().await;
-    let mut views = ctx.views.subscribe();
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => guard_settings(&ctx).await,
-            changed = views.changed() => {
-                if changed.is_err() { return }
-                // The watch may still be bringing the record of our predecessor: the bucket is asked.
-                if views.borrow_and_update().node(&ctx.node).is_none_or(|r| r.instance == ctx.instance) {
-                    continue;
-                }
-            }
-        }
-        match check_name(&ctx).await {
-            Ok(None) => {}
-            Ok(Some(other)) => {
-                fatal.send_replace(Some(Error::Fenced(format!(
-                    "instance {other} has taken the name {}: this process stops",
-                    ctx.node
-                ))));
-                return;
-            }
-            Err(error) => debug!("looking at our node record: {error}"),
         }
     }
 }

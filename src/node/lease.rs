@@ -1,6 +1,7 @@
 //! Runs the lease's state machine: reads and writes the record, pings the holder, keeps the time.
 
 use crate::clock::wall;
+use crate::config::LEASE_TTLS;
 use crate::error::{Error, Result};
 use crate::logic::fencing::is_plausible;
 use crate::logic::lease::{Action, CasOutcome, Claim, Event, Lease, Settings};
@@ -9,7 +10,7 @@ use crate::model::events::Event as Story;
 use crate::model::records::LeaderRecord;
 use crate::model::wire::PingRequest;
 use crate::mutant::mutant;
-use crate::nats::bucket::{Cas, Versioned};
+use crate::nats::bucket::{Cas, Found, Versioned};
 use crate::node::context::{Context, Leading};
 use crate::node::join::restore_buckets;
 use crate::node::leader;
@@ -63,7 +64,7 @@ pub(crate) async fn run(
     driver.feed(Event::TermSeen(ctx.saw_term(kept))).await;
     driver.feed(Event::Tick).await;
     let mut stopping = false;
-    let mut watched = None;
+    let mut watched = 0;
     loop {
         let now = ctx.clock.now();
         let due = ctx.clock.instant(driver.lease.next_deadline(now));
@@ -85,8 +86,8 @@ pub(crate) async fn run(
                 let view = views.borrow_and_update().clone();
                 driver.feed(Event::TermSeen(ctx.saw_term(view.term))).await;
                 // A watch may lag or be of a bucket that was wiped: it only says when to look.
-                let revision = view.leader.as_ref().map(|(revision, _)| *revision);
-                if std::mem::replace(&mut watched, revision) == revision { Event::Tick } else { Event::Changed }
+                let touched = view.lease_touched;
+                if std::mem::replace(&mut watched, touched) == touched { Event::Tick } else { Event::Changed }
             }
             () = tokio::time::sleep_until(due) => Event::Tick,
         };
@@ -130,8 +131,13 @@ impl Driver {
         let (ctx, answers) = (self.ctx.clone(), self.answers.clone());
         match action {
             Action::Read => drop(self.ctx.tasks.spawn(async move {
-                let event = match ctx.buckets.cluster.get(LEADER_KEY).await {
-                    Ok(found) => Event::Seen(found.map(|found| read(&ctx, found))),
+                let event = match ctx.buckets.cluster.look(LEADER_KEY).await {
+                    Ok(Found::Nothing) => Event::Seen(None),
+                    Ok(Found::Deleted(revision)) => {
+                        warn!(revision, "somebody has deleted the leader's record");
+                        Event::Spoilt(revision)
+                    }
+                    Ok(Found::Value(found)) => read(&ctx, &found),
                     Err(Error::NotFound(_)) => {
                         warn!("NATS has lost the cluster's buckets: creating them again");
                         if let Err(error) = restore_buckets(&ctx).await {
@@ -231,23 +237,20 @@ impl Driver {
     }
 }
 
-/// Garbage under the key is a free lease, at its revision: the next holder overwrites it.
-fn read(ctx: &Context, found: Versioned) -> (u64, LeaderRecord) {
+/// Garbage under the key names nobody, and is no free lease: see [`crate::logic::lease`].
+fn read(ctx: &Context, found: &Versioned) -> Event {
     let record: Result<LeaderRecord> = parse(&found.value).and_then(|record: LeaderRecord| {
         let known = ctx.term.load(Ordering::Relaxed).max(ctx.view().term);
-        let sane = is_plausible(known, record.term) && record.node.is_some() == record.instance.is_some();
+        let sane = is_plausible(known, record.term)
+            && record.node.is_some() == record.instance.is_some()
+            && LEASE_TTLS.contains(&u128::from(record.ttl_ms));
         if sane { Ok(record) } else { Err(Error::Invalid("the lease makes no sense".into())) }
     });
-    let record = record.unwrap_or_else(|error| {
-        ctx.bad_message("record", "?", &error);
-        LeaderRecord {
-            node: None,
-            instance: None,
-            term: 0,
-            acquired_at: wall(),
-            renewed_at: wall(),
-            ttl_ms: ctx.config.lease_ttl.as_millis() as u64,
+    match record {
+        Ok(record) => Event::Seen(Some((found.revision, record))),
+        Err(error) => {
+            ctx.bad_message("record", "?", &error);
+            Event::Spoilt(found.revision)
         }
-    });
-    (found.revision, record)
+    }
 }

@@ -7,6 +7,8 @@ mod context;
 mod copies;
 pub(crate) mod data_dir;
 mod failpoint;
+mod founding;
+mod guard;
 mod join;
 mod leader;
 mod lease;
@@ -87,7 +89,7 @@ impl Node {
         if let Some(dir) = &data_dir {
             ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));
         }
-        ctx.tasks.spawn(join::guard_record(ctx.clone(), fatal.clone()));
+        ctx.tasks.spawn(guard::run(ctx.clone(), fatal.clone()));
         let lease = tokio::spawn(lease::run(ctx.clone(), orders, resign, lease_stop.clone()));
 
         for (name, nats) in ctx.connections() {
@@ -139,6 +141,7 @@ impl Node {
             return;
         }
         info!(node = ctx.node, "leaving");
+        ctx.leaving.store(true, std::sync::atomic::Ordering::SeqCst);
         self.hand_over().await;
         self.lease_stop.cancel();
         let lease = self.lease.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
@@ -149,7 +152,7 @@ impl Node {
         }
         let fenced = self.fatal.borrow().is_some();
         if !fenced && ctx.control.nats.is_connected() {
-            match tokio::time::timeout(GOODBYE, join::set_own_status(ctx, NodeStatus::Left)).await {
+            match tokio::time::timeout(GOODBYE, guard::set_own_status(ctx, NodeStatus::Left)).await {
                 Ok(Ok(())) => {
                     let story = Event::new("node.left", format!("{} has left", ctx.node)).node(&ctx.node);
                     ctx.event(story).await;

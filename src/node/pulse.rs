@@ -54,6 +54,7 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             sent_at: wall(),
             leader,
             term: ctx.term.load(Ordering::Relaxed),
+            cluster_id: Some(ctx.cluster.cluster_id),
             shards: serving.count(),
             primaries: view.shards.values().filter(|(_, record)| record.primary == ctx.node).count(),
             ops_per_s: (total.saturating_sub(ops) as f64 / elapsed * 10.0).round() / 10.0,

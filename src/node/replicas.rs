@@ -6,7 +6,9 @@
 use crate::error::{Error, Result};
 use crate::logic::holding::{Order, may_delete, order};
 use crate::model::ShardId;
+use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, ShardRecord};
+use crate::model::wire::{PingReply, PingRequest};
 use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::node::copies;
@@ -45,6 +47,8 @@ pub(crate) struct Replicas {
 /// How often to compare even if nothing seems to have changed.
 const TICK: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(2);
+/// How long another holder is asked.
+const HOLDER: Duration = Duration::from_millis(800);
 
 impl Replicas {
     pub(crate) fn new(ctx: Arc<Context>, stores: Arc<dyn StoreFactory>) -> Arc<Self> {
@@ -246,7 +250,12 @@ impl Replicas {
             let key = shard.token();
             let Ok(Some(found)) = self.ctx.buckets.shards.get(&key).await else { continue };
             let stored = parse::<ShardRecord>(&found.value).ok().filter(|record| record.check(&key).is_ok());
+            let stored = stored.filter(|record| !record.is_of_another(self.ctx.cluster.cluster_id));
             if !may_delete(&self.ctx.node, record, stored.as_ref(), unwanted_for, grace) {
+                continue;
+            }
+            // A record may have been changed by hand: it is no proof that anybody has a copy.
+            if !self.is_served(record).await {
                 continue;
             }
             let stores = self.stores.clone();
@@ -269,6 +278,22 @@ impl Replicas {
                 migration::complete(&self.ctx, id).await;
             }
         }
+    }
+
+    /// Whether one of those that the record names has said just now that it serves the shard, with the record's log.
+    async fn is_served(&self, record: &ShardRecord) -> bool {
+        let asks = record.replicas.iter().map(|node| {
+            let request = PingRequest { shards: vec![record.shard] };
+            let subject = self.ctx.subjects.node(node, "ping");
+            async move { self.ctx.control.call::<_, PingReply>(subject, &request, HOLDER).await }
+        });
+        let answers = futures::future::join_all(asks).await;
+        answers.into_iter().flatten().flat_map(|reply| reply.replicas).any(|report| {
+            report.shard == record.shard
+                && report.is_settled()
+                && report.state == ReplicaState::Serving
+                && report.log_id == record.log_id
+        })
     }
 
     /// Closes all, at the end.

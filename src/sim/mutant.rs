@@ -22,6 +22,8 @@ pub(crate) enum Mutant {
     TruncateOneTooFar,
     /// A write is answered before JetStream has acknowledged it.
     AckBeforeLog,
+    /// A lease whose record was deleted or overwritten is free at once.
+    SpoiltIsFree,
     /// The lease counts from the answer instead of from before the question.
     LeaseFromAnswer,
     /// A replica serves while it is still being built.

@@ -24,6 +24,7 @@ pub(crate) fn shard_record(term: u64, replicas: &[&str]) -> ShardRecord {
         log_first_seq: 1,
         log_base: None,
         log_before: None,
+        cluster_id: None,
         updated_at: DateTime::UNIX_EPOCH,
     }
 }

@@ -3,7 +3,7 @@
 use super::Leader;
 use super::placement::BY_OPERATOR;
 use crate::clock::wall;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shortened_to};
 use crate::logic::planner::balance_of;
 use crate::model::NodeId;
 use crate::model::admin::{
@@ -209,6 +209,7 @@ impl Leader {
                 ));
             }
         }
+        warnings.extend(self.strange_keys());
         if crowded > 0 {
             warnings.push(format!("{crowded} shards have too many replicas in one rack"));
         }
@@ -259,6 +260,21 @@ impl Leader {
         let silent = |node: &NodeId| self.is_live(node) && !heard(node);
         let known = record.replicas.iter().any(heard) || !record.replicas.iter().any(silent);
         known.then(|| self.size(record))
+    }
+
+    /// Keys in the buckets that no record of ours can stand under: they do no harm, so that nobody's are deleted.
+    fn strange_keys(&self) -> Option<String> {
+        let view = self.ctx.view();
+        let all = view.strangers.iter().map(|(bucket, key)| {
+            format!("{} of {}", shortened_to(key.clone(), 40), self.ctx.subjects.bucket(bucket))
+        });
+        let (count, shown) = (view.strangers.len(), all.take(5).collect::<Vec<_>>().join(", "));
+        let more = if count > 5 { ", …" } else { "" };
+        (count > 0).then(|| {
+            format!(
+                "{count} keys are no records of this cluster ({shown}{more}): delete them with nats kv del"
+            )
+        })
     }
 
     /// Vectors and bytes, by the most advanced report.

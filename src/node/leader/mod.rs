@@ -13,6 +13,7 @@ mod migrations;
 mod operator;
 mod placement;
 mod records;
+mod upkeep;
 
 use hot::Heat;
 use placement::Placement;
@@ -71,8 +72,11 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let ended = || Error::Unavailable("a subscription of the leader ended".into());
+    let upkeep = upkeep::run(ctx.clone(), term);
+    tokio::pin!(upkeep);
     loop {
         tokio::select! {
+            () = &mut upkeep => {}
             // In no order: a flood on one subject must not keep the leader from the others.
             message = heartbeats.next() => leader.on_heartbeat(&message.ok_or_else(ended)?).await?,
             message = loads.next() => leader.on_load(&message.ok_or_else(ended)?),
@@ -105,6 +109,8 @@ struct Leader {
     shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     /// Records whose last write has an unknown outcome, or that somebody has overwritten.
     unsure: BTreeSet<ShardId>,
+    /// What was sent and never answered.
+    sent: BTreeMap<ShardId, ShardRecord>,
     heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
     loads: BTreeMap<NodeId, LoadReport>,
     /// What the other nodes' last heartbeats gave as causes.
@@ -148,6 +154,7 @@ impl Leader {
             membership,
             shards: BTreeMap::new(),
             unsure: BTreeSet::new(),
+            sent: BTreeMap::new(),
             heartbeats: BTreeMap::new(),
             loads: BTreeMap::new(),
             causes: BTreeMap::new(),
@@ -283,13 +290,15 @@ impl Leader {
             self.present = present;
         }
         self.placement.look();
-        // Somebody wrote under a key that is ours.
-        let seen = view.shards.iter().map(|(shard, (revision, _))| (shard, revision));
-        for (shard, revision) in seen.chain(&view.overwritten) {
-            if self.shards.get(shard).is_some_and(|(known, _)| revision > known) {
-                self.unsure.insert(*shard);
-            }
-        }
+        // Somebody wrote under a key that is ours, or it is gone. Revisions are compared for being the same, never for
+        // being higher: a bucket that was made anew counts from 1. Those that the watch has still to bring are 0.
+        let other = |shard: &ShardId, revision: u64| {
+            self.shards.get(shard).is_some_and(|(known, _)| revision > 0 && revision != *known)
+        };
+        let written = view.shards.iter().filter(|(shard, (revision, _))| other(shard, *revision));
+        let spoilt = view.overwritten.iter().chain(view.held_back.keys());
+        let unsure = written.map(|(shard, _)| shard).chain(spoilt.filter(|s| self.shards.contains_key(s)));
+        self.unsure.extend(unsure);
     }
 
     /// Carries out what membership decided.
@@ -377,6 +386,7 @@ impl Leader {
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
         self.resolve_unsure().await?;
+        self.write_back().await?;
         self.oversee_migrations().await?;
         self.rebuild_logs().await?;
         if self.ctx.clock.now() >= self.settled_at {

@@ -4,17 +4,17 @@ use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back, takes_over};
-use crate::logic::log_loss::{Suspicion, Verdict, close, turns, verdict};
+use crate::logic::log_loss::{Suspicion, Verdict, close, is_of, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
-use crate::model::records::{ShardRecord, ShardStatus};
+use crate::model::records::{LeaderRecord, ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
-use crate::model::{NodeId, ShardId};
-use crate::nats::bucket::Cas;
+use crate::model::{NodeId, ShardId, Term};
+use crate::nats::bucket::{Bucket, Cas, Versioned};
 use crate::node::causes::{Severity, Subject};
 use crate::node::join::restore_buckets;
 use crate::node::replica::facts;
-use crate::view::{Rev, parse};
+use crate::view::{LEADER_KEY, REBALANCE_KEY, Rev, THROTTLE_KEY, parse};
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
 use tracing::{debug, info, warn};
@@ -23,6 +23,8 @@ use tracing::{debug, info, warn};
 const PARALLEL: usize = 32;
 /// Pause between two looks at logs.
 const LOG_CHECKS: Duration = Duration::from_millis(500);
+/// The bucket's record of a shard is not the one that nodes go by.
+const DIFFERS: &str = "shard_record";
 /// One look at one log, and one holder's part of it: the leader has other things to do.
 const LOG_LOOK: Duration = Duration::from_millis(1_500);
 const HOLDER: Duration = Duration::from_millis(800);
@@ -48,12 +50,11 @@ impl Leader {
             let found = stored.get(&key);
             let good = found.and_then(|found| self.good(&key, &found.value));
             let ours = view.shard(shard).cloned();
+            // We have written nothing yet: our term has been another's, whose lease was deleted before we saw it.
+            let used = good.as_ref().is_some_and(|record| record.term == self.term);
             let Some(record) = newest(good, ours) else { continue };
-            if is_over(self.term, record.term) {
-                return Err(Error::Fenced(format!(
-                    "shard {shard} was written in term {}, ours is {}",
-                    record.term, self.term
-                )));
+            if is_over(self.term, record.term) || used {
+                return Err(self.fenced(shard, record.term));
             }
             work.push((record, found.map(|found| found.revision)));
         }
@@ -71,10 +72,18 @@ impl Leader {
         Ok(())
     }
 
-    /// The record, if it can be one: garbage makes way, and so does a term that no leader can have.
+    /// Somebody leads, or has led, in a term that ours must be above.
+    fn fenced(&self, shard: ShardId, term: Term) -> Error {
+        self.ctx.saw_term(term);
+        Error::Fenced(format!("shard {shard} was written in term {term}, ours is {}", self.term))
+    }
+
+    /// The record, if it can be one: garbage makes way, and so do a term that no leader can have, and a record of
+    /// another cluster.
     fn good(&self, key: &str, value: &[u8]) -> Option<ShardRecord> {
         let record = parse::<ShardRecord>(value).ok()?;
-        (record.check(key).is_ok() && is_plausible(self.term, record.term)).then_some(record)
+        let ours = !record.is_of_another(self.ctx.cluster.cluster_id);
+        (ours && record.check(key).is_ok() && is_plausible(self.term, record.term)).then_some(record)
     }
 
     async fn fence_one(&self, mut record: ShardRecord, revision: Option<u64>) -> Result<(u64, ShardRecord)> {
@@ -82,10 +91,11 @@ impl Leader {
         let mut revision = revision;
         // Whose decision it is that we write under our term.
         let mut decided = record.term;
+        let mut sent: Vec<ShardRecord> = Vec::new();
         for _ in 0..5 {
             self.check_lease()?;
-            record.term = self.term;
-            record.updated_at = wall();
+            self.sign(&mut record);
+            sent.push(record.clone());
             let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
             let written = match revision {
                 Some(revision) => bucket.cas(&key, value, revision).await,
@@ -99,19 +109,27 @@ impl Leader {
             revision = found.as_ref().map(|found| found.revision);
             if let Some(now) = found.and_then(|found| self.good(&key, &found.value)) {
                 if is_over(self.term, now.term) {
-                    return Err(Error::Fenced(format!(
-                        "shard {} was written in term {}",
-                        record.shard, now.term
-                    )));
+                    return Err(self.fenced(record.shard, now.term));
                 }
-                // What is of an older term is no news, whoever has put it there meanwhile.
-                if takes_over(decided, now.term) {
+                if let (true, Some(revision)) = (sent.contains(&now), revision) {
+                    return Ok((revision, now));
+                }
+                // What is of an older term is no news, whoever has put it there meanwhile; and of what is of ours, only
+                // what we have sent.
+                if takes_over(decided, now.term) && now.term < self.term {
                     decided = now.term;
                     record = now;
                 }
             }
         }
         Err(Error::Unavailable(format!("the record of shard {} cannot be written", record.shard)))
+    }
+
+    /// Writes into a record that it is ours.
+    fn sign(&self, record: &mut ShardRecord) {
+        record.term = self.term;
+        record.cluster_id = Some(self.ctx.cluster.cluster_id);
+        record.updated_at = wall();
     }
 
     /// Writes a changed record; nobody else does, so a lost compare-and-set means garbage or a newer term.
@@ -122,8 +140,7 @@ impl Leader {
         if self.unsure.contains(&shard) {
             return Err(Error::Conflict(format!("the record of shard {shard} is being read again")));
         }
-        record.term = self.term;
-        record.updated_at = wall();
+        self.sign(&mut record);
         record.check(&key).map_err(|e| Error::Internal(e.to_string()))?;
         let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
         let bucket = &self.ctx.buckets.shards;
@@ -148,60 +165,186 @@ impl Leader {
             }
             Cas::Unknown(error) => {
                 self.unsure.insert(shard);
+                self.sent.insert(shard, record);
                 Err(error)
             }
         }
     }
 
-    /// Reads records of unknown state again: a newer term ends ours; a write of ours is taken over;
-    /// anything else is overwritten.
+    /// Whether a record of our term is what we have written last, or may have: nobody else writes in our term, so anything
+    /// else was put there by hand.
+    fn wrote(&self, record: &ShardRecord) -> bool {
+        let known = self.shards.get(&record.shard).map(|(_, known)| known);
+        known == Some(record) || self.sent.get(&record.shard) == Some(record)
+    }
+
+    /// Whether the lease's record is ours now. Read after a record of a higher term was found, it says whether that can be a
+    /// leader's: who leads takes the lease first, so its own would stand there, or a later one.
+    async fn lease_is_ours(&self) -> Result<bool> {
+        let found = self.ctx.buckets.cluster.get(LEADER_KEY).await?;
+        let record = found.and_then(|found| parse::<LeaderRecord>(&found.value).ok());
+        let ours = Some(self.ctx.instance);
+        Ok(record.is_some_and(|record| record.instance == ours && record.term == self.term))
+    }
+
+    /// Reads records of unknown state again: a newer term ends ours; a write of ours is taken over; anything else is
+    /// overwritten, and said.
+    ///
+    /// What is there may be from before our last write (the bucket went back in time, or was made anew), so revisions
+    /// are taken as they are found. It may die anywhere: the next leader fences every record.
     pub(super) async fn resolve_unsure(&mut self) -> Result<()> {
-        for shard in self.unsure.clone() {
+        if self.unsure.is_empty() {
+            return Ok(());
+        }
+        let found = match self.read_unsure().await {
+            Ok(found) => found,
+            Err(Error::NotFound(_)) => {
+                let made = restore_buckets(&self.ctx).await;
+                return made.or_else(|e| self.soft("buckets_missing", Subject::Node, e));
+            }
+            Err(error) => return self.soft(DIFFERS, Subject::Node, error),
+        };
+        let (mut restored, mut ahead) = (Vec::new(), 0);
+        for (shard, found) in found {
             let key = shard.token();
-            let found = match self.ctx.buckets.shards.get(&key).await {
-                Ok(found) => found,
-                Err(Error::NotFound(_)) => {
-                    let restored = restore_buckets(&self.ctx).await;
-                    return restored.or_else(|e| self.soft("buckets_missing", Subject::Node, e));
+            let text = "its record in NATS is not what nodes go by, and cannot be written again";
+            self.ctx.causes.leading().retry(DIFFERS, shard, Severity::Yellow, text);
+            let mut good = found.as_ref().and_then(|found| self.good(&key, &found.value));
+            if let Some(record) = good.as_ref().filter(|record| is_over(self.term, record.term)) {
+                match self.lease_is_ours().await {
+                    Ok(true) => (ahead, good) = (record.term.max(ahead), None),
+                    Ok(false) => {}
+                    Err(error) => return self.soft(DIFFERS, shard, error),
                 }
-                Err(error) => return self.soft("shard_record", shard, error),
-            };
-            let good = found.as_ref().and_then(|found| self.good(&key, &found.value));
+            }
+            let good = good.filter(|record| record.term != self.term || self.wrote(record));
             let revision = found.map(|f| f.revision);
             let ours = self.shards.get(&shard).map(|(_, ours)| ours);
             match (read_back(self.term, good, revision.is_some(), ours), revision) {
-                (ReadBack::Fenced(term), _) => {
-                    return Err(Error::Fenced(format!("shard {shard} was written in term {term}")));
-                }
-                (ReadBack::Keep(record), Some(revision)) => {
-                    self.ctx.views.note_shard(revision, &record);
-                    self.shards.insert(shard, (revision, record));
-                    self.unsure.remove(&shard);
-                }
+                (ReadBack::Fenced(term), _) => return Err(self.fenced(shard, term)),
+                (ReadBack::Keep(record), Some(revision)) => self.resolved(shard, revision, record),
                 (ReadBack::Keep(record) | ReadBack::Rewrite(record), revision) => {
-                    warn!(%shard, "somebody overwrote the shard's record, writing it again");
                     match self.fence_one(record, revision).await {
                         Ok((revision, record)) => {
-                            self.ctx.views.note_shard(revision, &record);
-                            self.shards.insert(shard, (revision, record));
-                            self.unsure.remove(&shard);
+                            restored.push(shard.to_string());
+                            self.resolved(shard, revision, record);
                         }
                         Err(error) => self.soft("shard_record", shard, error)?,
                     }
                 }
                 (ReadBack::Remove, _) => {
-                    self.ctx
-                        .buckets
-                        .shards
-                        .delete(&key)
-                        .await
-                        .or_else(|e| self.soft("shard_record", shard, e))?;
+                    let deleted = self.ctx.buckets.shards.delete(&key).await;
+                    deleted.or_else(|e| self.soft(DIFFERS, shard, e))?;
+                    self.ctx.causes.leading().withdraw(DIFFERS, shard);
                     self.unsure.remove(&shard);
                 }
-                (ReadBack::Nothing, _) => drop(self.unsure.remove(&shard)),
+                (ReadBack::Nothing, _) => {
+                    self.ctx.causes.leading().withdraw(DIFFERS, shard);
+                    self.unsure.remove(&shard);
+                }
             }
         }
+        if !restored.is_empty() {
+            let (all, shown) = (restored.len(), restored[..restored.len().min(8)].join(", "));
+            let message = format!(
+                "{all} shard records were deleted, lost or overwritten in NATS, and are written again: {shown}"
+            );
+            warn!("{message}");
+            self.ctx.event(Event::new("records.restored", message).with("bucket", "shards")).await;
+        }
+        if is_over(self.term, ahead) {
+            // What it said is undone. Whoever has believed it, as it knew nothing else, takes nothing of a lower term.
+            self.ctx.saw_term(ahead);
+            return Err(Error::Fenced(format!(
+                "a record of term {ahead} was put there by hand: leading anew above it"
+            )));
+        }
         Ok(())
+    }
+
+    fn resolved(&mut self, shard: ShardId, revision: u64, record: ShardRecord) {
+        self.ctx.views.found_shard(revision, &record);
+        self.shards.insert(shard, (revision, record));
+        self.unsure.remove(&shard);
+        self.sent.remove(&shard);
+        self.ctx.causes.leading().withdraw(DIFFERS, shard);
+    }
+
+    /// All of them at once, where they are many.
+    async fn read_unsure(&self) -> Result<Vec<(ShardId, Option<Versioned>)>> {
+        let bucket = &self.ctx.buckets.shards;
+        if self.unsure.len() > PARALLEL {
+            let mut all = bucket.list().await?;
+            return Ok(self.unsure.iter().map(|shard| (*shard, all.remove(&shard.token()))).collect());
+        }
+        let reads =
+            self.unsure.iter().map(|shard| async move { Ok((*shard, bucket.get(&shard.token()).await?)) });
+        futures::future::try_join_all(reads).await
+    }
+
+    /// Writes again what NATS has lost besides shard records, or has garbage for: records of nodes, and the orders of
+    /// operators, as we saw them last. Nothing over a deletion: that is an order. (The settings and the node itself are
+    /// put right by every node, the lease by whoever holds it.)
+    pub(super) async fn write_back(&mut self) -> Result<()> {
+        let view = self.ctx.view();
+        let mut restored = Vec::new();
+        for (node, revision) in &view.lost_nodes {
+            let Some(record) = view.node(node) else { continue };
+            if let Some(revision) = self.put_back(&self.ctx.buckets.nodes, node, record, *revision).await? {
+                self.ctx.views.note_node(revision, record);
+                restored.push(node.clone());
+            }
+        }
+        for (id, revision) in &view.lost_migrations {
+            let Some((_, record)) = view.migrations.get(id) else { continue };
+            // Those that are over are history, which goes with its bucket.
+            if record.phase.is_running() || *revision > 0 {
+                let written = self.put_back(&self.ctx.buckets.migrations, id, record, *revision).await?;
+                restored.extend(written.map(|_| id.clone()));
+            }
+        }
+        for (key, revision) in &view.lost_keys {
+            let bucket = &self.ctx.buckets.cluster;
+            let written = match (key.as_str(), &view.rebalance, &view.throttle) {
+                (REBALANCE_KEY, Some(record), _) => self.put_back(bucket, key, record, *revision).await?,
+                (THROTTLE_KEY, _, Some(record)) => self.put_back(bucket, key, record, *revision).await?,
+                _ => None,
+            };
+            restored.extend(written.map(|_| key.clone()));
+        }
+        if !restored.is_empty() {
+            let message = format!(
+                "records were lost or overwritten in NATS, and are written again: {}",
+                restored.join(", ")
+            );
+            warn!("{message}");
+            self.ctx.event(Event::new("records.restored", message)).await;
+        }
+        Ok(())
+    }
+
+    async fn put_back(
+        &self,
+        bucket: &Bucket,
+        key: &str,
+        record: &impl serde::Serialize,
+        revision: u64,
+    ) -> Result<Option<u64>> {
+        self.check_lease()?;
+        let value = serde_json::to_vec(record).map_err(|e| Error::Internal(e.to_string()))?;
+        match bucket.cas(key, value, revision).await {
+            Cas::Applied(revision) => Ok(Some(revision)),
+            // Somebody else did, or the watch brings what has become of it.
+            Cas::Lost => Ok(None),
+            Cas::Unknown(error) => {
+                if let Err(Error::NotFound(_)) = bucket.state().await {
+                    let made = restore_buckets(&self.ctx).await;
+                    made.or_else(|e| self.soft("buckets_missing", Subject::Node, e))?;
+                }
+                debug!(key, "{error}");
+                Ok(None)
+            }
+        }
     }
 
     /// First placement. The stream first, then the record that names it: whoever dies in between leaves
@@ -215,9 +358,15 @@ impl Leader {
                 async move {
                     let log = match ctx.logs.create(shard, fresh_id(), 1, &ctx.cluster).await {
                         Err(Error::Conflict(_)) => ctx.logs.info(shard).await.and_then(|info| {
-                            info.ok_or_else(|| {
+                            let info = info.ok_or_else(|| {
                                 Error::Unavailable(format!("the log of shard {shard} vanished"))
-                            })
+                            })?;
+                            let (whose, created) = (info.cluster, info.created);
+                            if is_of(&ctx.cluster, whose, created, info.last_seq) {
+                                Ok(info)
+                            } else {
+                                Err(left_over(&ctx.subjects.log_stream(shard)))
+                            }
                         }),
                         other => other,
                     };
@@ -250,6 +399,7 @@ impl Leader {
                 log_first_seq: 1,
                 log_base: None,
                 log_before: None,
+                cluster_id: Some(self.ctx.cluster.cluster_id),
                 updated_at: wall(),
             };
             match self.write_shard(record).await {
@@ -469,4 +619,11 @@ impl Leader {
             other => other.map(drop),
         }
     }
+}
+
+fn left_over(stream: &str) -> Error {
+    Error::Invalid(format!(
+        "stream {stream} is the log of an earlier cluster, which this one must not take for its own: if nothing of that is \
+         needed, delete it (nats stream rm {stream})"
+    ))
 }

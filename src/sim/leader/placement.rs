@@ -160,6 +160,7 @@ impl Leader {
             log_first_seq: 1,
             log_base: None,
             log_before: None,
+            cluster_id: None,
             updated_at: DateTime::UNIX_EPOCH,
         };
         self.logs_checked.insert(shard);

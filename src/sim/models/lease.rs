@@ -2,7 +2,7 @@
 //!
 //! Every compare-and-set, of the lease and of the shard, may be answered, may land without an answer, may be
 //! reported unknown first and land at any later time, or never. A node may be slow at any place: its steps are
-//! simply taken later.
+//! simply taken later. Once, somebody deletes the lease's record by hand, or puts garbage there.
 
 use crate::logic::fencing::is_over;
 use crate::logic::lease::{Action, CasOutcome, Claim, Event, Lease, Settings};
@@ -10,7 +10,7 @@ use crate::model::records::LeaderRecord;
 use crate::model::{InstanceId, Term};
 use crate::sim::mutant::Mutant;
 use chrono::DateTime;
-use stateright::{Checker, Model, Property};
+use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::time::Duration;
 
 /// The lease lasts four units.
@@ -60,7 +60,12 @@ struct State {
     now: u64,
     nodes: Vec<Node>,
     wires: Vec<Wire>,
+    /// Revision, holder, term.
     lease: Option<(u64, Option<usize>, Term)>,
+    /// Holder and term are what was there before somebody deleted the record.
+    spoilt: bool,
+    /// How often that may still happen.
+    vandals: u8,
     shard: (u64, Term),
     /// Highest term whose leader believes that the record is its own.
     fenced: Term,
@@ -72,6 +77,7 @@ struct State {
 enum Step {
     Time,
     Tick(usize),
+    Spoil,
     Land(usize),
     Answer(usize),
     Unknown(usize),
@@ -82,6 +88,7 @@ enum Step {
 #[derive(Clone, Copy)]
 struct World {
     until: u64,
+    vandals: u8,
     mutant: Option<Mutant>,
 }
 
@@ -114,8 +121,15 @@ impl State {
         }
         // At once: a late answer only makes the reader's wait begin later.
         if reads {
-            let record = self.record();
-            self.feed(node, Event::Seen(record));
+            let event = match (self.record(), self.spoilt) {
+                (Some((revision, _)), true) => {
+                    // The terms that others have fenced in are known from the shard's records.
+                    let _ = self.nodes[node].lease.on_event(now, Event::TermSeen(self.shard.1));
+                    Event::Spoilt(revision)
+                }
+                (record, _) => Event::Seen(record),
+            };
+            self.feed(node, event);
         }
     }
 
@@ -133,6 +147,7 @@ impl State {
                     self.wrong = Some("the lease's term goes back, or has two holders");
                 }
                 self.lease = Some((wire.expected + 1, held, term));
+                self.spoilt = false;
                 Some(wire.expected + 1)
             }
             What::Shard(term, _) => {
@@ -227,6 +242,8 @@ impl Model for World {
             nodes: (0..2).map(node).collect(),
             wires: vec![],
             lease: None,
+            spoilt: false,
+            vandals: self.vandals,
             shard: (1, 0),
             fenced: 0,
             terms: 0,
@@ -249,9 +266,13 @@ impl Model for World {
         if state.now < self.until {
             steps.push(Step::Time);
         }
+        if state.vandals > 0 && state.lease.is_some() {
+            steps.push(Step::Spoil);
+        }
         for (n, node) in state.nodes.iter().enumerate() {
             steps.push(Step::Tick(n));
-            if matches!(node.work, Work::Fence(_) | Work::Fenced(..)) {
+            // Fencing is checked without the vandal: both together are too many states.
+            if matches!(node.work, Work::Fence(_) | Work::Fenced(..)) && self.vandals == 0 {
                 steps.push(Step::Work(n));
             }
         }
@@ -271,6 +292,11 @@ impl Model for World {
         match step {
             Step::Time => state.now += 1,
             Step::Tick(n) => state.feed(n, Event::Tick),
+            Step::Spoil => {
+                state.lease = state.lease.map(|(revision, holder, term)| (revision + 1, holder, term));
+                state.spoilt = true;
+                state.vandals -= 1;
+            }
             Step::Land(w) => {
                 let mut wire = state.wires.remove(w);
                 let applied = state.land(&wire);
@@ -319,26 +345,37 @@ impl Model for World {
     }
 }
 
-fn check(until: u64, mutant: Option<Mutant>) -> (usize, Vec<String>) {
-    let checker = World { until, mutant }.checker().threads(2).spawn_bfs().join();
+/// With a mutant, until `what` it breaks is found.
+fn check(until: u64, vandals: u8, mutant: Option<(Mutant, &'static str)>) -> (usize, Vec<String>) {
+    let checker = World { until, vandals, mutant: mutant.map(|(mutant, _)| mutant) }.checker().threads(2);
+    let checker = match mutant {
+        Some((_, what)) => checker.finish_when(HasDiscoveries::AllOf([what].into())),
+        None => checker,
+    };
+    let checker = checker.spawn_bfs().join();
     let found = checker.discoveries().into_keys().map(str::to_owned).collect();
     (checker.unique_state_count(), found)
 }
 
 #[test]
 fn sim_model_lease_and_fencing_hold_in_every_order() {
-    let (states, found) = check(5, None);
-    println!("lease and fencing: {states} states");
-    assert_eq!(found.len(), 2, "only what should be reached: {found:?}");
-    assert!(found.iter().all(|name| name.contains("second term")), "{found:?}");
+    for (until, vandals, reached) in [(5, 0, 2), (5, 1, 1)] {
+        let (states, found) = check(until, vandals, None);
+        println!("lease and fencing, {vandals} deletions by hand: {states} states");
+        assert_eq!(found.len(), reached, "only what should be reached: {found:?}");
+        assert!(found.iter().all(|name| name.contains("second term")), "{found:?}");
+    }
 }
 
 #[test]
 fn sim_model_lease_notices_its_mutants() {
-    for (mutant, what) in
-        [(Mutant::NoFence, "nothing goes back"), (Mutant::LeaseFromAnswer, "one leader at a time")]
-    {
-        let (states, found) = check(5, Some(mutant));
+    for (mutant, what) in [
+        (Mutant::NoFence, "nothing goes back"),
+        (Mutant::LeaseFromAnswer, "one leader at a time"),
+        (Mutant::SpoiltIsFree, "one leader at a time"),
+    ] {
+        let vandals = u8::from(mutant == Mutant::SpoiltIsFree);
+        let (states, found) = check(5, vandals, Some((mutant, what)));
         println!("{mutant:?}: {states} states, {found:?}");
         assert!(found.iter().any(|name| name == what), "{mutant:?}: {found:?}");
     }

@@ -1,0 +1,118 @@
+//! Whose settings count when those in NATS are not the ones that a node goes by.
+//!
+//! Pure. Keeps: settings of a cluster whose nodes run are never given up for what somebody has put there, and of two
+//! clusters whose nodes run in one namespace (NATS had lost its store, and a new node was faster than the old ones) all
+//! nodes give way for the same one: the older, as it is the one that has data.
+
+use crate::model::records::ClusterRecord;
+use std::time::Duration;
+
+/// What is to be done about the settings in NATS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// They are ours.
+    Ours,
+    /// They are gone, damaged, changed, or of a cluster that does not run: write ours.
+    WriteBack,
+    /// Listen a little longer.
+    Wait,
+    /// Another cluster runs here, and is older: stop.
+    Yield,
+}
+
+/// What is known of nodes of the other cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Others {
+    /// A heartbeat of theirs has come lately.
+    pub(crate) beat: bool,
+    /// How long heartbeats have been listened to without a break.
+    pub(crate) listened: Duration,
+    /// Within so long each node is heard, normally.
+    pub(crate) soon: Duration,
+    /// Within so long each node is heard, or is down.
+    pub(crate) surely: Duration,
+}
+
+/// Decides. `found` is what NATS has, if it makes sense.
+pub(crate) fn judge(ours: &ClusterRecord, found: Option<&ClusterRecord>, others: Others) -> Verdict {
+    let Some(found) = found else { return Verdict::WriteBack };
+    if is_same(ours, found) {
+        return Verdict::Ours;
+    }
+    if ours.cluster_id == found.cluster_id {
+        return Verdict::WriteBack;
+    }
+    let theirs_is_older = found.created_at < ours.created_at
+        || (found.created_at == ours.created_at && found.cluster_id < ours.cluster_id);
+    match (others.beat, theirs_is_older) {
+        (true, true) => Verdict::Yield,
+        (true, false) => Verdict::WriteBack,
+        // To write ours over the older one's while it is merely out of hearing would set the two against each other.
+        (false, true) if others.listened < others.surely => Verdict::Wait,
+        (false, false) if others.listened < others.soon => Verdict::Wait,
+        (false, _) => Verdict::WriteBack,
+    }
+}
+
+/// Whether these are the settings of the same cluster, unchanged: nobody changes them while it lives. What a newer program
+/// has written is left to newer programs.
+pub(crate) fn is_same(own: &ClusterRecord, found: &ClusterRecord) -> bool {
+    own == found || (own.cluster_id == found.cluster_id && found.format_version > own.format_version)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use chrono::DateTime;
+    use uuid::Uuid;
+
+    fn cluster(id: u128, created: i64) -> ClusterRecord {
+        ClusterRecord {
+            cluster_id: Uuid::from_u128(id),
+            num_shards: 4,
+            replication_factor: 1,
+            hash: Default::default(),
+            hash_secret: None,
+            placement: Default::default(),
+            dimensions: 2,
+            metric: Default::default(),
+            log_replicas: 1,
+            log_max_bytes: 1 << 30,
+            format_version: 1,
+            created_at: DateTime::from_timestamp(created, 0).unwrap(),
+        }
+    }
+
+    fn others(beat: bool, listened: u64) -> Others {
+        let s = Duration::from_secs;
+        Others { beat, listened: s(listened), soon: s(2), surely: s(10) }
+    }
+
+    #[test]
+    fn settings_that_are_gone_damaged_or_changed_are_written_back() {
+        let ours = cluster(1, 100);
+        assert_eq!(judge(&ours, None, others(false, 0)), Verdict::WriteBack);
+        let changed = ClusterRecord { num_shards: 8, ..ours.clone() };
+        assert_eq!(judge(&ours, Some(&changed), others(false, 0)), Verdict::WriteBack);
+        assert_eq!(judge(&ours, Some(&ours), others(true, 0)), Verdict::Ours);
+        let newer = ClusterRecord { format_version: 2, ..changed };
+        assert_eq!(judge(&ours, Some(&newer), others(false, 9)), Verdict::Ours, "a newer program's");
+    }
+
+    #[test]
+    fn settings_of_a_cluster_that_does_not_run_are_overwritten() {
+        let ours = cluster(1, 100);
+        assert_eq!(judge(&ours, Some(&cluster(2, 200)), others(false, 1)), Verdict::Wait);
+        assert_eq!(judge(&ours, Some(&cluster(2, 200)), others(false, 3)), Verdict::WriteBack);
+        assert_eq!(judge(&ours, Some(&cluster(2, 50)), others(false, 3)), Verdict::Wait);
+        assert_eq!(judge(&ours, Some(&cluster(2, 50)), others(false, 11)), Verdict::WriteBack);
+    }
+
+    #[test]
+    fn of_two_clusters_that_run_the_younger_one_gives_way_whoever_looks() {
+        for (a, b) in [(cluster(1, 100), cluster(2, 200)), (cluster(1, 100), cluster(2, 100))] {
+            assert_eq!(judge(&a, Some(&b), others(true, 60)), Verdict::WriteBack);
+            assert_eq!(judge(&b, Some(&a), others(true, 60)), Verdict::Yield);
+        }
+    }
+}

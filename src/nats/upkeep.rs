@@ -1,0 +1,204 @@
+//! Settings of streams that somebody has changed by hand: compared with ours, and put back.
+//!
+//! Safe at any time and by anybody: an update sets what we would create the stream with, and nothing else; what is not
+//! ours to decide (placement, compression, a description) stays.
+
+use super::bucket::MAX_VALUE_BYTES;
+use super::connect::Nats;
+use super::{API_TIMEOUT, api_code, unavailable};
+use crate::error::{Error, Result};
+use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use std::time::Duration;
+
+/// Least bytes that a bucket may be limited to: some accounts require a limit, and nodes set one.
+const LEAST_BUCKET: i64 = 8 << 20;
+
+/// What became of a look at a stream's settings.
+#[derive(Debug)]
+pub(crate) enum Kept {
+    /// They are ours.
+    Fine,
+    /// These were not, and are again.
+    PutBack(String),
+    /// These are not, and NATS refuses to change them.
+    Cannot(String, Error),
+}
+
+/// What a stream must be like.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings(pub(super) Config);
+
+impl Settings {
+    /// Of which stream.
+    pub(crate) fn name(&self) -> &str {
+        &self.0.name
+    }
+}
+
+/// What the stream below a bucket must be like.
+pub(crate) fn bucket_settings(bucket: &str, replicas: usize) -> Settings {
+    Settings(Config {
+        name: format!("KV_{bucket}"),
+        subjects: vec![format!("$KV.{bucket}.>")],
+        max_messages_per_subject: 1,
+        max_message_size: MAX_VALUE_BYTES,
+        discard: DiscardPolicy::New,
+        storage: StorageType::File,
+        num_replicas: replicas,
+        allow_rollup: true,
+        allow_direct: true,
+        ..Default::default()
+    })
+}
+
+/// One setting: how it is called, how it is, how it should be, and how it is set.
+struct Setting {
+    name: &'static str,
+    is: String,
+    wanted: String,
+    /// NATS may refuse to change it in place; others must not wait for that.
+    hard: bool,
+    set: fn(&mut Config, &Config),
+}
+
+/// No limit is -1 or 0, depending on who has written it.
+fn limit(n: i64) -> String {
+    if n <= 0 { "none".to_owned() } else { n.to_string() }
+}
+
+fn time(limit: Duration) -> String {
+    if limit.is_zero() { "none".to_owned() } else { format!("{limit:?}") }
+}
+
+macro_rules! setting {
+    ($all:ident, $found:ident, $wanted:ident, $hard:literal, $name:literal, $field:ident, $show:expr) => {
+        let show = $show;
+        $all.push(Setting {
+            name: $name,
+            is: show(&$found.$field),
+            wanted: show(&$wanted.$field),
+            hard: $hard,
+            set: |config, wanted| config.$field = wanted.$field.clone(),
+        })
+    };
+}
+
+/// What is not as it must be.
+fn differences(found: &Config, wanted: &Config) -> Vec<Setting> {
+    let mut all = Vec::new();
+    let flag = |flag: &bool| flag.to_string();
+    setting!(all, found, wanted, true, "subjects", subjects, |s: &Vec<String>| s.join(" "));
+    setting!(all, found, wanted, true, "retention", retention, |r: &RetentionPolicy| format!("{r:?}"));
+    setting!(all, found, wanted, false, "discard", discard, |d: &DiscardPolicy| format!("{d:?}"));
+    setting!(all, found, wanted, true, "storage", storage, |s: &StorageType| format!("{s:?}"));
+    setting!(all, found, wanted, true, "replicas", num_replicas, |n: &usize| n.to_string());
+    setting!(all, found, wanted, false, "max_msgs", max_messages, |n: &i64| limit(*n));
+    setting!(all, found, wanted, false, "max_msgs_per_subject", max_messages_per_subject, |n: &i64| limit(
+        *n
+    ));
+    setting!(all, found, wanted, false, "max_msg_size", max_message_size, |n: &i32| limit((*n).into()));
+    setting!(all, found, wanted, false, "max_age", max_age, |d: &Duration| time(*d));
+    setting!(all, found, wanted, false, "no_ack", no_ack, flag);
+    setting!(all, found, wanted, true, "sealed", sealed, flag);
+    setting!(all, found, wanted, false, "deny_purge", deny_purge, flag);
+    setting!(all, found, wanted, false, "allow_direct", allow_direct, flag);
+    // Buckets need it for deletions, others do not mind.
+    if wanted.allow_rollup {
+        setting!(all, found, wanted, false, "allow_rollup_hdrs", allow_rollup, flag);
+    }
+    setting!(all, found, wanted, false, "subject_transform", subject_transform, |s: &Option<_>| s
+        .is_some()
+        .to_string());
+    setting!(all, found, wanted, false, "republish", republish, |s: &Option<_>| s.is_some().to_string());
+    setting!(all, found, wanted, true, "mirror", mirror, |s: &Option<_>| s.is_some().to_string());
+    setting!(all, found, wanted, true, "sources", sources, |s: &Option<Vec<_>>| {
+        s.as_ref().is_some_and(|s| !s.is_empty()).to_string()
+    });
+    let enough = wanted.allow_rollup && wanted.max_bytes <= 0 && found.max_bytes >= LEAST_BUCKET;
+    if !enough {
+        setting!(all, found, wanted, false, "max_bytes", max_bytes, |n: &i64| limit(*n));
+    }
+    all.retain(|setting| setting.is != setting.wanted);
+    all
+}
+
+impl Setting {
+    fn line(&self) -> String {
+        format!("{} {} instead of {}", self.name, self.is, self.wanted)
+    }
+}
+
+/// `found` with these changed.
+fn changed<'a>(found: &Config, wanted: &Config, settings: impl Iterator<Item = &'a Setting>) -> Config {
+    let mut config = found.clone();
+    settings.for_each(|setting| (setting.set)(&mut config, wanted));
+    config
+}
+
+fn lines<'a>(settings: impl Iterator<Item = &'a Setting>) -> String {
+    settings.map(Setting::line).collect::<Vec<_>>().join(", ")
+}
+
+/// Compares the stream's settings with `wanted`, and puts them back.
+///
+/// # Errors
+/// `NotFound` if there is no such stream.
+pub(crate) async fn keep(nats: &Nats, wanted: &Settings) -> Result<Kept> {
+    let (name, wanted) = (wanted.name(), &wanted.0);
+    let late = || Error::Unavailable(format!("stream {name}: no answer in time"));
+    let asked = tokio::time::timeout(API_TIMEOUT, nats.jetstream.get_stream(name)).await;
+    let stream = match asked.map_err(|_| late())? {
+        Ok(stream) => stream,
+        Err(error) if api_code(&error) == Some(10_059) => {
+            return Err(Error::NotFound(format!("stream {name} does not exist")));
+        }
+        Err(error) => return Err(unavailable(format!("stream {name}"), error)),
+    };
+    let found = &stream.cached_info().config;
+    let wrong = differences(found, wanted);
+    if wrong.is_empty() {
+        return Ok(Kept::Fine);
+    }
+    let update = |config: Config| async move {
+        let updated = tokio::time::timeout(API_TIMEOUT, nats.jetstream.update_stream(config)).await;
+        match updated.map_err(|_| late())? {
+            Ok(_) => Ok(()),
+            Err(error) => Err(unavailable(format!("changing stream {name}"), error)),
+        }
+    };
+    let Err(error) = update(changed(found, wanted, wrong.iter())).await else {
+        return Ok(Kept::PutBack(lines(wrong.iter())));
+    };
+    let (hard, soft): (Vec<_>, Vec<_>) = wrong.iter().partition(|setting| setting.hard);
+    if hard.is_empty() || soft.is_empty() || update(changed(found, wanted, soft.into_iter())).await.is_err() {
+        return Ok(Kept::Cannot(lines(wrong.iter()), error));
+    }
+    Ok(Kept::Cannot(lines(hard.into_iter()), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn edited_settings_are_named_and_set_back_and_nothing_else() {
+        let Settings(wanted) = bucket_settings("rv_shards", 1);
+        let same = Config { description: Some("ours".into()), max_age: Duration::ZERO, ..wanted.clone() };
+        assert!(differences(&same, &wanted).is_empty());
+        let edited = Config {
+            description: Some("theirs".into()),
+            max_age: Duration::from_secs(10),
+            max_messages_per_subject: 5,
+            max_bytes: 4_096,
+            discard: DiscardPolicy::Old,
+            ..wanted.clone()
+        };
+        let wrong = differences(&edited, &wanted);
+        let names: Vec<&str> = wrong.iter().map(|setting| setting.name).collect();
+        assert_eq!(names, ["discard", "max_msgs_per_subject", "max_age", "max_bytes"]);
+        let back = changed(&edited, &wanted, wrong.iter());
+        assert_eq!(back, Config { description: Some("theirs".into()), ..wanted.clone() });
+        let limited = Config { max_bytes: 64 << 20, ..wanted.clone() };
+        assert!(differences(&limited, &wanted).is_empty(), "accounts may require a limit");
+    }
+}

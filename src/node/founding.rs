@@ -1,0 +1,359 @@
+//! Agreeing on the settings: a cluster is founded once, and only where there is none.
+//!
+//! Whoever comes first writes the settings by compare-and-set, and everybody else compares. But NATS may have lost its
+//! store under a cluster that runs, or keep logs of one that was there before. So who finds no settings listens for
+//! heartbeats first: where nodes beat, they write theirs back. And it looks for what an earlier cluster has left: a new one
+//! must not take its logs for its own. Should all of this miss one another (the old nodes were out of reach for longer),
+//! the older cluster stays: see [`crate::logic::settings`].
+//!
+//! Two that found at once: one compare-and-set wins, the other reads what it says. One that dies at any place leaves
+//! settings that hold, or none.
+
+use super::guard::Beat;
+use crate::clock::{fresh_id, fresh_secret, wall};
+use crate::config::ClusterConfig;
+use crate::error::{Error, Result};
+use crate::model::ShardId;
+use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash};
+use crate::nats::bucket::{Cas, Found};
+use crate::nats::bus::Subscriber;
+use crate::nats::connect::Nats;
+use crate::nats::log::{log_streams, whose};
+use crate::nats::subjects::Subjects;
+use crate::view::{Buckets, CONFIG_KEY, REBALANCE_KEY, THROTTLE_KEY, parse};
+use futures::StreamExt;
+use std::time::Duration;
+use tokio::time::Instant;
+use tracing::{info, warn};
+use uuid::Uuid;
+
+/// Dimensions of a cluster whose creator did not say.
+const DEFAULT_DIMENSIONS: usize = 384;
+/// How often the settings are looked for, while listening.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Where and how a node joins.
+pub(crate) struct Founding<'a> {
+    pub(crate) nats: &'a Nats,
+    pub(crate) subjects: &'a Subjects,
+    pub(crate) buckets: &'a Buckets,
+    pub(crate) config: &'a ClusterConfig,
+    /// How many replicas the streams of a new cluster get.
+    pub(crate) replicas: usize,
+    /// The settings that the data folder remembers.
+    pub(crate) known: Option<ClusterRecord>,
+}
+
+/// What came of listening.
+enum Listened {
+    /// There are settings now.
+    Settings,
+    /// Nobody runs here.
+    Silence,
+    /// This node, of this cluster, does.
+    Beat(Beat),
+}
+
+impl Founding<'_> {
+    /// The settings of the cluster: found, written back from what the data folder remembers, or created.
+    pub(crate) async fn agree(&self) -> Result<ClusterRecord> {
+        for _ in 0..5 {
+            let found = self.buckets.cluster.look(CONFIG_KEY).await?;
+            if let Some(record) = self.read(&found)? {
+                self.check_whose(&record).await?;
+                compare(self.config, &record)?;
+                return Ok(record);
+            }
+            match self.listen().await? {
+                Listened::Settings => continue,
+                Listened::Silence => {}
+                Listened::Beat(beat) => return Err(self.somebody_runs(&beat)),
+            }
+            let wanted = match &self.known {
+                Some(known) => {
+                    info!(
+                        "the settings are gone from NATS, or damaged: writing those that the data folder remembers"
+                    );
+                    known.clone()
+                }
+                None if found.value().is_some() => return Err(damaged()),
+                None => match self.clear_the_ground().await? {
+                    true => self.new_cluster(),
+                    false => continue,
+                },
+            };
+            compare(self.config, &wanted)?;
+            let value = serde_json::to_vec(&wanted).map_err(|e| Error::Internal(e.to_string()))?;
+            // Whatever became of it: the next look says what the settings are.
+            if let Cas::Unknown(error) = self.buckets.cluster.cas(CONFIG_KEY, value, found.revision()).await {
+                warn!("creating the cluster: {error}");
+            }
+        }
+        Err(Error::Unavailable("the settings of the cluster can be neither read nor created".into()))
+    }
+
+    /// Settings may have been overwritten by hand a moment ago, and nodes that run are about to write theirs back: whoever
+    /// took these for its own would found another cluster beside them.
+    async fn check_whose(&self, record: &ClusterRecord) -> Result<()> {
+        let Some(known) = &self.known else {
+            let stream = self.subjects.log_stream(ShardId(0));
+            return match whose(self.nats, &stream).await? {
+                Some(whose) if whose != record.cluster_id => Err(Error::Unavailable(format!(
+                    "the settings in NATS are of cluster {}, but stream {stream} is a log of cluster {whose}: a node of \
+                     the right one writes its settings back, or deletes the stream",
+                    record.cluster_id
+                ))),
+                Some(_) | None => Ok(()),
+            };
+        };
+        if known.cluster_id == record.cluster_id {
+            return Ok(());
+        }
+        if self.own_beat().await? {
+            return Err(Error::Unavailable(format!(
+                "NATS has the settings of another cluster, {}; nodes of this folder's, {}, run and will write theirs back",
+                record.cluster_id, known.cluster_id
+            )));
+        }
+        Err(of_another_cluster(&self.config.data_dir().display().to_string(), known, record))
+    }
+
+    /// Whether a node of the cluster that the data folder remembers is heard.
+    async fn own_beat(&self) -> Result<bool> {
+        let mut beats = self.heartbeats().await?;
+        let ours = self.known.as_ref().map(|known| known.cluster_id);
+        let heard = async {
+            while let Some(message) = beats.next().await {
+                if parse::<Beat>(&message.payload).is_ok_and(|beat| beat.cluster_id == ours) {
+                    return true;
+                }
+            }
+            false
+        };
+        Ok(tokio::time::timeout(self.window(), heard).await.unwrap_or(false))
+    }
+
+    /// How long a node that runs needs to be heard.
+    fn window(&self) -> Duration {
+        self.config.heartbeat_interval * 2 + LOOK
+    }
+
+    async fn heartbeats(&self) -> Result<Subscriber> {
+        let failed = |e: &dyn std::fmt::Display| Error::Unavailable(format!("listening for heartbeats: {e}"));
+        let client = &self.nats.client;
+        let beats = client.subscribe(self.subjects.heartbeat()).await.map_err(|e| failed(&e))?;
+        client.flush().await.map_err(|e| failed(&e))?;
+        Ok(beats)
+    }
+
+    /// `None`: there are none, or they are damaged.
+    fn read(&self, found: &Found) -> Result<Option<ClusterRecord>> {
+        let Some(record) = found.value().and_then(|value| parse::<ClusterRecord>(value).ok()) else {
+            return Ok(None);
+        };
+        match record.check() {
+            Ok(()) => Ok(Some(record)),
+            // It says that this program is too old.
+            Err(error) if record.format_version > FORMAT_VERSION => Err(error),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Listens for as long as a node that runs needs to be heard.
+    async fn listen(&self) -> Result<Listened> {
+        let mut beats = self.heartbeats().await?;
+        let until = Instant::now() + self.window();
+        let mut look = tokio::time::interval(LOOK);
+        loop {
+            tokio::select! {
+                message = beats.next() => {
+                    let message = message.ok_or_else(|| Error::Unavailable("listening for heartbeats: it ended".into()))?;
+                    let Ok(beat) = parse::<Beat>(&message.payload) else { continue };
+                    if self.is_another(&beat) {
+                        // Its settings may have come back in this moment.
+                        let found = self.buckets.cluster.look(CONFIG_KEY).await?;
+                        return Ok(match self.read(&found)? {
+                            Some(_) => Listened::Settings,
+                            None => Listened::Beat(beat),
+                        });
+                    }
+                }
+                _ = look.tick() => {
+                    let found = self.buckets.cluster.look(CONFIG_KEY).await?;
+                    if self.read(&found)?.is_some() {
+                        return Ok(Listened::Settings);
+                    }
+                }
+                () = tokio::time::sleep_until(until) => return Ok(Listened::Silence),
+            }
+        }
+    }
+
+    /// Whoever knows its cluster need not mind its own nodes. One of an older version does not say whose it is.
+    fn is_another(&self, beat: &Beat) -> bool {
+        match (&self.known, beat.cluster_id) {
+            (None, _) => true,
+            (Some(known), Some(id)) => id != known.cluster_id,
+            (Some(_), None) => false,
+        }
+    }
+
+    /// Tried again by the caller, for a while: nodes that run write their settings back.
+    fn somebody_runs(&self, beat: &Beat) -> Error {
+        let of = beat.cluster_id.map_or("a cluster".to_owned(), |id| format!("cluster {id}"));
+        let namespace = self.subjects.namespace();
+        Error::Unavailable(match &self.known {
+            None => format!(
+                "node {} of {of} runs in namespace {namespace}, but its settings are not in NATS: it will write them \
+                 again, and then this node can join it",
+                beat.node
+            ),
+            Some(known) => format!(
+                "node {} of {of} runs in namespace {namespace}, and this data folder belongs to cluster {}: use another \
+                 --namespace, or another --data-dir (keep this one: it may hold the last copy of something)",
+                beat.node, known.cluster_id
+            ),
+        })
+    }
+
+    fn new_cluster(&self) -> ClusterRecord {
+        let config = self.config;
+        ClusterRecord {
+            cluster_id: fresh_id(),
+            num_shards: config.num_shards as u32,
+            replication_factor: config.replication_factor as u32,
+            hash: config.hash.unwrap_or_default(),
+            hash_secret: match config.hash.unwrap_or_default() {
+                KeyHash::Xxh3 => None,
+                KeyHash::Sip24 => Some(HashSecret::new(fresh_secret())),
+            },
+            placement: config.placement.unwrap_or_default(),
+            dimensions: config.dimensions.unwrap_or(DEFAULT_DIMENSIONS),
+            metric: config.metric.unwrap_or_default(),
+            log_replicas: self.replicas,
+            log_max_bytes: config.log_max_bytes as i64,
+            format_version: FORMAT_VERSION,
+            created_at: wall(),
+        }
+    }
+
+    /// Looks for what an earlier cluster has left, and deletes it if that was asked for. `false`: there are settings after
+    /// all, or somebody else is at it: look again.
+    async fn clear_the_ground(&self) -> Result<bool> {
+        let (logs, records) = self.leftovers().await?;
+        if self.has_settings().await? {
+            return Ok(false);
+        }
+        if logs.is_empty() && records == 0 {
+            return Ok(true);
+        }
+        if !self.config.start_clean {
+            return Err(self.refused(&logs, records));
+        }
+        warn!("deleting what an earlier cluster has left: {} log streams, {records} records", logs.len());
+        for log in &logs {
+            // Another may have founded a cluster meanwhile: these would be its own.
+            if self.has_settings().await? {
+                return Ok(false);
+            }
+            self.nats.delete_stream(log).await?;
+        }
+        for bucket in [&self.buckets.shards, &self.buckets.migrations, &self.buckets.nodes] {
+            if self.has_settings().await? {
+                return Ok(false);
+            }
+            bucket.clear().await?;
+        }
+        for key in [REBALANCE_KEY, THROTTLE_KEY] {
+            self.buckets.cluster.delete(key).await?;
+        }
+        Ok(true)
+    }
+
+    async fn leftovers(&self) -> Result<(Vec<String>, usize)> {
+        let logs = log_streams(self.nats, self.subjects).await?;
+        let records = match self.buckets.shards.list().await {
+            Err(Error::NotFound(_)) => 0,
+            records => records?.len(),
+        };
+        Ok((logs, records))
+    }
+
+    async fn has_settings(&self) -> Result<bool> {
+        let found = self.buckets.cluster.look(CONFIG_KEY).await?;
+        Ok(self.read(&found)?.is_some())
+    }
+
+    fn refused(&self, logs: &[String], records: usize) -> Error {
+        let shown = logs.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
+        Error::Invalid(format!(
+            "namespace {} has no cluster's settings, but what an earlier cluster has left: {} log streams ({shown}{}) and \
+             {records} shard records, which a new cluster must not take for its own. To go on with that cluster, start a \
+             node with one of its data folders first: it writes the settings back. To begin anew, use another \
+             --namespace, or start one node with --start-clean, which deletes what is left and all that only it holds",
+            self.subjects.namespace(),
+            logs.len(),
+            if logs.len() > 3 { ", …" } else { "" },
+        ))
+    }
+}
+
+fn damaged() -> Error {
+    Error::Unavailable(format!(
+        "the settings of the cluster (key {CONFIG_KEY:?} of its bucket) are damaged, and this node does not know them: a node \
+         that runs, or is started with its data folder, writes them again"
+    ))
+}
+
+/// A data folder of one cluster, and the settings of another in NATS: which of them is the mistake, only people know.
+pub(crate) fn of_another_cluster(folder: &str, ours: &ClusterRecord, found: &ClusterRecord) -> Error {
+    let shown = |id: Uuid, record: &ClusterRecord| {
+        format!("{id} (created at {}, {} shards)", record.created_at.to_rfc3339(), record.num_shards)
+    };
+    Error::Invalid(format!(
+        "data folder {folder} belongs to another cluster, {}; NATS has the settings of {}. Do not delete the folder: it may \
+         hold the last copy of something. If NATS has lost its store and the other was founded by mistake: stop the \
+         other's nodes, delete its settings (nats kv del NAMESPACE_cluster {CONFIG_KEY}), and start the nodes with the old \
+         folders first: they write theirs back. If this node is to join the other one: choose another with --data-dir",
+        shown(ours.cluster_id, ours),
+        shown(found.cluster_id, found),
+    ))
+}
+
+fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
+    let mut differences = Vec::new();
+    let mut check = |what: &str, ours: String, theirs: String| {
+        if ours != theirs {
+            differences.push(format!("{what} is {ours} here and {theirs} in the cluster"));
+        }
+    };
+    if !config.adopt_num_shards {
+        check("num_shards", config.num_shards.to_string(), record.num_shards.to_string());
+    }
+    if !config.adopt_replication_factor {
+        check(
+            "replication_factor",
+            config.replication_factor.to_string(),
+            record.replication_factor.to_string(),
+        );
+    }
+    if let Some(dimensions) = config.dimensions {
+        check("dimensions", dimensions.to_string(), record.dimensions.to_string());
+    }
+    if let Some(metric) = config.metric {
+        check("metric", metric.to_string(), record.metric.to_string());
+    }
+    if let Some(hash) = config.hash {
+        check("hash", hash.to_string(), record.hash.to_string());
+    }
+    if let Some(placement) = config.placement {
+        check("placement", placement.to_string(), record.placement.to_string());
+    }
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "these settings are fixed when a cluster is created: {}",
+        differences.join("; ")
+    )))
+}

@@ -1,0 +1,92 @@
+//! The leader looks after what the records and logs are kept in: buckets, the events, and the settings of their streams.
+//!
+//! Runs beside the rest of the leader, so that a NATS that answers late keeps nobody waiting. It may end anywhere: each
+//! step sets what the cluster's settings say, whoever does it and however often.
+
+use crate::error::Error;
+use crate::model::events::Event;
+use crate::model::{ShardId, Term};
+use crate::nats::log::event_settings;
+use crate::nats::upkeep::{Kept, Settings, bucket_settings, keep};
+use crate::node::causes::{Severity, Subject};
+use crate::node::context::Context;
+use crate::node::join::restore_buckets;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::{debug, warn};
+
+/// Pause between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// Logs of one look.
+const LOGS: u32 = 16;
+/// Streams whose settings are not what they should be, and cannot be set back.
+const KIND: &str = "stream_settings";
+
+/// By stream: what is wrong.
+type Wrong = BTreeMap<String, (Subject, Severity, String)>;
+
+/// Runs until the leader ends.
+pub(super) async fn run(ctx: Arc<Context>, term: Term) {
+    let mut tick = tokio::time::interval(LOOK.max(ctx.config.heartbeat_interval));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let (mut wrong, mut next) = (Wrong::new(), 0);
+    loop {
+        tick.tick().await;
+        let replicas = ctx.cluster.log_replicas;
+        let buckets = ["cluster", "nodes", "shards", "migrations"].map(|name| ctx.subjects.bucket(name));
+        let streams = buckets.iter().map(|bucket| bucket_settings(bucket, replicas));
+        for wanted in streams.chain([event_settings(&ctx.subjects, replicas)]) {
+            look(&ctx, term, &wanted, &mut wrong).await;
+        }
+        for _ in 0..LOGS.min(ctx.cluster.num_shards) {
+            let shard = ShardId(next % ctx.cluster.num_shards);
+            next = shard.0 + 1;
+            look_at_log(&ctx, term, shard, &mut wrong).await;
+        }
+        ctx.causes.leading().replace(KIND, wrong.values().cloned());
+    }
+}
+
+/// One that is missing, or is another log, is for those to judge who know what replicas have.
+async fn look_at_log(ctx: &Context, term: Term, shard: ShardId, wrong: &mut Wrong) {
+    let view = ctx.view();
+    let Some(record) = view.shard(shard) else { return };
+    if let Ok(Some(info)) = ctx.logs.info(shard).await
+        && info.id == record.log_id
+    {
+        let wanted = ctx.logs.settings(shard, record.log_id, record.log_first_seq, &ctx.cluster);
+        look(ctx, term, &wanted, wrong).await;
+    }
+}
+
+async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong) {
+    if ctx.leads() != Some(term) {
+        return;
+    }
+    let name = wanted.name().to_owned();
+    match keep(&ctx.control.nats, wanted).await {
+        Ok(Kept::Fine) => drop(wrong.remove(&name)),
+        Ok(Kept::PutBack(what)) => {
+            wrong.remove(&name);
+            let message = format!("stream {name} was changed by hand, and is set back: {what}");
+            warn!("{message}");
+            ctx.event(Event::new("stream.settings_restored", message).with("stream", name)).await;
+        }
+        Ok(Kept::Cannot(what, error)) => {
+            let text = format!(
+                "stream {name} has {what}, which NATS does not let us change ({error}): delete it (nats stream rm {name}), \
+                 and the nodes make it anew from what they hold"
+            );
+            wrong.insert(name.clone(), (Subject::Named(name), Severity::Yellow, text));
+        }
+        Err(Error::NotFound(_)) => {
+            wrong.remove(&name);
+            warn!("NATS has lost {name}: creating it again");
+            if let Err(error) = restore_buckets(ctx).await {
+                warn!("{name} cannot be created: {error}");
+            }
+        }
+        Err(error) => debug!("{error}"),
+    }
+}

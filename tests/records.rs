@@ -1,0 +1,405 @@
+//! Records and buckets in NATS are deleted, purged, overwritten, lost and made anew while a cluster runs: each heals within
+//! a few heartbeats, or is said; terms go on, and no vector is lost.
+
+mod harness;
+
+use harness::by_hand::{BUCKETS, ByHand, bucket_stream, log_stream};
+use harness::tamper::pause;
+use harness::{Setup, TestCluster, eventually, within};
+use ruvector_cluster::playground::NodeProcess;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// A few leases (2 s in tests), as some faults take one.
+const HEALED: Duration = Duration::from_secs(15);
+const VECTORS: u64 = 120;
+
+async fn fill(cluster: &TestCluster) {
+    let entries: Vec<Value> =
+        (0..VECTORS).map(|i| json!({"id": format!("v{i}"), "vector": [1, 2, 3, i]})).collect();
+    for part in entries.chunks(40) {
+        let reply = cluster.api("upsert", json!({"entries": part})).await;
+        assert_eq!(reply["upserted"], part.len(), "{reply}");
+    }
+    // Every replica has what JetStream may lose.
+    eventually("everything is applied everywhere", || async {
+        let reply = cluster.admin("shards", json!({})).await?;
+        for shard in reply["shards"].as_array().ok_or("no shards")? {
+            let applied: Vec<u64> =
+                shard["applied"].as_object().ok_or("applied")?.values().filter_map(Value::as_u64).collect();
+            let most = applied.iter().max().copied().unwrap_or(0);
+            if applied.len() < cluster.setup.replication_factor || applied.iter().any(|a| *a < most) {
+                return Err(shard.to_string());
+            }
+        }
+        let counted = cluster.ask("ruvector.api.count", &json!({"consistency": "linearizable"})).await?;
+        if counted["count"] == VECTORS { Ok(()) } else { Err(counted.to_string()) }
+    })
+    .await;
+}
+
+async fn all_vectors_are_there(cluster: &TestCluster) {
+    eventually("every vector is counted and found", || async {
+        let counted = cluster.ask("ruvector.api.count", &json!({"consistency": "linearizable"})).await?;
+        if counted["count"] != VECTORS {
+            return Err(counted.to_string());
+        }
+        for i in 0..VECTORS {
+            let get = json!({"id": format!("v{i}"), "consistency": "linearizable"});
+            let found = cluster.ask("ruvector.api.get", &get).await?;
+            if found["entry"]["vector"][3] != i as f64 {
+                return Err(found.to_string());
+            }
+        }
+        Ok(())
+    })
+    .await;
+}
+
+/// Longer than a heartbeat, so that whoever follows records that are wrong has done so.
+async fn green(cluster: &TestCluster) {
+    cluster.wait_green().await;
+}
+
+fn names(record: &Value) -> Vec<&str> {
+    let mut names: Vec<&str> =
+        record["replicas"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    names.sort();
+    names
+}
+
+/// The record is there again, and says what is.
+fn judge(bucket: &str, key: &str, before: &Value, now: &Value) -> Result<(), String> {
+    let term = |record: &Value| record["term"].as_u64().unwrap_or(0);
+    let good = match (bucket, key) {
+        ("cluster", "leader") => {
+            let live = ["n1", "n2", "n3"].iter().any(|node| now["node"] == *node);
+            live && term(now) >= term(before) && term(now) < term(before) + 1_000
+        }
+        ("shards", _) => {
+            let same = names(now) == names(before) && now["log_id"] == before["log_id"];
+            let well = now["status"] == "full" && now["replicas"][0] == now["primary"];
+            same && well && term(now) >= term(before)
+        }
+        ("nodes", _) => now["instance"] == before["instance"] && now["status"] == "up",
+        _ => now == before,
+    };
+    if good { Ok(()) } else { Err(format!("{bucket}/{key} is {now}, it was {before}")) }
+}
+
+/// Does it to one key, and waits until it is well again.
+async fn heals<F>(hand: &ByHand, what: &str, bucket: &str, key: &str, vandalism: impl FnOnce(Value) -> F)
+where
+    F: Future<Output = Result<(), String>>,
+{
+    let before = eventually("the record is there", || async {
+        hand.record(bucket, key).await?.ok_or_else(|| "it is not".to_owned())
+    })
+    .await;
+    let started = tokio::time::Instant::now();
+    vandalism(before.clone()).await.unwrap_or_else(|why| panic!("{what} {bucket}/{key}: {why}"));
+    within(HEALED, &format!("{bucket}/{key} heals after it was {what}"), || async {
+        let now = hand.record(bucket, key).await?.ok_or("there is none")?;
+        judge(bucket, key, &before, &now)
+    })
+    .await;
+    println!("{what} {bucket}/{key}: {:?}", started.elapsed());
+}
+
+fn with(mut record: Value, changes: Value) -> String {
+    for (field, value) in changes.as_object().into_iter().flatten() {
+        record[field] = value.clone();
+    }
+    record.to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_was_deleted_or_overwritten_by_hand_is_written_again() {
+    let cluster = TestCluster::start(Setup::default()).await;
+    fill(&cluster).await;
+    cluster.admin("throttle", json!({"bytes_per_s": 50_000_000})).await.unwrap();
+    let hand = &ByHand::new(&cluster.raw);
+    let some = [("cluster", "leader"), ("cluster", "config"), ("shards", "00003"), ("nodes", "n2")];
+    for (bucket, key) in some {
+        heals(hand, "deleted", bucket, key, |_| hand.delete(bucket, key)).await;
+        heals(hand, "purged", bucket, key, |_| hand.purge(bucket, key)).await;
+        for garbage in ["", "{}", "garbage", "null"] {
+            let what = format!("replaced by {garbage:?}");
+            heals(hand, &what, bucket, key, |_| hand.put(bucket, key, garbage)).await;
+        }
+    }
+    heals(hand, "replaced by garbage", "cluster", "throttle", |_| hand.put("cluster", "throttle", "x")).await;
+    let ghost = "00000000-0000-4000-8000-000000000009";
+    let term = |record: &Value, more: u64| record["term"].as_u64().unwrap() + more;
+    for (what, change) in [
+        ("given the last of all terms", json!({"term": u64::MAX})),
+        ("given to nobody in an older term", json!({"term": 1, "node": null, "instance": null})),
+        ("given to a node that is not there", json!({"term": 60, "node": "n9", "instance": ghost})),
+        ("given for a year", json!({"ttl_ms": 31_536_000_000_u64})),
+    ] {
+        let put = |old| hand.put("cluster", "leader", with(old, change));
+        heals(hand, what, "cluster", "leader", put).await;
+    }
+    for (what, more, change) in [
+        ("given to nodes that are not there", 0, json!({"primary": "n8", "replicas": ["n8", "n9"]})),
+        ("given to them in a higher term", 5, json!({"primary": "n8", "replicas": ["n8", "n9"]})),
+        ("given to one node in a higher term", 7, json!({"primary": "n2", "replicas": ["n2"]})),
+        ("made one of a lower term", 0, json!({"term": 1, "primary": "n1", "replicas": ["n1"]})),
+        ("given an empty list", 0, json!({"replicas": []})),
+        ("given a node twice", 0, json!({"primary": "n1", "replicas": ["n1", "n1", "n2"]})),
+        ("given another log", 0, json!({"log_id": ghost})),
+        ("closed", 0, json!({"log_first_seq": 0, "log_id": ghost})),
+    ] {
+        let put = |old: Value| {
+            let higher = json!({"term": term(&old, more)});
+            let old: Value = serde_json::from_str(&with(old, higher)).unwrap();
+            hand.put("shards", "00003", with(old, change))
+        };
+        heals(hand, what, "shards", "00003", put).await;
+    }
+    for (what, change) in [
+        ("given to another process", json!({"instance": ghost})),
+        ("said to have left", json!({"status": "left"})),
+        ("given another weight", json!({"weight": 900_000})),
+    ] {
+        heals(hand, what, "nodes", "n2", |old| hand.put("nodes", "n2", with(old, change))).await;
+    }
+    for (what, change) in [
+        ("made another cluster's", json!({"cluster_id": ghost})),
+        ("made an older cluster's", json!({"cluster_id": ghost, "created_at": "2001-01-01T00:00:00Z"})),
+        ("given other shards", json!({"num_shards": 3})),
+    ] {
+        heals(hand, what, "cluster", "config", |old| hand.put("cluster", "config", with(old, change))).await;
+    }
+    // What nobody can use harms nobody, and is said.
+    for (bucket, key) in [("shards", "99999"), ("shards", "abc"), ("migrations", "m-1"), ("cluster", "x")] {
+        hand.put(bucket, key, "garbage").await.unwrap();
+    }
+    eventually("keys that are no records are said", || async {
+        let warnings = cluster.status().await?["warnings"].to_string();
+        if warnings.contains("99999") && warnings.contains("abc") { Ok(()) } else { Err(warnings) }
+    })
+    .await;
+    all_vectors_are_there(&cluster).await;
+    green(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bucket_that_was_lost_or_made_anew_by_hand_has_its_records_again() {
+    let cluster = TestCluster::start(Setup::default()).await;
+    fill(&cluster).await;
+    let hand = &ByHand::new(&cluster.raw);
+    let keys = [("cluster", "leader"), ("cluster", "config"), ("shards", "00003"), ("nodes", "n2")];
+    let whole = |what: String, before: Vec<Value>| async move {
+        within(HEALED, &format!("all records are back after {what}"), || async {
+            for ((bucket, key), before) in keys.iter().zip(&before) {
+                let now = hand.record(bucket, key).await?.ok_or_else(|| format!("no {bucket}/{key}"))?;
+                judge(bucket, key, before, &now)?;
+            }
+            let all = hand.keys("shards").await?.len();
+            if all == 8 { Ok(()) } else { Err(format!("{all} shard records")) }
+        })
+        .await;
+    };
+    let now = || async {
+        let mut records = Vec::new();
+        for (bucket, key) in keys {
+            records.push(hand.record(bucket, key).await.unwrap().expect("a record"));
+        }
+        records
+    };
+    let streams: Vec<String> =
+        BUCKETS.iter().map(|bucket| bucket_stream(bucket)).chain(["ruvector_events".to_owned()]).collect();
+    for stream in &streams {
+        let before = now().await;
+        hand.delete_stream(stream).await.unwrap();
+        within(HEALED, &format!("{stream} is there again"), || hand.stream(stream)).await;
+        whole(format!("{stream} was deleted"), before).await;
+    }
+    let before = now().await;
+    for stream in &streams {
+        hand.purge_stream(stream).await.unwrap();
+    }
+    whole("all records were purged at once".into(), before).await;
+    for bucket in ["shards", "cluster", "nodes"] {
+        let before = now().await;
+        let (stream, others) = (bucket_stream(bucket), Duration::from_secs(10));
+        let made = hand.make_anew(&stream, |config| {
+            config.max_age = others;
+            config.duplicate_window = others;
+            config.max_messages_per_subject = 5;
+            config.max_bytes = 100_000;
+        });
+        made.await.unwrap();
+        whole(format!("{stream} was made anew"), before).await;
+        settings_are_back(hand, &stream).await;
+    }
+    let log = log_stream(2);
+    let limits = hand.stream(&log).await.unwrap().cached_info().config.max_bytes;
+    let edited = hand.reconfigure(&log, |config| {
+        config.max_bytes = 1 << 20;
+        config.discard = async_nats::jetstream::stream::DiscardPolicy::Old;
+        config.max_age = Duration::from_secs(3_600);
+        config.max_messages = 10;
+    });
+    edited.await.unwrap();
+    within(HEALED, "the log's settings are back", || async {
+        let config = hand.stream(&log).await?.cached_info().config.clone();
+        let same = config.max_bytes == limits
+            && config.discard == async_nats::jetstream::stream::DiscardPolicy::New
+            && config.max_age.is_zero()
+            && config.max_messages <= 0;
+        if same { Ok(()) } else { Err(format!("{config:?}")) }
+    })
+    .await;
+    all_vectors_are_there(&cluster).await;
+    green(&cluster).await;
+    // What NATS does not let anybody change is said.
+    let stream = bucket_stream("migrations");
+    let memory = async_nats::jetstream::stream::StorageType::Memory;
+    hand.make_anew(&stream, |config| config.storage = memory).await.unwrap();
+    within(HEALED, "a bucket in memory is said", || async {
+        let status = cluster.status().await?;
+        let said = status["warnings"].to_string();
+        let good = said.contains(&stream) && said.contains("nats stream rm");
+        if good && status["status"] == "yellow" { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    hand.delete_stream(&stream).await.unwrap();
+    green(&cluster).await;
+}
+
+async fn settings_are_back(hand: &ByHand, stream: &str) {
+    within(HEALED, "its settings are ours", || async {
+        let config = hand.stream(stream).await?.cached_info().config.clone();
+        let good = config.max_age.is_zero() && config.max_messages_per_subject == 1 && config.max_bytes <= 0;
+        if good { Ok(()) } else { Err(format!("{config:?}")) }
+    })
+    .await;
+}
+
+/// The new buckets come to the same revisions that the ones before had.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_is_lost_again_while_it_heals_comes_back_each_time() {
+    let cluster = TestCluster::start(Setup { shards: 16, ..Setup::default() }).await;
+    fill(&cluster).await;
+    let hand = ByHand::new(&cluster.raw);
+    let mut streams: Vec<String> = (0..16).map(log_stream).collect();
+    streams.extend(BUCKETS.iter().map(|bucket| bucket_stream(bucket)));
+    streams.push("ruvector_events".into());
+    // Writes go on; those whose log is lost before a replica has applied them may be lost.
+    let (raw, writes) = (cluster.raw.clone(), std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0)));
+    let writing = tokio::spawn({
+        let writes = writes.clone();
+        async move {
+            for i in 0.. {
+                let id = format!("v{}", i % VECTORS);
+                let entry = json!({"entries": [{"id": id, "vector": [1, 2, 3, i % VECTORS]}]}).to_string();
+                let asked = raw.request("ruvector.api.upsert", entry.into());
+                let reply = tokio::time::timeout(Duration::from_secs(4), asked).await;
+                let taken = reply.is_ok_and(|r| r.is_ok_and(|m| m.payload.starts_with(b"{\"upserted\"")));
+                writes.fetch_add(usize::from(taken), std::sync::atomic::Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    });
+    // At once, in the middle of the healing of the one before, and when that is over.
+    for pause in [0, 700, 2_500, 6_000] {
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        for stream in &streams {
+            // It may not be back yet.
+            let _ = hand.delete_stream(stream).await;
+        }
+    }
+    let done = writes.load(std::sync::atomic::Ordering::SeqCst);
+    within(Duration::from_secs(30), "writes are taken again", || async {
+        let now = writes.load(std::sync::atomic::Ordering::SeqCst);
+        if now > done + 100 { Ok(()) } else { Err(format!("{done} before, {now} now")) }
+    })
+    .await;
+    writing.abort();
+    all_vectors_are_there(&cluster).await;
+    green(&cluster).await;
+}
+
+/// How a process that had to end says why.
+async fn ended(node: &mut NodeProcess) -> String {
+    let status = tokio::time::timeout(Duration::from_secs(40), node.wait()).await;
+    let text = std::fs::read_to_string(node.log_file()).unwrap();
+    let status = status.unwrap_or_else(|_| panic!("it goes on: {text}")).unwrap();
+    assert_eq!(status.code(), Some(1), "{text}");
+    text
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_founded_under_another_one_gives_way_and_left_over_logs_are_not_taken_over() {
+    let mut cluster = TestCluster::start(Setup::default().arg("--hash", "sip24")).await;
+    fill(&cluster).await;
+    let hand = ByHand::new(&cluster.raw);
+    let settings = hand.record("cluster", "config").await.unwrap().unwrap();
+    // NATS loses its store, and a new node is there before the old ones are.
+    cluster.nats[0].kill().await.unwrap();
+    std::fs::remove_dir_all(cluster.nats[0].dir().join("nats-data")).unwrap();
+    let stopped: Vec<_> = cluster.nodes.iter().map(|node| pause(node.pid())).collect();
+    cluster.nats[0].restart().await.unwrap();
+    cluster.add_node();
+    eventually("the new node founds a cluster", || async {
+        match hand.record("cluster", "config").await? {
+            Some(found) if found["cluster_id"] != settings["cluster_id"] => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    eventually("it leads", || async {
+        let leader = hand.record("cluster", "leader").await?.ok_or("nobody")?;
+        if leader["node"] == "n4" { Ok(()) } else { Err(leader.to_string()) }
+    })
+    .await;
+    drop(stopped);
+    let text = ended(cluster.node("n4")).await;
+    assert!(text.contains("Move its data folder away"), "{text}");
+    cluster.nodes.pop();
+    assert_eq!(hand.record("cluster", "config").await.unwrap().unwrap(), settings);
+    all_vectors_are_there(&cluster).await;
+    // The old nodes' folders are still theirs, and a new node joins them.
+    cluster.node("n1").stop(Duration::from_secs(20)).await.unwrap();
+    cluster.node("n1").restart().unwrap();
+    green(&cluster).await;
+    all_vectors_are_there(&cluster).await;
+    // A node that is new cannot found over nodes that run, although the settings are away for a moment.
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+    }
+    hand.delete_stream(&bucket_stream("cluster")).await.unwrap();
+    let mut options = cluster.node_options("m1");
+    options.args.extend(["--num-shards", "4"].map(str::to_owned));
+    let at = options.args.iter().position(|arg| arg == "--num-shards").unwrap();
+    options.args.drain(at..at + 2);
+    let mut fresh = NodeProcess::start(options.clone()).unwrap();
+    let text = ended(&mut fresh).await;
+    assert!(text.contains("8 log streams") && text.contains("--start-clean"), "{text}");
+    for shard in 0..8 {
+        hand.stream(&log_stream(shard)).await.expect("nothing was deleted");
+    }
+    options.args.push("--start-clean".into());
+    let mut fresh = NodeProcess::start(options).unwrap();
+    eventually("a new cluster with nothing in it", || async {
+        let counted = cluster.ask("ruvector.api.count", &json!({"consistency": "linearizable"})).await?;
+        if counted["count"] == 0 { Ok(()) } else { Err(counted.to_string()) }
+    })
+    .await;
+    assert!(hand.stream(&log_stream(5)).await.is_err(), "there are 4 shards");
+    assert!(fresh.is_running());
+    // Whoever comes with a folder of the earlier one is told what may have happened.
+    cluster.node("n1").restart().unwrap();
+    let text = ended(cluster.node("n1")).await;
+    assert!(text.contains("Do not delete the folder") && text.contains("another cluster"), "{text}");
+    // And what it says to do brings everything back, from the folders alone.
+    assert!(fresh.stop(Duration::from_secs(20)).await.unwrap());
+    hand.delete("cluster", "config").await.unwrap();
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+    all_vectors_are_there(&cluster).await;
+    assert_eq!(hand.record("cluster", "config").await.unwrap().unwrap(), settings);
+}
