@@ -107,6 +107,10 @@ pub struct ClusterConfig {
     pub retire_after: Duration,
     /// How often each replica's copy on the disk is read and compared with its checksums; 0: never. Default: 24 h.
     pub scrub_interval: Duration,
+    /// How often the replicas of a shard that has changed are compared with each other, 1 s to 30 days. Default: 1 h.
+    pub compare_every: Duration,
+    /// A replica that is further behind its log does not answer while another one is not, 1 s to 1 h. Default: 2 s.
+    pub max_lag: Duration,
     /// JetStream replicas of every log and bucket, 1, 3 or 5. `None`: 3 in a NATS cluster, else 1.
     pub log_replicas: Option<usize>,
     /// Most bytes of one shard's log; when it is full, writes are refused. Default: 1 GiB.
@@ -154,6 +158,8 @@ impl Default for ClusterConfig {
             migrations_per_node: 2,
             retire_after: Duration::from_secs(60),
             scrub_interval: Duration::from_secs(86_400),
+            compare_every: Duration::from_secs(3_600),
+            max_lag: Duration::from_secs(2),
             log_replicas: None,
             log_max_bytes: 1 << 30,
             start_clean: false,
@@ -194,6 +200,8 @@ impl ClusterConfig {
         range("failure_timeout in ms", self.failure_timeout.as_millis(), beats, 3_600_000);
         range("forget_after in ms", self.forget_after.as_millis(), 1_000, u128::from(u64::MAX));
         range("lease_ttl in ms", self.lease_ttl.as_millis(), *LEASE_TTLS.start(), *LEASE_TTLS.end());
+        range("compare_every in ms", self.compare_every.as_millis(), 1_000, 30 * 24 * 3_600_000);
+        range("max_lag in ms", self.max_lag.as_millis(), 1_000, 3_600_000);
         range("max_skew_percent", self.max_skew_percent.into(), 0, 100);
         range("migration_chunk in bytes", self.migration_chunk as u128, 4_096, 64 << 20);
         range("migration_window", self.migration_window.into(), 1, 256);

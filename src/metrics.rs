@@ -44,6 +44,8 @@ pub(crate) struct Metrics {
     pub(crate) request_seconds: HistogramVec,
     /// Log entries that the slowest replica here is behind.
     pub(crate) replica_lag: IntGaugeVec,
+    /// How long replicas here have known of an entry that they have not applied.
+    pub(crate) replica_lag_seconds: GaugeVec,
     /// Vectors and bytes here.
     pub(crate) vectors: IntGauge,
     /// Bytes of content here.
@@ -54,6 +56,8 @@ pub(crate) struct Metrics {
     pub(crate) nats_reconnects: GaugeVec,
     /// Messages and records that did not parse or did not make sense.
     pub(crate) bad_messages: IntCounterVec,
+    /// Comparisons of replicas by outcome.
+    pub(crate) comparisons: IntCounterVec,
     /// Log entries applied.
     pub(crate) applied_entries: IntCounter,
     /// Operations skipped because their id had taken effect before.
@@ -161,6 +165,11 @@ impl Metrics {
                 "Log entries not yet applied here, as of the last look at the log",
                 &["shard"],
             )?,
+            replica_lag_seconds: floats(
+                "ruvector_replica_lag_seconds",
+                "Seconds since the replica here first knew of a log entry that it has not applied",
+                &["shard"],
+            )?,
             vectors: gauge("ruvector_vectors", "Vectors in the replicas on this node")?,
             store_bytes: gauge("ruvector_store_bytes", "Bytes of content in the replicas on this node")?,
             nats_connected: floats("ruvector_nats_connected", "1 while connected to NATS", &["connection"])?,
@@ -173,6 +182,11 @@ impl Metrics {
                 "ruvector_bad_messages_total",
                 "Messages and records that did not parse or made no sense",
                 &["kind"],
+            )?,
+            comparisons: counters(
+                "ruvector_comparisons_total",
+                "Comparisons of all replicas of a shard, by this node as its primary",
+                &["outcome"],
             )?,
             applied_entries: counter("ruvector_log_entries_applied_total", "Log entries applied")?,
             duplicate_ops: counter("ruvector_duplicate_operations_total", "Repeated operations skipped")?,

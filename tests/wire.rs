@@ -129,6 +129,7 @@ fn what_nodes_say_of_themselves() {
                 durable: 90,
                 log_id: id(2),
                 serves: None,
+                lag_ms: 0,
             }],
         },
     );

@@ -1,6 +1,7 @@
 //! The command line. Data goes to stdout, talk to stderr.
 
 mod bars;
+mod check;
 mod confirm;
 mod dataset;
 mod demo;
@@ -102,6 +103,8 @@ enum Command {
     /// Evening out: what would move and why, and letting it move.
     #[command(subcommand)]
     Rebalance(rebalance::RebalanceCommand),
+    /// Compares all replicas of each shard now: sequence and digest of each; exit code 4 when some differ.
+    Check(check::CheckArgs),
     /// Busy shards and nodes, and what is done about them.
     Hot,
     /// Shards on the move: list, follow, call off.
@@ -165,6 +168,7 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
         Command::Nodes(command) => nodes::run(&global, command).await,
         Command::Shards(command) => shards::run(&global, command).await,
         Command::Rebalance(command) => rebalance::run(&global, command).await,
+        Command::Check(args) => check::run(&global, args).await,
         Command::Hot => hot::run(&global).await,
         Command::Migrations(command) => migrations::run(&global, command).await,
         Command::Leader(command) => leader::run(&global, command).await,

@@ -82,6 +82,14 @@ pub(crate) struct NodeArgs {
     #[arg(long, value_parser = humantime::parse_duration)]
     #[serde(deserialize_with = "duration")]
     scrub_interval: Option<Duration>,
+    /// How often the replicas of a shard that has changed are compared with each other [default: 1h].
+    #[arg(long, value_parser = humantime::parse_duration)]
+    #[serde(deserialize_with = "duration")]
+    compare_every: Option<Duration>,
+    /// A replica that is further behind its log does not answer while another one is not [default: 2s].
+    #[arg(long, value_parser = humantime::parse_duration)]
+    #[serde(deserialize_with = "duration")]
+    max_lag: Option<Duration>,
     /// Bytes per second that this node sends while shards move: 64MiB, 500k, unlimited [default: 64MiB].
     #[arg(long)]
     migration_rate: Option<String>,
@@ -150,6 +158,8 @@ impl NodeArgs {
             forget_after: self.forget_after.or(file.forget_after),
             retire_after: self.retire_after.or(file.retire_after),
             scrub_interval: self.scrub_interval.or(file.scrub_interval),
+            compare_every: self.compare_every.or(file.compare_every),
+            max_lag: self.max_lag.or(file.max_lag),
             migration_rate: self.migration_rate.or(file.migration_rate),
             max_skew: self.max_skew.or(file.max_skew),
             hot_window: self.hot_window.or(file.hot_window),
@@ -197,6 +207,8 @@ impl NodeArgs {
             forget_after: self.forget_after.unwrap_or(base.forget_after),
             retire_after: self.retire_after.unwrap_or(base.retire_after),
             scrub_interval: self.scrub_interval.unwrap_or(base.scrub_interval),
+            compare_every: self.compare_every.unwrap_or(base.compare_every),
+            max_lag: self.max_lag.unwrap_or(base.max_lag),
             migration_rate: match self.migration_rate.as_deref() {
                 Some("unlimited") => None,
                 Some(text) => Some(parse_bytes(text)?),

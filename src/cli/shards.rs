@@ -97,20 +97,28 @@ struct Line {
     vectors: Option<u64>,
     size_bytes: Option<u64>,
     applied: BTreeMap<NodeId, u64>,
+    lag_seconds: BTreeMap<NodeId, f64>,
 }
 
 impl From<ShardView> for Line {
     fn from(view: ShardView) -> Line {
-        let ShardView { record, vectors, size_bytes, applied } = view;
+        let ShardView { record, vectors, size_bytes, applied, lag_seconds } = view;
         // Right after a change of leader nobody has told it yet.
         let known = !applied.is_empty();
-        Line { record, vectors: known.then_some(vectors), size_bytes: known.then_some(size_bytes), applied }
+        let (vectors, size_bytes) = (known.then_some(vectors), known.then_some(size_bytes));
+        Line { record, vectors, size_bytes, applied, lag_seconds }
     }
 }
 
 impl Line {
     fn recorded(record: &ShardRecord) -> Line {
-        Line { record: record.clone(), vectors: None, size_bytes: None, applied: BTreeMap::new() }
+        Line {
+            record: record.clone(),
+            vectors: None,
+            size_bytes: None,
+            applied: BTreeMap::new(),
+            lag_seconds: BTreeMap::new(),
+        }
     }
 
     /// Log entries between the most and the least advanced holder.
@@ -145,8 +153,18 @@ fn unknown(value: Option<u64>, text: impl Fn(u64) -> String) -> Cell {
     Cell::right(value.map_or_else(|| "-".to_owned(), text))
 }
 
+/// How long a replica is behind its log.
+fn seconds(lag: Option<f64>) -> Cell {
+    match lag {
+        None => Cell::right("-"),
+        Some(lag) => {
+            Cell::right(format!("{lag:.1} s")).tone(if lag >= 1.0 { Tone::Warn } else { Tone::Plain })
+        }
+    }
+}
+
 fn listing(lines: &[Line]) -> String {
-    let head = ["SHARD", "STATUS", "PRIMARY", "REPLICAS", "VECTORS", "SIZE", "LAG", "MIGRATION"];
+    let head = ["SHARD", "STATUS", "PRIMARY", "REPLICAS", "VECTORS", "SIZE", "LAG", "BEHIND", "MIGRATION"];
     let row = |line: &Line| {
         let record = &line.record;
         vec![
@@ -157,6 +175,7 @@ fn listing(lines: &[Line]) -> String {
             unknown(line.vectors, number),
             unknown(line.size_bytes, bytes),
             unknown(line.lag(), number),
+            seconds(line.lag_seconds.values().copied().reduce(f64::max)),
             match &record.migration {
                 Some(id) => Cell::new(id).tone(Tone::Warn),
                 None => Cell::new("-").tone(Tone::Dim),
@@ -221,10 +240,11 @@ fn sheet(line: &Line, view: &View, now: DateTime<Utc>) -> String {
             Cell::new(if rack.is_empty() { "-" } else { rack }),
             unknown(applied, number),
             unknown(most.zip(applied).map(|(most, applied)| most - applied), number),
+            seconds(line.lag_seconds.get(node).copied()),
         ]
     };
     let holders = record.holders().map(row).collect();
-    format!("{top}\n\n{}", table(&["NODE", "ROLE", "STATUS", "RACK", "APPLIED", "BEHIND"], holders))
+    format!("{top}\n\n{}", table(&["NODE", "ROLE", "STATUS", "RACK", "APPLIED", "LAG", "BEHIND"], holders))
 }
 
 /// Where a key belongs.
@@ -279,7 +299,13 @@ mod tests {
             updated_at: DateTime::UNIX_EPOCH,
         };
         let applied = [("n1".to_owned(), 1_500), ("n2".to_owned(), 1_400)].into();
-        Line { record, vectors: Some(1_797), size_bytes: Some(3 << 20), applied }
+        Line {
+            record,
+            vectors: Some(1_797),
+            size_bytes: Some(3 << 20),
+            applied,
+            lag_seconds: [("n2".to_owned(), 4.25)].into(),
+        }
     }
 
     fn words(text: &str, line: usize) -> String {
@@ -288,9 +314,9 @@ mod tests {
 
     #[test]
     fn a_shard_is_one_line() {
-        assert_eq!(words(&listing(&[line()]), 1), "7 degraded n1 n1,n2 1,797 3.0 MiB 100 m-00007-ab");
+        assert_eq!(words(&listing(&[line()]), 1), "7 degraded n1 n1,n2 1,797 3.0 MiB 100 4.2 s m-00007-ab");
         let recorded = Line::recorded(&line().record);
-        assert_eq!(words(&listing(&[recorded]), 1), "7 degraded n1 n1,n2 - - - m-00007-ab");
+        assert_eq!(words(&listing(&[recorded]), 1), "7 degraded n1 n1,n2 - - - - m-00007-ab");
     }
 
     #[test]
@@ -308,7 +334,7 @@ mod tests {
             text.lines().skip_while(|l| !l.contains("ROLE")).map(|l| words(l, 0)).collect();
         assert_eq!(
             rows[1..],
-            ["n1 primary left - 1,500 0", "n2 replica left - 1,400 100", "n3 joining left - - -"]
+            ["n1 primary left - 1,500 0 -", "n2 replica left - 1,400 100 4.2 s", "n3 joining left - - - -"]
         );
     }
 }

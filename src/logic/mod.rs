@@ -17,6 +17,7 @@ macro_rules! broken {
 pub(crate) use broken;
 
 pub(crate) mod causes;
+pub(crate) mod compare;
 pub(crate) mod damping;
 pub(crate) mod dedup;
 pub(crate) mod fencing;
@@ -25,6 +26,7 @@ pub(crate) mod hash;
 pub(crate) mod holding;
 pub(crate) mod hotspots;
 pub(crate) mod jetstream;
+pub(crate) mod lag;
 pub(crate) mod lease;
 pub(crate) mod log_loss;
 pub(crate) mod log_time;

@@ -17,6 +17,8 @@ pub(crate) struct Condition {
     pub(crate) may_serve: bool,
     /// Its store does not work.
     pub(crate) failed: bool,
+    /// It is too far behind its log, and another one is not.
+    pub(crate) late: bool,
     /// Log that was found to have lost entries.
     pub(crate) lost: Option<Uuid>,
     /// Log that it follows.
@@ -26,7 +28,7 @@ pub(crate) struct Condition {
 impl Condition {
     /// It may answer requests.
     pub(crate) fn serves(&self) -> bool {
-        (self.caught_up || broken!(ServeWhileRebuilding)) && self.may_serve && !self.failed
+        (self.caught_up || broken!(ServeWhileRebuilding)) && self.may_serve && !self.failed && !self.late
     }
 
     /// The same in one word.

@@ -96,6 +96,7 @@ mod tests {
             durable: 0,
             log_id: uuid::Uuid::nil(),
             serves: None,
+            lag_ms: 0,
         }
     }
 

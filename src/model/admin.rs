@@ -114,7 +114,7 @@ pub struct ShardsRequest {
 }
 
 /// One shard in the answer to `shards`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ShardView {
     /// Its record.
     #[serde(flatten)]
@@ -125,10 +125,13 @@ pub struct ShardView {
     pub size_bytes: u64,
     /// Applied sequence of each holder.
     pub applied: BTreeMap<NodeId, u64>,
+    /// Seconds that each holder is behind its log: since it first knew of an entry that it has not applied.
+    #[serde(default)]
+    pub lag_seconds: BTreeMap<NodeId, f64>,
 }
 
 /// Answer to `shards`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ShardsReply {
     /// Ascending.
     pub shards: Vec<ShardView>,

@@ -106,6 +106,13 @@ pub struct ReplicaLoad {
     /// Whether the replica answers requests; versions up to 0.2 do not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serves: Option<bool>,
+    /// How long this replica has known of an entry of its log that it has not applied.
+    #[serde(default, skip_serializing_if = "is_none_behind")]
+    pub lag_ms: u64,
+}
+
+fn is_none_behind(lag_ms: &u64) -> bool {
+    *lag_ms == 0
 }
 
 /// `ruvector.load.<node>`.

@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod api;
 pub mod causes;
+mod digest;
 pub mod events;
 pub mod ids;
 pub mod number;
@@ -12,5 +13,6 @@ pub(crate) mod strict;
 pub mod vector;
 pub mod wire;
 
+pub use digest::Digest;
 pub use ids::{InstanceId, MigrationId, NodeId, OpId, ShardId, Term};
 pub use vector::{Consistency, DistanceMetric, Payload, SearchQuery, SearchResult, VectorEntry};

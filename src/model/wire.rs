@@ -5,7 +5,7 @@
 //! of a log *does* must be the same on every replica, so there nothing unknown is skipped: see
 //! [`decode_entry`].
 
-use super::{Consistency, InstanceId, NodeId, OpId, SearchQuery, SearchResult, ShardId, VectorEntry};
+use super::{Consistency, Digest, InstanceId, NodeId, OpId, SearchQuery, SearchResult, ShardId, VectorEntry};
 use crate::error::{Error, Result, WireError};
 use crate::model::events::ReplicaState;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -347,6 +347,16 @@ impl ReplicaReport {
     }
 }
 
+/// `ruvector.applied.<node>`: what this node has applied of the shards that have changed lately. A hint, which may get
+/// lost: other holders learn from it that there is something which they have not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppliedNote {
+    /// Who tells it.
+    pub node: NodeId,
+    /// Highest sequence applied, by shard.
+    pub applied: Vec<(ShardId, u64)>,
+}
+
 /// Answer to [`PingRequest`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PingReply {
@@ -368,6 +378,63 @@ pub struct DigestRequest {
     pub checkpoint: Uuid,
     /// How long to wait for the replica to reach it.
     pub timeout_ms: u64,
+}
+
+/// `ruvector.node.<node>.compare`: compare all holders of a shard now; the node holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompareRequest {
+    /// Which shard.
+    pub shard: ShardId,
+}
+
+/// Answer to [`CompareRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CompareReply {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Sequence of the log at which they were compared.
+    pub sequence: u64,
+    /// All that have answered hold the same.
+    pub same: bool,
+    /// Every holder, the primary first.
+    pub holders: Vec<HolderDigest>,
+}
+
+impl CompareReply {
+    /// Whether every holder has answered, and all hold the same.
+    pub fn is_proved(&self) -> bool {
+        self.same && self.holders.iter().all(|holder| holder.digest.is_some())
+    }
+}
+
+/// One holder in a [`CompareReply`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HolderDigest {
+    /// The node.
+    pub node: NodeId,
+    /// What it holds at that sequence.
+    #[serde(default)]
+    pub digest: Option<Digest>,
+    /// Where they differ: whether it is right; `None`: not known.
+    #[serde(default)]
+    pub right: Option<bool>,
+    /// Why it has not said what it holds.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// `ruvector.node.<node>.repair`: copy a shard again, if this node had something else at that checkpoint. The answer is
+/// whether it does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairRequest {
+    /// Which shard.
+    pub shard: ShardId,
+    /// Id in the log's [`LogOp::Checkpoint`].
+    pub checkpoint: Uuid,
+    /// What is right there.
+    pub digest: Digest,
+    /// Who holds that.
+    pub right: Vec<NodeId>,
 }
 
 /// `ruvector.node.<node>.snapshot`: start streaming a shard.

@@ -19,7 +19,8 @@ use async_nats::jetstream::context::PublishErrorKind;
 use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tracing::debug;
 use uuid::Uuid;
@@ -150,11 +151,18 @@ pub(crate) struct Logs {
     nats: Nats,
     bus: Bus,
     subjects: Subjects,
+    /// Highest sequence that JetStream has acknowledged to this node since it was last asked, by shard.
+    acknowledged: Arc<Mutex<BTreeMap<ShardId, u64>>>,
 }
 
 impl Logs {
     pub(crate) fn new(nats: &Nats, bus: &Bus, subjects: &Subjects) -> Self {
-        Logs { nats: nats.clone(), bus: bus.clone(), subjects: subjects.clone() }
+        Logs {
+            nats: nats.clone(),
+            bus: bus.clone(),
+            subjects: subjects.clone(),
+            acknowledged: Arc::default(),
+        }
     }
 
     /// Whether this is still that [connection](Nats::connection).
@@ -165,6 +173,17 @@ impl Logs {
     /// Most bytes of an entry.
     pub(crate) fn max_body(&self) -> usize {
         self.nats.max_body()
+    }
+
+    /// What was acknowledged since this was asked last: entries that the replicas here will have to apply.
+    pub(crate) fn take_acknowledged(&self) -> BTreeMap<ShardId, u64> {
+        std::mem::take(&mut *self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn note_acknowledged(&self, shard: ShardId, seq: u64) {
+        let mut known = self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
+        let highest = known.entry(shard).or_default();
+        *highest = seq.max(*highest);
     }
 
     /// State of the stream as its leader has it; `None` if there is none.
@@ -268,7 +287,10 @@ impl Logs {
                 "the log of shard {shard} went to stream {}",
                 ack.stream
             ))),
-            Ok(Ok(ack)) => Appended::At { seq: ack.sequence, duplicate: ack.duplicate },
+            Ok(Ok(ack)) => {
+                self.note_acknowledged(shard, ack.sequence);
+                Appended::At { seq: ack.sequence, duplicate: ack.duplicate }
+            }
             Ok(Err(error)) => classify(&stream, &error),
             Err(_) => Appended::Unknown(Error::Unavailable(format!(
                 "{stream}: no acknowledgement within {timeout:?}"
@@ -388,6 +410,7 @@ pub(crate) struct Read {
     /// What it says. An error if it is damaged or malformed: every replica sees the same bytes and skips it; or, as
     /// `Unsupported`, if a newer version has written it: then it is not for this one to skip.
     pub(crate) entry: Result<LogEntry>,
+    /// Of the whole message, as the stream counts them, too.
     pub(crate) bytes: usize,
 }
 
@@ -437,7 +460,7 @@ impl LogReader {
         let (seq, time_ms) = (info.stream_sequence, info.published.timestamp_millis().max(0) as u64);
         let body = &message.payload;
         let entry = verify_checksum(message.headers.as_ref(), body).and_then(|()| wire::decode_entry(body));
-        Ok(Read { seq, time_ms, checksum: stamp(body, info.published), bytes: body.len(), entry })
+        Ok(Read { seq, time_ms, checksum: stamp(body, info.published), bytes: message.length, entry })
     }
 }
 

@@ -31,6 +31,14 @@ impl Subjects {
         self.load("*")
     }
 
+    pub(crate) fn applied(&self, node: &str) -> String {
+        format!("{}.applied.{node}", self.namespace)
+    }
+
+    pub(crate) fn all_applied(&self) -> String {
+        self.applied("*")
+    }
+
     pub(crate) fn event(&self, event: &str) -> String {
         format!("{}.event.{event}", self.namespace)
     }
@@ -97,6 +105,7 @@ mod tests {
         let s = Subjects::new("ruvector").unwrap();
         assert_eq!(s.heartbeat(), "ruvector.heartbeat");
         assert_eq!(s.load("n1"), "ruvector.load.n1");
+        assert_eq!(s.applied("n1"), "ruvector.applied.n1");
         assert_eq!(s.event("node.down"), "ruvector.event.node.down");
         assert_eq!(s.admin("status"), "ruvector.admin.status");
         assert_eq!(s.api("search"), "ruvector.api.search");

@@ -7,7 +7,7 @@ use crate::logic::hash::KeyRouter;
 use crate::metrics::Metrics;
 use crate::model::events::Event;
 use crate::model::records::ClusterRecord;
-use crate::model::{InstanceId, NodeId, Term};
+use crate::model::{InstanceId, NodeId, ShardId, Term};
 use crate::nats::bus::{Bus, Message, sender};
 use crate::nats::connect::Nats;
 use crate::nats::log::Logs;
@@ -16,8 +16,9 @@ use crate::node::arrivals::Arrivals;
 use crate::node::causes::Causes;
 use crate::node::rate::RateLimit;
 use crate::view::{Buckets, View, Views};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -31,6 +32,9 @@ pub(crate) struct Leading {
     /// On this process's monotonic clock: not a moment longer without a renewal.
     pub(crate) until: Duration,
 }
+
+/// A copy that has not begun by then may come from any holder; the next comparison looks at it.
+const SOURCES: Duration = Duration::from_secs(600);
 
 /// Shared by all tasks of a node.
 #[derive(Debug)]
@@ -62,6 +66,10 @@ pub(crate) struct Context {
     pub(crate) arrivals: Arrivals,
     /// Scans at a time: they use a core each.
     pub(crate) scans: Arc<Semaphore>,
+    /// When this process was last seen awake and connected, in ms of its clock; see `node::lag`.
+    pub(crate) awake_at: AtomicU64,
+    /// Replicas that are copied again after a comparison: from whom, and until when that counts.
+    pub(crate) sources: Mutex<BTreeMap<ShardId, (Vec<NodeId>, Duration)>>,
     /// Snapshots being sent at a time.
     pub(crate) sends: Arc<Semaphore>,
     /// Stores being opened at a time.
@@ -75,6 +83,21 @@ pub(crate) struct Context {
 impl Context {
     pub(crate) fn view(&self) -> Arc<View> {
         self.views.get()
+    }
+
+    /// Who a copy of the shard may come from; `None`: from any holder.
+    pub(crate) fn sources_of(&self, shard: ShardId) -> Option<Vec<NodeId>> {
+        let sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.get(&shard).filter(|(_, until)| self.clock.now() < *until).map(|(nodes, _)| nodes.clone())
+    }
+
+    /// Says so; without any, a copy may come from any holder again.
+    pub(crate) fn copy_from(&self, shard: ShardId, nodes: Vec<NodeId>) {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        match nodes.is_empty() {
+            true => drop(sources.remove(&shard)),
+            false => drop(sources.insert(shard, (nodes, self.clock.now() + SOURCES))),
+        }
     }
 
     /// The term in which this node may act as leader right now.

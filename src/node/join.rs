@@ -29,8 +29,8 @@ use crate::node::failpoint::pause;
 use crate::node::replica::ping_outcome;
 use crate::store::{RedbOptions, RedbStores, StoreFactory};
 use crate::view::{Buckets, CONFIG_KEY, Scope, Views, parse};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -142,6 +142,8 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         rate: RateLimit::new(clock, config.migration_rate),
         arrivals: crate::node::arrivals::Arrivals::new(),
         scans: Arc::new(Semaphore::new(cores)),
+        awake_at: AtomicU64::new(0),
+        sources: Mutex::default(),
         sends: Arc::new(Semaphore::new(config.migrations_per_node * 4)),
         opens: Arc::new(Semaphore::new(cores * 2)),
         stop,

@@ -14,11 +14,14 @@
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::logic::compare::groups;
 use crate::logic::migration::is_close;
+use crate::model::NodeId;
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
-use crate::model::wire::DigestRequest;
+use crate::model::wire::{CompareReply, CompareRequest};
 use crate::nats::bucket::Cas;
+use crate::node::compare::ask;
 use crate::node::context::Context;
 use crate::node::failpoint::pause;
 use crate::node::replica::{Progress, Replica};
@@ -181,36 +184,76 @@ async fn progress_event(ctx: &Arc<Context>, id: &str, replica: &Replica, phase: 
     .await;
 }
 
-/// Puts a checkpoint into the log and compares what both sides had right there.
+/// Puts a checkpoint into the log and compares what all live holders had right there, and what is here. Where they differ
+/// among themselves, nothing is moved: a copy of either would make the wrong one more. Whoever compares replicas is told.
+/// One that is asked twice and does not answer is left out: a shard must be able to move off a node that hangs.
 async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<Digest> {
+    let shard = replica.shard;
     let (checkpoint, mine) = replica.checkpoint(COMPARE).await?;
     let view = ctx.view();
-    let record =
-        view.shard(replica.shard).ok_or_else(|| Error::NotFound(format!("shard {}", replica.shard)))?;
-    let request = DigestRequest { shard: replica.shard, checkpoint, timeout_ms: COMPARE.as_millis() as u64 };
-    let mut last = Error::Unavailable(format!("shard {} has no live replica to compare with", replica.shard));
-    for node in record.replicas.iter().filter(|n| view.node_status(n).is_live()) {
-        match ctx.data.call::<_, Digest>(ctx.subjects.node(node, "digest"), &request, COMPARE).await {
-            Ok(theirs) if theirs == mine => return Ok(mine),
-            // The checkpoint is in the log twice, as its first acknowledgement was lost, and the other side knows
-            // another of the two.
-            Ok(theirs) if theirs.applied != mine.applied => {
-                last = Error::Unavailable(format!("{node} has the checkpoint at another sequence"));
+    let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard}")))?;
+    let live = record.replicas.iter().filter(|n| view.node_status(n).is_live());
+    let mut said: Vec<(NodeId, Digest)> = Vec::new();
+    let mut silent: Vec<NodeId> = live.cloned().collect();
+    let mut last = Error::Unavailable(format!("shard {shard} has no live replica to compare with"));
+    for _ in 0..2 {
+        for (node, answer) in ask(ctx, shard, checkpoint, &silent.clone()).await {
+            match answer {
+                Ok(theirs) => {
+                    silent.retain(|n| *n != node);
+                    said.push((node, theirs));
+                }
+                Err(error) => last = error,
             }
-            Ok(theirs) => {
-                warn!(migration = id, shard = %replica.shard, node, ?mine, ?theirs, "the content differs");
-                replica.reload().await;
-                let error = Error::Corrupt(format!(
-                    "shard {} differs from {node} at sequence {}: copying it again",
-                    replica.shard, mine.applied
-                ));
-                ctx.bad_message("digest", node, &error);
-                return Err(error);
-            }
-            Err(error) => last = error,
+        }
+        if silent.is_empty() {
+            break;
         }
     }
-    Err(last)
+    // The checkpoint is in the log twice, as its first acknowledgement was lost, and the other side knows another of the
+    // two.
+    if let Some((node, _)) = said.iter().find(|(_, theirs)| theirs.applied != mine.applied) {
+        return Err(Error::Unavailable(format!("{node} has the checkpoint at another sequence")));
+    }
+    let (agreed, others) = match groups(&said).as_slice() {
+        [] => return Err(last),
+        [one] => one.clone(),
+        differ => {
+            let error = Error::Conflict(format!(
+                "the replicas of shard {shard} differ among themselves at sequence {}: it is moved when they agree, see \
+                 `ruvector-cluster check --shard {shard}`",
+                mine.applied
+            ));
+            let names = |(_, nodes): &(Digest, Vec<NodeId>)| nodes.join(", ");
+            ctx.bad_message(
+                "digest",
+                &differ.iter().map(names).collect::<Vec<_>>().join(" against "),
+                &error,
+            );
+            let (ctx, primary) = (ctx.clone(), record.primary.clone());
+            ctx.tasks.clone().spawn(async move {
+                let subject = ctx.subjects.node(&primary, "compare");
+                let request = CompareRequest { shard };
+                let asked = ctx.data.call::<_, CompareReply>(subject, &request, COMPARE * 4).await;
+                if let Err(error) = asked {
+                    debug!(%shard, "{primary} has not compared its replicas: {error}");
+                }
+            });
+            return Err(error);
+        }
+    };
+    if agreed == mine {
+        return Ok(mine);
+    }
+    let nodes = others.join(", ");
+    warn!(migration = id, %shard, nodes, ?mine, ?agreed, "the content differs");
+    let error = Error::Corrupt(format!(
+        "shard {shard} differs from {nodes} at sequence {}: copying it again",
+        mine.applied
+    ));
+    ctx.bad_message("digest", &nodes, &error);
+    replica.reload_from(others);
+    Err(error)
 }
 
 /// The migration's record and its revision. Where NATS has lost the record, our copy of the map has it: a store that

@@ -3,6 +3,7 @@
 mod api;
 mod arrivals;
 mod causes;
+mod compare;
 mod context;
 mod copies;
 pub(crate) mod data_dir;
@@ -10,6 +11,7 @@ mod failpoint;
 mod founding;
 mod guard;
 mod join;
+mod lag;
 mod leader;
 mod lease;
 mod migration;
@@ -81,6 +83,8 @@ impl Node {
         ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(arrivals::watch(ctx.clone()));
+        ctx.tasks.spawn(lag::watch(ctx.clone(), replicas.clone()));
+        ctx.tasks.spawn(compare::watch(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::throttle(ctx.clone()));
         ctx.tasks.spawn(watchdog::run(ctx.clone(), replicas.clone()));
         ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));

@@ -94,7 +94,10 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let now_states: (_, BTreeMap<_, _>) =
             (leader, all.iter().map(|r| (r.shard, r.status().state)).collect());
         let elapsed = ctx.clock.now() - last;
-        if now_states == states && elapsed < every {
+        // How far one is behind is told while it changes.
+        let now = ctx.clock.now();
+        let behind = all.iter().any(|replica| replica.lag().time(now) > ctx.config.max_lag / 2);
+        if now_states == states && elapsed < every && !behind {
             continue;
         }
         states = now_states;
@@ -254,10 +257,16 @@ fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
         metrics.replicas.with_label_values(&[&state.to_string()]).set(count as i64);
     }
     metrics.replica_lag.reset();
+    metrics.replica_lag_seconds.reset();
     let (mut vectors, mut bytes) = (0, 0);
     for replica in &all {
         let (status, stats) = (replica.status(), replica.store().stats());
-        metrics.replica_lag.with_label_values(&[&replica.shard.to_string()]).set(status.lag as i64);
+        let (shard, (lag, time)) = (replica.shard.to_string(), {
+            let lag = replica.lag();
+            (lag.entries(), lag.time(ctx.clock.now()))
+        });
+        metrics.replica_lag.with_label_values(&[&shard]).set(status.lag.max(lag) as i64);
+        metrics.replica_lag_seconds.with_label_values(&[&shard]).set(time.as_secs_f64());
         vectors += stats.vectors;
         bytes += stats.bytes;
     }

@@ -2,11 +2,12 @@
 
 use crate::error::{Error, Result};
 use crate::model::wire::{
-    DigestRequest, PingReply, PingRequest, ReadRequest, SearchReply, SearchRequest, ShardFailure,
-    SnapshotRequest, WriteRequest, decode,
+    CompareRequest, DigestRequest, PingReply, PingRequest, ReadRequest, RepairRequest, SearchReply,
+    SearchRequest, ShardFailure, SnapshotRequest, WriteRequest, decode,
 };
 use crate::nats::bus::{Bus, Message, Subscriber, sender};
 use crate::nats::unavailable;
+use crate::node::compare;
 use crate::node::context::Context;
 use crate::node::join::patiently;
 use crate::node::replica::stream_snapshot;
@@ -121,12 +122,26 @@ async fn dispatch(ctx: &Arc<Context>, replicas: &Arc<Replicas>, message: &Messag
             Ok(request) => ctx.data.answer(message, digest(replicas, request).await).await,
             Err(error) => refuse(ctx, message, error).await,
         },
+        "compare" => match decode::<CompareRequest>(&message.payload).and_then(|r| replicas.get(r.shard)) {
+            Ok(replica) => ctx.data.answer(message, compare::compare(ctx, &replica).await).await,
+            Err(error) => refuse(ctx, message, error).await,
+        },
+        "repair" => match decode::<RepairRequest>(&message.payload) {
+            Ok(request) => {
+                let begun = match replicas.get(request.shard) {
+                    Ok(replica) => compare::repair(ctx, &replica, &request).await,
+                    Err(error) => Err(error),
+                };
+                ctx.data.answer(message, begun).await;
+            }
+            Err(error) => refuse(ctx, message, error).await,
+        },
         "snapshot" => match decode(&message.payload) {
             Ok(request) => snapshot(ctx, replicas, message, request).await,
             Err(error) => refuse(ctx, message, error).await,
         },
         other => {
-            let verbs = "ping, write, read, search, snapshot, digest";
+            let verbs = "ping, write, read, search, snapshot, digest, compare, repair";
             refuse(
                 ctx,
                 message,

@@ -53,8 +53,14 @@ type Tried<T> = Result<T, &'static str>;
 impl Replica {
     pub(crate) fn open(world: &World, state: &State, shard: ShardId, may_serve: bool) -> Rc<Replica> {
         let store = world.disks.borrow_mut().entry((state.at, shard)).or_default().clone();
-        let condition =
-            Condition { caught_up: false, may_serve, failed: false, lost: None, log_id: Uuid::nil() };
+        let condition = Condition {
+            caught_up: false,
+            may_serve,
+            failed: false,
+            late: false,
+            lost: None,
+            log_id: Uuid::nil(),
+        };
         let replica = Rc::new(Replica {
             shard,
             applied: Cell::new(store.applied()),

@@ -25,6 +25,8 @@ pub use memory::MemoryStores;
 pub(crate) use redb::salvage::{Salvage, SalvagedFile, files_of, salvage};
 pub use redb::{RedbOptions, RedbStores};
 
+pub use crate::model::Digest;
+
 use crate::error::{Error, Result};
 use crate::model::{DistanceMetric, SearchQuery, SearchResult, ShardId, VectorEntry};
 use serde::Serialize;
@@ -53,17 +55,6 @@ pub struct Batch {
     /// What `applied` is after the batch. It may stay the same, and may go down together with `clear`;
     /// without, going down is refused as [`Error::Internal`](crate::Error::Internal).
     pub applied: u64,
-}
-
-/// Content digest: equal digests at equal `applied` mean equal content.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Digest {
-    /// Sequence at which the digest holds.
-    pub applied: u64,
-    /// Number of vectors.
-    pub vectors: u64,
-    /// Wrapping sum of [`VectorEntry::content_hash`] over all entries, 32 hex digits when shown.
-    pub hash: u128,
 }
 
 /// One page of a snapshot, in order of ids (bytewise).

@@ -13,6 +13,7 @@
 //! Every move is valid alone, so a plan can stop anywhere and be made again from the map as it then is.
 
 mod bound;
+mod cost;
 mod described;
 mod explain;
 mod improve;
@@ -26,6 +27,7 @@ mod report;
 mod tests;
 mod world;
 
+pub(crate) use cost::{Copying, cost};
 pub use described::plan_described;
 pub(crate) use explain::explain;
 

@@ -310,7 +310,12 @@ impl Leader {
                 record.holders().filter_map(|n| Some((n.clone(), self.reported(n, record.shard)?.applied)));
             // As it is now: the record follows at the next look.
             let record = ShardRecord { status: self.status_of(record), ..record.clone() };
-            ShardView { vectors, size_bytes, applied: applied.collect(), record }
+            let lag = record.holders().filter_map(|n| {
+                let load = self.reported(n, record.shard)?;
+                Some((n.clone(), load.lag_ms as f64 / 1_000.0))
+            });
+            let lag_seconds = lag.collect();
+            ShardView { vectors, size_bytes, applied: applied.collect(), lag_seconds, record }
         });
         let shards = shards.collect();
         ShardsReply { shards, next: found.next().map(|record| record.shard.0) }

@@ -9,7 +9,8 @@ use super::Leader;
 use super::placement::BY_OPERATOR;
 use crate::clock::wall;
 use crate::error::{Error, Result};
-use crate::logic::planner::{explain, plan};
+use crate::logic::planner::{Copying, cost, explain, plan};
+use crate::model::ShardId;
 use crate::model::admin::{
     DrainReply, ExplainReply, LeaveReply, LeaveRequest, MAX_MAINTENANCE_MS, MaintenanceRequest, NodeReply,
     PLAN_MOVES, RebalanceReply, RebalanceRequest, SetNodeRequest, ThrottleReply, ThrottleRequest,
@@ -18,15 +19,18 @@ use crate::model::events::Event;
 use crate::model::ids::validate_name;
 use crate::model::plan::RebalancePlan;
 use crate::model::records::{MAX_WEIGHT, Maintenance, NodeRecord, NodeStatus, ThrottleRecord};
-use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
+use crate::nats::log::LogInfo;
 use crate::node::replica::blocking;
 use crate::view::{THROTTLE_KEY, parse};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// How long a node that says goodbye may take.
 const GOODBYE: Duration = Duration::from_secs(30);
+/// Logs that are looked at for one plan, at most, and how long one may take; the others count as not reaching back.
+const LOOKS: usize = 256;
+const LOOK: Duration = Duration::from_millis(300);
 
 impl Leader {
     /// Changes a node's record; `change` says what happened, or `None` if nothing has to change.
@@ -264,7 +268,7 @@ impl Leader {
                 return Err(Error::Invalid("a plan is either tried or carried out".into()));
             }
             let plan = self.apply(id).await?;
-            return Ok(self.described(id.clone(), plan));
+            return Ok(self.described(id.clone(), plan).await);
         }
         let input = self.ordered_input();
         let copy = input.clone();
@@ -273,27 +277,41 @@ impl Leader {
         if !request.dry_run {
             self.begin_balance(BY_OPERATOR, &plan).await?;
         }
-        Ok(self.described(id, plan))
+        Ok(self.described(id, plan).await)
     }
 
-    fn described(&self, id: String, mut plan: RebalancePlan) -> RebalanceReply {
-        let size = |shard: ShardId| self.shards.get(&shard).map_or(0, |(_, record)| self.size(record).1);
-        // Each wave takes as long as the node that sends most; a replica that replaces a dead one is sent
-        // by another holder, whose turn that is not known yet.
-        let mut slowest = 0;
-        for wave in &plan.waves {
-            let mut sent: BTreeMap<Option<&NodeId>, u64> = BTreeMap::new();
-            for step in wave.iter().filter_map(|at| plan.moves.get(*at)) {
-                *sent.entry(step.from.as_ref()).or_default() += size(step.shard);
+    /// How each shard of a plan would be copied.
+    async fn copies(&self, plan: &RebalancePlan) -> BTreeMap<ShardId, Copying> {
+        let shards: BTreeSet<ShardId> = plan.moves.iter().map(|step| step.shard).collect();
+        let looks = shards.iter().take(LOOKS).copied().map(|shard| {
+            let logs = self.ctx.logs.clone();
+            async move {
+                let log = tokio::time::timeout(LOOK, logs.info(shard)).await;
+                Some((shard, log.ok()?.ok()??))
             }
-            slowest += sent.values().copied().max().unwrap_or(0);
-        }
+        });
+        let looks: Vec<Option<(ShardId, LogInfo)>> = futures::future::join_all(looks).await;
+        let logs: BTreeMap<ShardId, LogInfo> = looks.into_iter().flatten().collect();
+        let copying = |shard: &ShardId| {
+            let record = self.shards.get(shard).map(|(_, record)| record);
+            let (vectors, bytes) = record.map_or((0, 0), |record| self.size(record));
+            let whole = logs.get(shard).zip(record).filter(|(log, record)| {
+                log.first_seq == 1 && record.log_first_seq == 1 && log.id == record.log_id
+            });
+            (*shard, Copying::of(vectors, bytes, whole.map(|(log, _)| log.bytes)))
+        };
+        shards.iter().map(copying).collect()
+    }
+
+    async fn described(&self, id: String, mut plan: RebalancePlan) -> RebalanceReply {
+        let copies = self.copies(&plan).await;
+        let (total, slowest) = cost(&plan, &copies);
         let rate = self.ctx.rate.get();
         let reply = RebalanceReply {
             id,
             moves: plan.moves.len(),
             promotions: plan.promotions.len(),
-            bytes: plan.moves.iter().map(|step| size(step.shard)).sum(),
+            bytes: total,
             estimated_ms: rate.map(|rate| slowest.saturating_mul(1_000) / rate.max(1)),
             plan: None,
         };

@@ -10,10 +10,14 @@ use crate::logic::replica::{
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest, WindowMarks};
 use crate::nats::bus::Asked;
+use crate::nats::log::{LogReader, Read};
 use crate::node::failpoint::pause;
+use crate::node::rate::RateLimit;
 use crate::store::AsideKind;
 use crate::view::View;
+use futures::FutureExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -261,6 +265,11 @@ impl Replica {
         applier = blocking(move || applier.adopt(log_id).map(|()| applier)).await?;
         let mut reader = self.ctx.logs.read(self.shard, applier.held.applied + 1).await?;
         let goal = last_seq.max(applier.complete_at);
+        self.lag().begin(self.ctx.clock.now(), applier.held.applied, last_seq);
+        // It is new: what was meant was the one before.
+        let _ = self.reread.notified().now_or_never();
+        let mut copying = self.copying(&applier, goal).await;
+        self.applying.store(copying.on, Ordering::SeqCst);
         let Watched { views, connected, control } = watched;
         // What was checked before a reconnection is not checked after it; later ones end the reader.
         if connected.has_changed().unwrap_or(true) {
@@ -330,6 +339,13 @@ impl Replica {
                     *lock(&self.condemned) = None;
                     return Ok(());
                 }
+                () = self.reread.notified() => {
+                    match self.ctx.logs.read(self.shard, applier.held.applied + 1).await {
+                        Ok(anew) => reader = anew,
+                        // The old one may still deliver, and it is tried again.
+                        Err(error) => debug!(shard = %self.shard, "reading the log anew: {error}"),
+                    }
+                }
                 Some(ask) = asks.recv() => {
                     let (seq, checksum) = (applier.held.applied, applier.held.checksum.clone());
                     let (marks, notes) = (applier.window_marks(), applier.window_notes());
@@ -343,17 +359,21 @@ impl Replica {
                         return Ok(());
                     }
                 }
-                reads = reader.next(APPLY_ENTRIES, APPLY_BYTES) => {
+                reads = hear(&mut reader, &self.ctx.rate, &mut copying) => {
                     let reads = reads?;
+                    let bytes = reads.iter().map(|read| read.bytes).sum();
                     if !self.knows_itself(&self.status.borrow()) {
                         // They may be of the log as it came back: look at that first.
                         return Ok(());
                     }
                     pause("applying").await;
-                    let (back, applied) = blocking(move || {
+                    self.applying.store(true, Ordering::SeqCst);
+                    let outcome = blocking(move || {
                         let applied = applier.apply(reads);
                         Ok((applier, applied))
-                    }).await?;
+                    }).await;
+                    self.applying.store(false, Ordering::SeqCst);
+                    let (back, applied) = outcome?;
                     applier = back;
                     let mut applied = applied?;
                     let stopped = applied.stopped.take();
@@ -361,9 +381,43 @@ impl Replica {
                     if let Some(error) = stopped {
                         return Err(error);
                     }
+                    self.copied(&mut copying, bytes, applier.held.applied < goal);
                 }
             }
         }
+    }
+
+    /// Whether this replica is copied by replaying its log: it is being built, or has nothing yet. What is written after
+    /// that has begun comes as it comes, or a low rate would never let it catch up.
+    async fn copying(&self, applier: &Applier, goal: u64) -> Copying {
+        let joining =
+            self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
+        let on = applier.held.applied < goal && (joining || applier.held.applied == 0);
+        if on {
+            let log = self.ctx.logs.info(self.shard).await.ok().flatten();
+            let total = log.map_or(0, |log| log.bytes);
+            self.status.send_modify(|status| {
+                status.progress.bytes_total =
+                    status.progress.bytes_total.max(status.progress.bytes_done + total);
+            });
+        }
+        Copying { on, owed: 0 }
+    }
+
+    /// Counts what has come of a copy; `more`: it goes on.
+    fn copied(&self, copying: &mut Copying, bytes: usize, more: bool) {
+        if !copying.on {
+            return;
+        }
+        self.ctx.metrics.migration_bytes.with_label_values(&["in"]).inc_by(bytes as u64);
+        self.status.send_modify(|status| {
+            status.progress.bytes_done += bytes as u64;
+            status.progress.chunks += 1;
+        });
+        copying.owed += bytes;
+        copying.on = more;
+        // It waits for its turn, not for its reader.
+        self.applying.store(more, Ordering::SeqCst);
     }
 
     /// Tells everybody who waits what was applied.
@@ -399,6 +453,7 @@ impl Replica {
         }
         drop(waiting);
         let seq = applier.held.applied;
+        self.lag().applied(self.ctx.clock.now(), seq);
         self.status.send_modify(|status| {
             status.applied = seq;
             status.checksum.clone_from(&applier.held.checksum);
@@ -408,4 +463,29 @@ impl Replica {
             self.change(|status| status.caught_up = true);
         }
     }
+}
+
+/// A replica that is built from its log alone: that is a copy like any other, and goes as fast as copies may.
+#[derive(Debug, Default)]
+struct Copying {
+    /// It is under way.
+    on: bool,
+    /// Bytes that have come and are not paid for.
+    owed: usize,
+}
+
+/// What comes next of a log, when what came before has been paid for. A failpoint makes a reader deaf, as one is whose
+/// consumer has gone without a word. May be dropped at any time: what is paid is not owed any more.
+async fn hear(reader: &mut LogReader, rate: &RateLimit, copying: &mut Copying) -> Result<Vec<Read>> {
+    pause("log-reader").await;
+    let mut most = APPLY_BYTES;
+    if copying.on {
+        // As with chunks: a quarter of a second of the rate at a time.
+        most = rate.get().map_or(most, |rate| most.min((rate / 4) as usize).max(1));
+        if copying.owed > 0 {
+            rate.take(copying.owed).await;
+            copying.owed = 0;
+        }
+    }
+    reader.next(APPLY_ENTRIES, most).await
 }

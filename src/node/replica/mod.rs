@@ -14,12 +14,13 @@ pub(crate) use seed::Progress;
 pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
+use crate::logic::lag::Lag;
 use crate::logic::lease::PingOutcome;
 use crate::logic::log_time::LogClock;
 use crate::logic::replica::{Condition, LogFacts};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, ReplicaReport, WindowMarks};
-use crate::model::{OpId, ShardId};
+use crate::model::{NodeId, OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
 use crate::node::causes::Severity;
@@ -27,7 +28,7 @@ use crate::node::context::Context;
 use crate::store::{AsideKind, Digest, ShardStore, StoreFactory, StoreSpec};
 use apply::Outcome;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -66,6 +67,8 @@ pub(crate) struct Status {
     lost: Option<Uuid>,
     /// The store does not work.
     failed: bool,
+    /// It is too far behind its log, and another one is not.
+    late: bool,
     /// NATS sends it requests.
     pub(crate) subscribed: bool,
     /// Why it takes no writes, if so.
@@ -103,6 +106,12 @@ pub(crate) struct Replica {
     /// A migration's target serves only after its digest has been compared.
     may_serve: watch::Sender<bool>,
     reload: tokio::sync::Notify,
+    /// What is known of the log's end.
+    lag: Mutex<Lag>,
+    /// The reader is to be opened anew.
+    reread: tokio::sync::Notify,
+    /// Entries have arrived and are on their way into the store.
+    applying: AtomicBool,
     /// Since when other live holders have not said what they have applied.
     silent_since: Mutex<Option<(u64, Duration)>>,
     /// What has to be done with it, see [`Repair`].
@@ -122,6 +131,8 @@ pub(crate) struct Replica {
     clock: Mutex<LogClock>,
     checkpoints: Mutex<VecDeque<(Uuid, Digest)>>,
     checkpointed: watch::Sender<u64>,
+    /// One comparison with the other holders at a time.
+    pub(crate) compares: tokio::sync::Mutex<()>,
     /// The window of operation ids, for snapshots; `(applied, notes)` asked from the loop.
     snapshots: mpsc::Sender<oneshot::Sender<Window>>,
     pub(crate) counters: Counters,
@@ -151,9 +162,7 @@ impl Replica {
         shard: ShardId,
         may_serve: bool,
     ) -> Result<Arc<Replica>> {
-        let cluster = &ctx.cluster;
-        let (dimensions, metric) = (cluster.dimensions, cluster.metric);
-        let spec = StoreSpec { shard, dimensions, metric, cluster: cluster.cluster_id };
+        let spec = store_spec(ctx, shard);
         let _permit = ctx.opens.acquire().await.map_err(|_| Error::Unavailable("stopping".into()))?;
         let factory = stores.clone();
         let store = blocking(move || factory.open(&spec)).await?;
@@ -173,6 +182,7 @@ impl Replica {
             serving: false,
             lost: None,
             failed: false,
+            late: false,
             subscribed: false,
             gate: Some(Error::Unavailable(format!("the replica of shard {shard} is starting"))),
             progress: Progress::default(),
@@ -187,6 +197,9 @@ impl Replica {
             status,
             may_serve: watch::Sender::new(may_serve),
             reload: tokio::sync::Notify::new(),
+            lag: Mutex::default(),
+            reread: tokio::sync::Notify::new(),
+            applying: AtomicBool::new(false),
             silent_since: Mutex::default(),
             repair: Mutex::default(),
             mending: tokio::sync::Mutex::default(),
@@ -198,6 +211,7 @@ impl Replica {
             clock: Mutex::default(),
             checkpoints: Mutex::default(),
             checkpointed: watch::Sender::new(0),
+            compares: tokio::sync::Mutex::default(),
             snapshots,
             counters: Counters::default(),
             stop,
@@ -236,9 +250,81 @@ impl Replica {
         }
     }
 
-    /// Throws the content away and copies it again.
-    pub(crate) async fn reload(&self) {
+    /// Throws the content of a replica that is being built away and copies it again, from one of these.
+    pub(crate) fn reload_from(&self, nodes: Vec<NodeId>) {
+        self.ctx.copy_from(self.shard, nodes);
+        lock(&self.checkpoints).clear();
         self.reload.notify_one();
+    }
+
+    /// What is here is wrong: it is set aside, and made again, from the log or from one of these.
+    pub(crate) fn is_wrong(&self, nodes: Vec<NodeId>, why: String) {
+        self.ctx.copy_from(self.shard, nodes);
+        self.wants(Repair::SetAside(AsideKind::Damaged, why));
+        // What was here at a checkpoint is not what will be here: an order that comes late finds nothing to compare.
+        lock(&self.checkpoints).clear();
+        self.void_answers();
+    }
+
+    /// What is known of the log's end. Held for a moment only.
+    pub(crate) fn lag(&self) -> std::sync::MutexGuard<'_, Lag> {
+        lock(&self.lag)
+    }
+
+    /// It applies what its log brings.
+    pub(crate) fn is_following(&self) -> bool {
+        self.status.borrow().following
+    }
+
+    /// Stops answering when it is too far behind, and begins again when it is not; see [`Lag::is_late`].
+    pub(crate) fn judge_lag(&self, now: Duration) {
+        let (view, bound) = (self.ctx.view(), self.ctx.config.max_lag);
+        let record = view.shard(self.shard);
+        let live = |node: &str| {
+            record.is_some_and(|record| record.has_replica(node)) && view.node_status(node).is_live()
+        };
+        let (late, time, entries) = {
+            let mut lag = self.lag();
+            (lag.is_late(now, bound, live), lag.time(now), lag.entries())
+        };
+        let caught_up = self.status.borrow().caught_up;
+        if self.status.borrow().late != late {
+            debug!(shard = %self.shard, late, ?time, entries, "how far it is behind its log has changed what it may do");
+            self.change(|status| status.late = late);
+        }
+        // One that is still being made, or recovers, says that; it is not expected to be anywhere.
+        if time <= bound || !caught_up {
+            return self.ctx.causes.withdraw("replica_behind", self.shard);
+        }
+        let answers = match late {
+            true => "it does not answer until it has caught up",
+            false => "it answers all the same, as no live holder is known to be ahead",
+        };
+        let text = format!(
+            "the replica on {} is {:.1} s behind its log ({entries} entries): {answers}",
+            self.ctx.node,
+            time.as_secs_f64()
+        );
+        self.ctx.causes.raise("replica_behind", self.shard, Severity::Yellow, text);
+    }
+
+    /// Takes in where the log ends. If entries are there that do not arrive, the reader is opened anew: what was checked
+    /// when it was opened is as true as then, as the connection is the same (the loop looks at that first).
+    pub(crate) fn see_log(&self, now: Duration, log_id: Uuid, last_seq: u64) {
+        let (ours, applied) = {
+            let status = self.status.borrow();
+            (status.following && status.log_id == log_id, status.applied)
+        };
+        // Another log, or one that ends early, is for the loop to judge, at its next look.
+        if !ours || last_seq < applied {
+            return;
+        }
+        let mut lag = self.lag();
+        lag.looked(now, last_seq);
+        if !self.applying.load(Ordering::SeqCst) && lag.reopens(now) {
+            warn!(shard = %self.shard, applied, last_seq, "entries of the log do not arrive: reading it anew");
+            self.reread.notify_one();
+        }
     }
 
     /// Changes the status; what the replica can do follows from it, in this one place.
@@ -250,6 +336,7 @@ impl Replica {
                 caught_up: status.caught_up,
                 may_serve,
                 failed: status.failed,
+                late: status.late,
                 lost: status.lost,
                 log_id: status.log_id,
             };
@@ -311,6 +398,7 @@ impl Replica {
             durable: report.durable,
             log_id: report.log_id,
             serves: Some(serves),
+            lag_ms: self.lag().time(self.ctx.clock.now()).as_millis() as u64,
         };
         *since = (now[0], now[1], now[2]);
         load
@@ -505,6 +593,12 @@ impl Replica {
     pub(crate) fn store(&self) -> &Arc<dyn ShardStore> {
         &self.store
     }
+}
+
+/// What a shard's store is opened for.
+pub(crate) fn store_spec(ctx: &Context, shard: ShardId) -> StoreSpec {
+    let cluster = &ctx.cluster;
+    StoreSpec { shard, dimensions: cluster.dimensions, metric: cluster.metric, cluster: cluster.cluster_id }
 }
 
 /// A stream in the words of the decisions.

@@ -57,7 +57,11 @@ impl Replica {
             .shard(self.shard)
             .ok_or_else(|| Error::NotFound(format!("shard {} has no record", self.shard)))?;
         let live = |n: &&NodeId| **n != self.ctx.node && view.node_status(n).is_live();
-        let sources: Vec<&NodeId> = record.replicas.iter().filter(live).collect();
+        // After a comparison, only from those who are right, as long as one of them holds the shard.
+        let only = self.ctx.sources_of(self.shard).unwrap_or_default();
+        let only: Vec<&NodeId> = only.iter().filter(|n| record.has_replica(n)).collect();
+        let may = |n: &&NodeId| only.is_empty() || only.contains(n);
+        let sources: Vec<&NodeId> = record.replicas.iter().filter(|n| live(n) && may(n)).collect();
         let turn = TURN.fetch_add(1, Ordering::Relaxed);
         let Some(source) = sources.get(turn % sources.len().max(1)) else {
             return Err(Error::Unavailable(format!("shard {} has no live replica to copy from", self.shard)));
@@ -69,6 +73,7 @@ impl Replica {
         let done = self.transfer(applier, source, &transfer, record.log_id).await;
         if done.is_ok() {
             self.status.send_modify(|status| status.progress.loading = false);
+            self.ctx.copy_from(self.shard, Vec::new());
         }
         done.map_err(|e| e.context(format!("snapshot of shard {} from {source}", self.shard)))
     }

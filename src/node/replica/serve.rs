@@ -18,6 +18,7 @@ use crate::model::{Consistency, OpId, SearchQuery, SearchResult};
 use crate::mutant::mutant;
 use crate::nats::bus::{Message, Subscriber, sender};
 use crate::nats::unavailable;
+use crate::node::lag::awake;
 use futures::StreamExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -171,12 +172,22 @@ impl Replica {
 
     /// Whether requests may be answered here.
     fn check_serving(&self) -> Result<()> {
-        let (serving, state, why) = {
+        awake(&self.ctx)?;
+        let (serving, late, state, why) = {
             let status = self.status.borrow();
-            (status.serving, status.state, status.gate.clone().filter(|_| status.failed))
+            (status.serving, status.late, status.state, status.gate.clone().filter(|_| status.failed))
         };
         if serving {
             return Ok(());
+        }
+        if late {
+            let lag = self.lag().time(self.ctx.clock.now());
+            return Err(Error::Unavailable(format!(
+                "the replica of shard {} on {} is behind its log ({:.1} s), ask another one",
+                self.shard,
+                self.ctx.node,
+                lag.as_secs_f64()
+            )));
         }
         let why = why.map(|why| format!(" ({why})")).unwrap_or_default();
         Err(Error::Unavailable(format!(
