@@ -77,6 +77,9 @@ pub struct ClusterConfig {
     /// Memory that all stores of this node together may use for caching file pages, in bytes, besides
     /// the vectors themselves. Default: 256 MiB.
     pub cache_bytes: usize,
+    /// Memory that requests and answers in hand may take, all of them together, in bytes; beyond, requests are
+    /// refused as busy. At least 16 MiB. Default: 256 MiB.
+    pub in_hand_bytes: usize,
     /// A node that is down for longer gets its replicas rebuilt elsewhere. Default: 5 min.
     pub rereplicate_after: Duration,
     /// The record of a node that is away and holds nothing any more, as it was drained or replaced, ends after so long, 1 s or
@@ -145,6 +148,7 @@ impl Default for ClusterConfig {
             data_dir: None,
             stores: None,
             cache_bytes: 256 << 20,
+            in_hand_bytes: 256 << 20,
             rereplicate_after: Duration::from_secs(300),
             forget_after: Duration::from_secs(86_400),
             max_skew_percent: 0,
@@ -206,6 +210,7 @@ impl ClusterConfig {
         range("migration_chunk in bytes", self.migration_chunk as u128, 4_096, 64 << 20);
         range("migration_window", self.migration_window.into(), 1, 256);
         range("migrations_per_node", self.migrations_per_node as u128, 1, 1_000);
+        range("in_hand_bytes", self.in_hand_bytes as u128, 16 << 20, 1 << 50);
         range("log_max_bytes", self.log_max_bytes.into(), 1 << 20, 1 << 50);
         if let Some(replicas) = self.log_replicas {
             range("log_replicas", replicas as u128, 1, 5);

@@ -65,6 +65,8 @@ pub(crate) struct Metrics {
     /// Log entries skipped because they are damaged or invalid.
     pub(crate) expired_ops: IntCounter,
     pub(crate) rejected_entries: IntCounter,
+    /// Memory that requests and answers in hand take.
+    pub(crate) in_hand_bytes: IntGauge,
     /// Asynchronous tasks of this process that have not ended: a leak shows as growth under steady load.
     pub(crate) tasks: IntGauge,
     /// Seconds since the start.
@@ -198,6 +200,7 @@ impl Metrics {
                 "ruvector_rejected_entries_total",
                 "Damaged or invalid log entries skipped",
             )?,
+            in_hand_bytes: gauge("ruvector_in_hand_bytes", "Memory that requests and answers in hand take")?,
             tasks: gauge("ruvector_tasks", "Asynchronous tasks alive in this process")?,
             uptime,
             registry,

@@ -5,7 +5,13 @@ mod harness;
 
 use async_nats::HeaderMap;
 use harness::{Setup, TestCluster};
+use ruvector_cluster::Consistency;
+use ruvector_cluster::model::ShardId;
+use ruvector_cluster::model::wire::{ReadRequest, SearchRequest, ShardCut};
+use serde::Serialize;
 use serde_json::{Value, json};
+use std::time::Duration;
+use tokio::time::Instant;
 
 fn code(reply: &Value) -> &str {
     reply["error"]["code"].as_str().unwrap_or("ok")
@@ -28,7 +34,7 @@ async fn send(cluster: &TestCluster, subject: &str, kind: Option<(&str, &str)>, 
     }
 }
 
-fn packed(value: &Value) -> Vec<u8> {
+fn packed(value: &impl Serialize) -> Vec<u8> {
     rmp_serde::to_vec_named(value).unwrap()
 }
 
@@ -185,11 +191,127 @@ async fn numbers_are_exact_or_refused_with_their_place() {
         let told = upsert(vector).await;
         assert_eq!(code(&told), "invalid", "{told}");
     }
-    assert_eq!(upsert(json!([4e18, 4e18, 1e-45, 16_777_217])).await["upserted"], 1);
+    assert_eq!(upsert(json!([4e18, 4e18, 1e-45, 16_777_216])).await["upserted"], 1);
     for query in [json!([4e18, 4e18, 0, 0]), json!([4e18, -4e18, 0, 0]), json!([1e-45, 0, 0, 1e-30])] {
         let found =
             cluster.api("search", json!({"vector": query, "k": 5, "consistency": "linearizable"})).await;
         let hits = found["hits"].as_array().unwrap_or_else(|| panic!("{found}"));
         assert!(hits.len() == 2 && hits.iter().all(|hit| hit["score"].is_number()), "{found}");
     }
+}
+
+/// Beyond every log's end.
+const NEVER: u64 = 1 << 62;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_reads_of_what_no_log_has_stops_nobody() {
+    let cluster = TestCluster::start(Setup { shards: 4, ..Setup::default() }).await;
+    let written = cluster.api("upsert", json!({"entries": [{"id": "a", "vector": [1, 0, 0, 0]}]})).await;
+    let (shard, seq) = written["seqs"].as_object().and_then(|seqs| seqs.iter().next()).expect("a sequence");
+    let seq = seq.as_u64().expect("a number");
+    for after in [seq + 1, NEVER, u64::MAX] {
+        for consistency in ["session", "linearizable"] {
+            for (verb, mut request) in [
+                ("get", json!({"id": "a"})),
+                ("search", json!({"vector": [1, 0, 0, 0], "k": 3})),
+                ("count", json!({})),
+            ] {
+                // A barrier is an entry itself, so a token just behind the end comes true.
+                if consistency == "linearizable" && after == seq + 1 {
+                    continue;
+                }
+                request["after"] = json!({shard.as_str(): after});
+                request["consistency"] = json!(consistency);
+                let began = Instant::now();
+                let told = cluster.api(verb, request).await;
+                assert_eq!(code(&told), "conflict", "{verb}, {consistency}, {after}: {told}");
+                assert!(message(&told).contains("begin a new session"), "{told}");
+                assert!(began.elapsed() < Duration::from_secs(3), "{verb} took {:?}", began.elapsed());
+            }
+        }
+    }
+    let flood = async_nats::connect(cluster.url()).await.unwrap();
+    let inbox = flood.new_inbox();
+    let mut sent = 0;
+    let ask = async |subject: String, body: Vec<u8>| {
+        let mut headers = HeaderMap::new();
+        headers.insert("Content-Type", "application/msgpack");
+        flood.publish_with_reply_and_headers(subject, inbox.clone(), headers, body.into()).await.unwrap();
+    };
+    let (consistency, timeout_ms) = (Consistency::Session, 30_000);
+    for after in [NEVER, seq + 500] {
+        for node in ["n1", "n2", "n3"] {
+            let shards = vec![ShardCut { shard: ShardId(0), after }];
+            let search = packed(&SearchRequest { shards, query: None, consistency, timeout_ms });
+            for _ in 0..1_024 {
+                ask(format!("ruvector.node.{node}.search"), search.clone()).await;
+                sent += 1;
+            }
+        }
+        for shard in 0..4 {
+            let read = ReadRequest { shard: ShardId(shard), id: "x".into(), consistency, after, timeout_ms };
+            let read = packed(&read);
+            for _ in 0..1_024 {
+                ask(format!("ruvector.shard.{shard:05}.read"), read.clone()).await;
+                sent += 1;
+            }
+        }
+    }
+    flood.flush().await.unwrap();
+    for round in 0..20 {
+        for (verb, request) in [
+            ("upsert", json!({"entries": [{"id": format!("k{round}"), "vector": [1, 0, 0, 0]}]})),
+            ("get", json!({"id": "a", "consistency": "eventual"})),
+            ("search", json!({"vector": [1, 0, 0, 0], "k": 3, "consistency": "eventual"})),
+        ] {
+            let began = Instant::now();
+            let told = cluster.api(verb, request).await;
+            assert_eq!(code(&told), "ok", "{verb} in round {round}, behind {sent}: {told}");
+            assert!(began.elapsed() < Duration::from_secs(3), "{verb} took {:?}", began.elapsed());
+        }
+    }
+}
+
+/// Memory of the first node, in MiB.
+fn memory(cluster: &TestCluster) -> u64 {
+    let pid = cluster.nodes[0].pid().expect("it runs");
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("Linux");
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).expect("memory in use");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("KiB") / 1_024
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_in_hand_stay_within_their_bound_together() {
+    let setup = Setup { nodes: 1, replication_factor: 1, ..Setup::default() }.arg("--in-hand-bytes", "32MiB");
+    let cluster = TestCluster::start(setup).await;
+    // Many small fields take several times as much in memory as in a message.
+    let payload: serde_json::Map<String, Value> =
+        (0..600).map(|i| (format!("f{i}"), json!("x".repeat(90)))).collect();
+    for batch in 0..40 {
+        let entry = |i| json!({"id": format!("v{batch}-{i}"), "vector": [1, 0, 0, 0], "payload": payload});
+        let written = cluster.api("upsert", json!({"entries": (0..8).map(entry).collect::<Vec<_>>()})).await;
+        assert_eq!(written["upserted"], 8, "{written}");
+    }
+    let idle = memory(&cluster);
+    let mut most = idle;
+    // 20 MB for each, if all were collected; and as many as fit into a message.
+    for (k, allowed) in [(320, &["too_large", "busy"][..]), (10, &["ok", "busy"])] {
+        let search = json!({"vector": [1, 0, 0, 0], "k": k, "consistency": "eventual"});
+        let all = futures::future::join_all((0..64).map(|_| cluster.api("search", search.clone())));
+        let mut all = std::pin::pin!(all);
+        let told = loop {
+            match tokio::time::timeout(Duration::from_millis(5), &mut all).await {
+                Ok(told) => break told,
+                Err(_) => most = most.max(memory(&cluster)),
+            }
+        };
+        let codes: Vec<&str> = told.iter().map(code).collect();
+        assert!(codes.iter().all(|code| allowed.contains(code)), "k {k}: {codes:?}");
+        assert!(codes.contains(&allowed[0]), "k {k}: {codes:?}");
+    }
+    assert!(most < idle + 200, "from {idle} to {most} MiB");
+    let without = json!({"vector": [1, 0, 0, 0], "k": 320, "with_payload": false});
+    let told = cluster.api("search", without).await;
+    assert_eq!(told["hits"].as_array().map(Vec::len), Some(320), "{told}");
 }

@@ -121,6 +121,9 @@ pub(crate) struct NodeArgs {
     /// Memory for file pages of all stores together [default: 256MiB].
     #[arg(long)]
     cache: Option<String>,
+    /// Memory for all requests and answers in hand; more are refused as busy [default: 256MiB].
+    #[arg(long)]
+    in_hand_bytes: Option<String>,
     /// Stop when stdin closes: ties the node to the program that started it.
     #[arg(long, hide = true)]
     #[serde(skip)]
@@ -168,6 +171,7 @@ impl NodeArgs {
             log_replicas: self.log_replicas.or(file.log_replicas),
             log_max_bytes: self.log_max_bytes.or(file.log_max_bytes),
             cache: self.cache.or(file.cache),
+            in_hand_bytes: self.in_hand_bytes.or(file.in_hand_bytes),
             config: None,
             start_clean: self.start_clean,
             stop_with_stdin: self.stop_with_stdin,
@@ -222,6 +226,7 @@ impl NodeArgs {
             log_max_bytes: bytes(&self.log_max_bytes, base.log_max_bytes)?,
             start_clean: self.start_clean,
             cache_bytes: bytes(&self.cache, base.cache_bytes as u64)? as usize,
+            in_hand_bytes: bytes(&self.in_hand_bytes, base.in_hand_bytes as u64)? as usize,
             ..base
         })
     }

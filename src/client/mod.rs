@@ -289,6 +289,15 @@ impl Client {
         }
     }
 
+    /// Begins the session of a shard anew, whose log does not have what was seen: whoever reads is told once, and
+    /// can go on.
+    fn forget(&self, shard: ShardId, seen: Option<&u64>) {
+        let mut session = self.session();
+        if session.get(&shard) == seen {
+            session.remove(&shard);
+        }
+    }
+
     /// Inserts or replaces. Entries with the same id take effect in their order.
     ///
     /// # Errors
@@ -380,7 +389,8 @@ impl Client {
         allow_partial: bool,
     ) -> Result<SearchOutcome> {
         let after = self.seen(consistency);
-        let outcome = self.search_after(Some(query), consistency, &after, allow_partial).await?;
+        let outcome =
+            self.search_after(Some(query), consistency, &after, allow_partial, &Arc::default()).await?;
         self.saw(&outcome.seqs);
         Ok(outcome)
     }
@@ -393,7 +403,7 @@ impl Client {
     /// Number of vectors in all shards.
     pub async fn count_with(&self, consistency: Consistency) -> Result<u64> {
         let after = self.seen(consistency);
-        let outcome = self.search_after(None, consistency, &after, false).await?;
+        let outcome = self.search_after(None, consistency, &after, false, &Arc::default()).await?;
         self.saw(&outcome.seqs);
         Ok(outcome.vectors)
     }
@@ -450,7 +460,11 @@ impl Client {
             after: after.get(&shard).copied().unwrap_or(0),
             timeout_ms: self.inner.timeout.as_millis() as u64,
         };
-        let reply: ReadReply = self.ask_shard(shard, "read", &request, self.deadline()).await?;
+        let asked = self.ask_shard(shard, "read", &request, self.deadline()).await;
+        if let Err(Error::Conflict(_)) = &asked {
+            self.forget(shard, after.get(&shard));
+        }
+        let reply: ReadReply = asked?;
         Ok(Found { entry: reply.entry, shard, seq: reply.seq })
     }
 }

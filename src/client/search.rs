@@ -11,9 +11,11 @@ use crate::model::records::NodeStatus;
 use crate::model::wire::{SearchReply, SearchRequest, ShardCut};
 use crate::model::{Consistency, NodeId, SearchQuery, SearchResult, ShardId};
 use crate::nats::bus::Asked;
+use crate::nats::room::Room;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -34,6 +36,8 @@ struct Search<'a> {
     seqs: BTreeMap<ShardId, u64>,
     vectors: u64,
     last: Option<Error>,
+    /// What the answers take.
+    room: Arc<Room>,
 }
 
 impl Client {
@@ -43,6 +47,7 @@ impl Client {
         consistency: Consistency,
         after: &BTreeMap<ShardId, u64>,
         allow_partial: bool,
+        room: &Arc<Room>,
     ) -> Result<SearchOutcome> {
         let cluster = self.settings();
         if let Some(query) = &query {
@@ -62,6 +67,7 @@ impl Client {
             seqs: BTreeMap::new(),
             vectors: 0,
             last: None,
+            room: room.clone(),
         };
         let result = search.run().await;
         let shards_ok = total - search.unanswered.len();
@@ -173,7 +179,8 @@ impl Search<'_> {
             timeout_ms: left.as_millis() as u64,
         };
         let (bus, subject) = (self.client.bus().clone(), self.client.subjects().node(&node, "search"));
-        async move { (shards, bus.ask(subject, &request, left).await) }
+        let room = self.room.clone();
+        async move { (shards, bus.ask_within(subject, &request, left, &room).await) }
     }
 
     /// Takes one answer; says whether some of its shards have to be asked elsewhere.
@@ -192,6 +199,9 @@ impl Search<'_> {
                 }
                 for failure in reply.failed {
                     let error: Error = failure.error.into();
+                    if let Error::Conflict(_) = &error {
+                        self.client.forget(failure.shard, self.after.get(&failure.shard));
+                    }
                     if !error.is_retryable() {
                         return Err(error);
                     }

@@ -1,6 +1,7 @@
 //! Core NATS: requests with typed replies, and answers.
 
 use super::connect::Nats;
+use super::room::{IN_MEMORY, Room};
 use super::unavailable;
 use crate::error::{Error, Result, WireError, shortened};
 use crate::model::wire::{self, Reply};
@@ -19,6 +20,8 @@ pub(crate) const MSGPACK: &str = "application/msgpack";
 pub(crate) const NODE: &str = "Ruvector-Node";
 /// Header: XXH3-64 of the body.
 pub(crate) const CHECKSUM: &str = "Ruvector-Checksum";
+/// Answers beyond are waited for until they are written: NATS's client queues as many as it likes of any size.
+const LARGE: usize = 64 * 1024;
 const ERROR: &str = "Nats-Service-Error";
 const ERROR_CODE: &str = "Nats-Service-Error-Code";
 
@@ -102,13 +105,26 @@ impl Bus {
         request: &Q,
         timeout: Duration,
     ) -> Asked<Result<A>> {
+        self.ask_within(subject, request, timeout, &Room::default()).await
+    }
+
+    /// Like [`ask`](Self::ask); the answer must find room before it is read.
+    pub(crate) async fn ask_within<Q: Serialize, A: DeserializeOwned>(
+        &self,
+        subject: String,
+        request: &Q,
+        timeout: Duration,
+        room: &Room,
+    ) -> Asked<Result<A>> {
         let body = match wire::encode(request) {
             Ok(body) => body,
             Err(error) => return Asked::Answer(Err(error)),
         };
         match self.request_raw(subject, self.headers(MSGPACK), body.into(), timeout).await {
             Asked::Answer(message) => {
-                Asked::Answer(wire::decode::<Reply<A>>(&message.payload).and_then(Into::into))
+                let answer = room.grow(message.payload.len() * IN_MEMORY);
+                let answer = answer.and_then(|()| wire::decode::<Reply<A>>(&message.payload));
+                Asked::Answer(answer.and_then(Into::into))
             }
             Asked::NoResponders => Asked::NoResponders,
             Asked::NoAnswer(error) => Asked::NoAnswer(error),
@@ -246,8 +262,13 @@ impl Bus {
             let _ = self.send(reply, None, headers, short.into()).await;
             return;
         }
+        let large = body.len() > LARGE;
         // Whoever asked sees a time-out if this fails, and asks again.
-        let _ = self.send(reply, None, headers, body.into()).await;
+        let sent = self.send(reply, None, headers, body.into()).await;
+        if large && sent.is_ok() {
+            // Until it is written it is in memory, and counts: whoever answers holds the room for it.
+            let _ = tokio::time::timeout(Duration::from_secs(2), self.nats.client.flush()).await;
+        }
     }
 }
 

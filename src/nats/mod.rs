@@ -8,6 +8,7 @@ pub(crate) mod bus;
 pub(crate) mod connect;
 pub(crate) mod events;
 pub(crate) mod log;
+pub(crate) mod room;
 pub(crate) mod service;
 pub(crate) mod subjects;
 pub(crate) mod trouble;

@@ -11,22 +11,25 @@ use crate::model::api::{
 use crate::model::strict::{self, Format};
 use crate::model::{SearchQuery, ShardId};
 use crate::nats::bus::{Message, content_type, sender};
+use crate::nats::room::IN_MEMORY;
 use crate::nats::service::ApiService;
+use crate::node::places::{Places, Seat};
 use chrono::{DateTime, Utc};
+use futures::FutureExt;
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-/// Requests in hand at one node; more are answered with `busy`.
-const IN_HAND: usize = 512;
+/// Requests of one kind in hand at one node, of which one sender gets half; more are answered with `busy`.
+const IN_HAND: usize = 1_024;
 const VERBS: [&str; 5] = ["upsert", "get", "delete", "search", "count"];
 
 /// Starts answering.
 pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
     let mut service = ApiService::start(&ctx.data.nats, &ctx.subjects, &ctx.node, &VERBS).await?;
-    let in_hand = Arc::new(Semaphore::new(IN_HAND));
+    let places = |what: &str| Places::new(format!("{what} at {}", ctx.node), IN_HAND);
+    let (writes, reads, searches) = (places("writes"), places("reads"), places("searches"));
     let tasks = ctx.tasks.clone();
     tasks.clone().spawn(async move {
         loop {
@@ -38,30 +41,36 @@ pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
                 continue;
             }
             let (ctx, client) = (ctx.clone(), client.clone());
-            let Ok(permit) = in_hand.clone().try_acquire_owned() else {
-                // Here and not in a task: there would be no end to those.
-                let busy = Error::Busy(format!("too many requests wait at {}: slow down", ctx.node));
-                reply::<()>(&ctx, &message, Err(busy)).await;
-                continue;
+            let kind = match verb {
+                "upsert" | "delete" => &writes,
+                "get" => &reads,
+                _ => &searches,
             };
-            tasks.spawn(async move {
-                let _permit = permit;
-                answer(&ctx, &client, verb, &message).await;
-            });
+            match Seat::take(kind, &ctx.waiting, &ctx.memory, &message) {
+                Ok(seat) => {
+                    tasks.spawn(async move { answer(&ctx, &client, verb, &message, &seat).await });
+                }
+                // Here and not in a task: there would be no end to those.
+                Err(busy) => {
+                    ctx.metrics.requests.with_label_values(&[&format!("api_{verb}"), "busy"]).inc();
+                    let refused = tokio::task::unconstrained(reply::<()>(&ctx, &message, Err(busy)));
+                    let _ = refused.now_or_never();
+                }
+            }
         }
         service.stop().await;
     });
     Ok(())
 }
 
-async fn answer(ctx: &Context, client: &Client, verb: &'static str, message: &Message) {
+async fn answer(ctx: &Context, client: &Client, verb: &'static str, message: &Message, seat: &Seat) {
     let started = Instant::now();
     let outcome = match verb {
-        "upsert" => respond(ctx, message, upsert(ctx, client, message).await).await,
-        "get" => respond(ctx, message, get(client, message).await).await,
-        "delete" => respond(ctx, message, delete(ctx, client, message).await).await,
-        "search" => respond(ctx, message, search(client, message).await).await,
-        _ => respond(ctx, message, count(client, message).await).await,
+        "upsert" => respond(ctx, message, upsert(ctx, client, message, seat).await).await,
+        "get" => respond(ctx, message, get(client, message, seat).await).await,
+        "delete" => respond(ctx, message, delete(ctx, client, message, seat).await).await,
+        "search" => respond(ctx, message, search(client, message, seat).await).await,
+        _ => respond(ctx, message, count(client, message, seat).await).await,
     };
     let verb = format!("api_{verb}");
     ctx.metrics.requests.with_label_values(&[verb.as_str(), outcome]).inc();
@@ -84,20 +93,22 @@ async fn reply<T: Serialize>(ctx: &Context, message: &Message, result: Result<T>
     }
 }
 
-fn request<T: DeserializeOwned>(message: &Message) -> Result<T> {
+fn request<T: DeserializeOwned>(message: &Message, seat: &Seat) -> Result<T> {
     let format = strict::format(content_type(message))?;
-    Ok(strict::read(format, &message.payload)?.value)
+    let read = strict::read(format, &message.payload)?;
+    seat.room.grow(read.memory)?;
+    Ok(read.value)
 }
 
-async fn upsert(ctx: &Context, client: &Client, message: &Message) -> Result<UpsertReply> {
-    let UpsertRequest { entries, op_id, sent_at } = request(message)?;
+async fn upsert(ctx: &Context, client: &Client, message: &Message, seat: &Seat) -> Result<UpsertReply> {
+    let UpsertRequest { entries, op_id, sent_at } = request(message, seat)?;
     let operation = operation(ctx, op_id.as_deref(), sent_at)?;
     let written = client.new_session().upsert_operation(operation, entries).await?;
     Ok(UpsertReply { upserted: written.count, seqs: to_seqs(&written.seqs), repeated: written.repeated })
 }
 
-async fn delete(ctx: &Context, client: &Client, message: &Message) -> Result<DeleteReply> {
-    let DeleteRequest { ids, op_id, sent_at } = request(message)?;
+async fn delete(ctx: &Context, client: &Client, message: &Message, seat: &Seat) -> Result<DeleteReply> {
+    let DeleteRequest { ids, op_id, sent_at } = request(message, seat)?;
     let operation = operation(ctx, op_id.as_deref(), sent_at)?;
     let written = client.new_session().delete_operation(operation, ids).await?;
     Ok(DeleteReply { deleted: written.count, seqs: to_seqs(&written.seqs), repeated: written.repeated })
@@ -115,9 +126,10 @@ fn operation(ctx: &Context, op_id: Option<&str>, sent_at: Option<DateTime<Utc>>)
     Ok(operation)
 }
 
-async fn get(client: &Client, message: &Message) -> Result<GetReply> {
-    let GetRequest { id, consistency, after, with_payload, with_vector } = request(message)?;
+async fn get(client: &Client, message: &Message, seat: &Seat) -> Result<GetReply> {
+    let GetRequest { id, consistency, after, with_payload, with_vector } = request(message, seat)?;
     let found = client.get_after(&id, consistency, &session(client, &after)?).await?;
+    seat.room.grow(found.entry.as_ref().map_or(0, |entry| entry.wire_bytes() * IN_MEMORY))?;
     let entry = found.entry.map(|mut entry| {
         if !with_payload {
             entry.payload = None;
@@ -130,12 +142,12 @@ async fn get(client: &Client, message: &Message) -> Result<GetReply> {
     Ok(GetReply { entry, shard: found.shard, seq: found.seq })
 }
 
-async fn search(client: &Client, message: &Message) -> Result<SearchReply> {
+async fn search(client: &Client, message: &Message, seat: &Seat) -> Result<SearchReply> {
     let SearchRequest { vector, k, filter, consistency, after, allow_partial, with_payload, with_vector } =
-        request(message)?;
+        request(message, seat)?;
     let query = SearchQuery { vector, k, filter, with_payload, with_vector };
     let after = session(client, &after)?;
-    let outcome = client.search_after(Some(query), consistency, &after, allow_partial).await?;
+    let outcome = client.search_after(Some(query), consistency, &after, allow_partial, &seat.room).await?;
     Ok(SearchReply {
         hits: outcome.hits,
         shards_ok: outcome.shards_ok,
@@ -144,9 +156,10 @@ async fn search(client: &Client, message: &Message) -> Result<SearchReply> {
     })
 }
 
-async fn count(client: &Client, message: &Message) -> Result<CountReply> {
-    let CountRequest { consistency, after } = request(message)?;
-    let outcome = client.search_after(None, consistency, &session(client, &after)?, false).await?;
+async fn count(client: &Client, message: &Message, seat: &Seat) -> Result<CountReply> {
+    let CountRequest { consistency, after } = request(message, seat)?;
+    let outcome =
+        client.search_after(None, consistency, &session(client, &after)?, false, &seat.room).await?;
     Ok(CountReply { count: outcome.vectors, seqs: to_seqs(&outcome.seqs) })
 }
 

@@ -11,11 +11,14 @@ use crate::model::{InstanceId, NodeId, ShardId, Term};
 use crate::nats::bus::{Bus, Message, sender};
 use crate::nats::connect::Nats;
 use crate::nats::log::Logs;
+use crate::nats::room::Memory;
 use crate::nats::subjects::Subjects;
 use crate::node::arrivals::Arrivals;
 use crate::node::causes::Causes;
+use crate::node::places::Places;
 use crate::node::rate::RateLimit;
 use crate::view::{Buckets, View, Views};
+use futures::FutureExt;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,6 +73,10 @@ pub(crate) struct Context {
     pub(crate) awake_at: AtomicU64,
     /// Replicas that are copied again after a comparison: from whom, and until when that counts.
     pub(crate) sources: Mutex<BTreeMap<ShardId, (Vec<NodeId>, Duration)>>,
+    /// What requests and answers in hand take, all together.
+    pub(crate) memory: Arc<Memory>,
+    /// Places of reads and searches that wait for the log.
+    pub(crate) waiting: Arc<Places>,
     /// Snapshots being sent at a time.
     pub(crate) sends: Arc<Semaphore>,
     /// Stores being opened at a time.
@@ -141,6 +148,16 @@ impl Context {
         let error = Error::Invalid(format!("{reply} is no place for an answer"));
         self.bad_message("reply", sender(message), &error);
         false
+    }
+
+    /// Refuses a request in the loop that takes them, without waiting for anything: what waited here would be in
+    /// nobody's bound. If even the answer cannot be queued, its asker sees a time-out.
+    pub(crate) fn refuse_at_once(&self, verb: &str, message: &Message, error: Error) {
+        self.metrics.requests.with_label_values(&[verb, error.code()]).inc();
+        let answered = tokio::task::unconstrained(self.data.answer::<()>(message, Err(error))).now_or_never();
+        if answered.is_none() {
+            debug!(verb, "a refusal could not be sent");
+        }
     }
 
     /// The connections by name, for metrics.

@@ -24,8 +24,10 @@ use crate::nats::bucket::{Cas, creation_error};
 use crate::nats::bus::{Bus, Subscriber};
 use crate::nats::connect::{Nats, Patience, ServerFacts, permission_error};
 use crate::nats::log::Logs;
+use crate::nats::room::Memory;
 use crate::nats::subjects::Subjects;
 use crate::node::failpoint::pause;
+use crate::node::places::Places;
 use crate::node::replica::ping_outcome;
 use crate::store::{RedbOptions, RedbStores, StoreFactory};
 use crate::view::{Buckets, CONFIG_KEY, Scope, Views, parse};
@@ -39,6 +41,8 @@ use tracing::{info, warn};
 
 /// How often a node looks whether its watches have missed anything, at least.
 const WATCHED: Duration = Duration::from_secs(5);
+/// Reads and searches of a node that may wait for the log at a time: each takes little.
+const WAITING: usize = 4_096;
 /// Longest wait for the first complete listing.
 const SYNC: Duration = Duration::from_secs(20);
 
@@ -144,6 +148,8 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         scans: Arc::new(Semaphore::new(cores)),
         awake_at: AtomicU64::new(0),
         sources: Mutex::default(),
+        memory: Memory::new(&config.node_id, config.in_hand_bytes),
+        waiting: Places::new("reads that wait for the log", WAITING),
         sends: Arc::new(Semaphore::new(config.migrations_per_node * 4)),
         opens: Arc::new(Semaphore::new(cores * 2)),
         stop,

@@ -15,6 +15,7 @@ mod lag;
 mod leader;
 mod lease;
 mod migration;
+mod places;
 mod pulse;
 mod rate;
 pub(crate) mod replica;

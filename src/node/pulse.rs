@@ -271,6 +271,7 @@ fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
         bytes += stats.bytes;
     }
     metrics.vectors.set(vectors as i64);
+    metrics.in_hand_bytes.set(ctx.memory.used() as i64);
     metrics.store_bytes.set(bytes as i64);
     metrics.term.set(ctx.term.load(Ordering::Relaxed) as i64);
     metrics.uptime.set(ctx.clock.now().as_secs_f64());

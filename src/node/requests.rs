@@ -1,26 +1,31 @@
 //! Answers what is asked of this node by name: `ruvector.node.<node>.<verb>`.
 
 use crate::error::{Error, Result};
+use crate::logic::merge::Merge;
 use crate::model::wire::{
     CompareRequest, DigestRequest, PingReply, PingRequest, ReadRequest, RepairRequest, SearchReply,
     SearchRequest, ShardFailure, SnapshotRequest, WriteRequest, decode,
 };
-use crate::nats::bus::{Bus, Message, Subscriber, sender};
+use crate::nats::bus::{Bus, Message, Subscriber, sender, too_large};
+use crate::nats::room::IN_MEMORY;
 use crate::nats::unavailable;
 use crate::node::compare;
 use crate::node::context::Context;
 use crate::node::join::patiently;
-use crate::node::replica::stream_snapshot;
+use crate::node::places::{Places, Seat};
+use crate::node::replica::{Wanted, stream_snapshot};
 use crate::node::replicas::Replicas;
 use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-/// Requests by name in hand at one node; more are answered with `busy`.
+/// Requests of one kind by name in hand at one node, of which one sender gets half; more are answered with `busy`.
 const IN_HAND: usize = 1_024;
-/// Most shards in one search.
+/// The same of what only nodes ask.
+const OTHERS: usize = 128;
+/// Longest wait on behalf of one request.
 const LONGEST: Duration = Duration::from_secs(30);
 
 /// Subscribes to pings, on the connection that nothing heavy uses.
@@ -66,7 +71,9 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) -> Result<()
     let mut requests =
         ctx.data.nats.client.subscribe(subject).await.map_err(|e| unavailable("subscribing", e))?;
     patiently(|| ctx.data.nats.sync()).await?;
-    let in_hand = Arc::new(Semaphore::new(IN_HAND));
+    let places = |what: &str, limit| Places::new(format!("{what} at {}", ctx.node), limit);
+    let (writes, reads) = (places("writes", IN_HAND), places("reads", IN_HAND));
+    let (searches, others) = (places("searches", IN_HAND), places("requests of nodes", OTHERS));
     let tasks = ctx.tasks.clone();
     tasks.clone().spawn(async move {
         loop {
@@ -78,38 +85,41 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) -> Result<()
                 continue;
             }
             let (ctx, replicas) = (ctx.clone(), replicas.clone());
-            let Ok(permit) = in_hand.clone().try_acquire_owned() else {
-                // Here and not in a task: there would be no end to those.
-                let busy = Error::Busy(format!("too many requests wait at {}", ctx.node));
-                ctx.data.answer::<()>(&message, Err(busy)).await;
-                continue;
+            let (verb, kind) = match message.subject.rsplit('.').next().unwrap_or_default() {
+                // On the other connection.
+                "ping" => continue,
+                "write" => ("write", &writes),
+                "read" => ("read", &reads),
+                "search" => ("search", &searches),
+                _ => ("other", &others),
             };
-            tasks.spawn(async move {
-                let _permit = permit;
-                dispatch(&ctx, &replicas, &message).await;
-            });
+            match Seat::take(kind, &ctx.waiting, &ctx.memory, &message) {
+                Ok(seat) => {
+                    tasks.spawn(async move { dispatch(&ctx, &replicas, &message, &seat).await });
+                }
+                // Here and not in a task: there would be no end to those.
+                Err(busy) => ctx.refuse_at_once(verb, &message, busy),
+            }
         }
     });
     Ok(())
 }
 
-async fn dispatch(ctx: &Arc<Context>, replicas: &Arc<Replicas>, message: &Message) {
+async fn dispatch(ctx: &Arc<Context>, replicas: &Arc<Replicas>, message: &Message, seat: &Seat) {
     let verb = message.subject.rsplit('.').next().unwrap_or_default();
     match verb {
-        // On the other connection.
-        "ping" => {}
         "write" => match decode::<WriteRequest>(&message.payload).and_then(|r| replicas.get(r.shard)) {
             Ok(replica) => replica.answer_write(message).await,
             Err(error) => refuse(ctx, message, error).await,
         },
         "read" => match decode::<ReadRequest>(&message.payload).and_then(|r| replicas.get(r.shard)) {
-            Ok(replica) => replica.answer_read(message).await,
+            Ok(replica) => replica.answer_read(message, seat).await,
             Err(error) => refuse(ctx, message, error).await,
         },
         "search" => match decode(&message.payload) {
             Ok(request) => {
                 let started = Instant::now();
-                let result = search(ctx, replicas, request).await;
+                let result = search(ctx, replicas, request, seat).await;
                 let outcome = result.as_ref().map_or_else(Error::code, |_| "ok");
                 ctx.metrics.requests.with_label_values(&["search", outcome]).inc();
                 let took = started.elapsed().as_secs_f64();
@@ -159,7 +169,14 @@ async fn refuse(ctx: &Context, message: &Message, error: Error) {
     ctx.data.answer::<()>(message, Err(error)).await;
 }
 
-async fn search(ctx: &Arc<Context>, replicas: &Arc<Replicas>, request: SearchRequest) -> Result<SearchReply> {
+/// Searches the shards that are asked for. Hits are merged as they come, so that no more of them are in memory than
+/// fit into an answer, and one shard's for each scan that goes on.
+async fn search(
+    ctx: &Arc<Context>,
+    replicas: &Arc<Replicas>,
+    request: SearchRequest,
+    seat: &Seat,
+) -> Result<SearchReply> {
     let SearchRequest { shards, query, consistency, timeout_ms } = request;
     let (cluster, timeout) = (&ctx.cluster, Duration::from_millis(timeout_ms).min(LONGEST));
     if shards.len() > cluster.num_shards as usize {
@@ -173,28 +190,37 @@ async fn search(ctx: &Arc<Context>, replicas: &Arc<Replicas>, request: SearchReq
     if let Some(query) = &query {
         query.validate(cluster.dimensions, cluster.metric)?;
     }
-    let query = query.map(Arc::new);
+    let limit = ctx.data.nats.max_body();
+    let wanted = Wanted { query: query.map(Arc::new), consistency, timeout, limit };
     let searches = shards.into_iter().map(|cut| {
-        let query = query.clone();
+        let wanted = wanted.clone();
         async move {
             let found = match replicas.get(cut.shard) {
-                Ok(replica) => replica.search(cut, query, consistency, timeout).await,
+                Ok(replica) => replica.search(cut, wanted, seat).await,
                 Err(error) => Err(error),
             };
             (cut.shard, found)
         }
     });
+    let mut searches: FuturesUnordered<_> = searches.collect();
     let mut reply = SearchReply { hits: Vec::new(), shards: Vec::new(), failed: Vec::new() };
-    for (shard, found) in futures::future::join_all(searches).await {
+    let mut merge = Merge::new(cluster.metric, k, limit);
+    while let Some((shard, found)) = searches.next().await {
         match found {
             Ok((hits, answer)) => {
-                reply.hits.extend(hits);
+                let before = merge.bytes();
+                merge.add(hits.found.hits, hits.found.cut);
+                let now = merge.bytes();
+                seat.room.shrink(before.saturating_sub(now) * IN_MEMORY);
+                seat.room.grow(now.saturating_sub(before) * IN_MEMORY)?;
                 reply.shards.push(answer);
             }
             Err(error) => reply.failed.push(ShardFailure { shard, error: (&error).into() }),
         }
     }
-    cluster.metric.nearest(&mut reply.hits, k);
+    reply.hits = merge.finish().ok_or_else(|| too_large(limit, limit))?;
+    // In the order of the request's shards, whichever came first.
+    reply.shards.sort_by_key(|answer| answer.shard);
     Ok(reply)
 }
 

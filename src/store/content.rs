@@ -4,7 +4,7 @@
 //! differ in what outlives the process. Invariant: whoever holds a guard sees a batch boundary.
 
 use super::flat::FlatIndex;
-use super::{Batch, Digest, Mutation, Page, StoreSpec, StoreStats};
+use super::{Batch, Digest, Found, Mutation, Page, StoreSpec, StoreStats};
 use crate::error::{Error, Result};
 use crate::model::vector::MAX_DIMENSIONS;
 use crate::model::{SearchQuery, SearchResult, VectorEntry};
@@ -100,8 +100,17 @@ impl Content {
     }
 
     pub(super) fn search(&self, query: &SearchQuery) -> Result<Vec<SearchResult>> {
+        let found = self.search_within(query, &mut |_| true)?;
+        Ok(found.hits.into_iter().map(|(hit, _)| hit).collect())
+    }
+
+    pub(super) fn search_within(
+        &self,
+        query: &SearchQuery,
+        admit: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Found> {
         self.check_dimensions(&query.vector).map_err(|e| e.context("query"))?;
-        Ok(self.index.search(query))
+        Ok(self.index.search_within(query, admit))
     }
 
     pub(super) fn page(&self, after: Option<&str>, max_bytes: usize) -> Page {

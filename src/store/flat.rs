@@ -6,8 +6,8 @@
 //! A scan is the right index up to some 16 MB of vectors: it is exact under any filter, needs no
 //! building, and forgets a deleted vector at once.
 
-use super::filter;
 use super::scan::{Candidate, Nearest, careful_cosine, dot, finite_distance, finite_dot, inverse_norm};
+use super::{Found, HIT_BYTES, filter};
 use crate::model::vector::payload_json;
 use crate::model::{DistanceMetric, Payload, SearchQuery, SearchResult, VectorEntry};
 use std::collections::BTreeMap;
@@ -194,8 +194,8 @@ impl FlatIndex {
     /// The nearest entries that pass the filter, in [`DistanceMetric::order`].
     ///
     /// Scores of equal vectors are equal wherever they lie, and equal scores are decided by id, so
-    /// the answer depends on nothing but the content.
-    pub(crate) fn search(&self, query: &SearchQuery) -> Vec<SearchResult> {
+    /// the answer depends on nothing but the content. `admit`: see [`ShardStore::search_within`](super::ShardStore).
+    pub(crate) fn search_within(&self, query: &SearchQuery, admit: &mut dyn FnMut(usize) -> bool) -> Found {
         let wanted = query.vector.as_slice();
         match self.metric {
             DistanceMetric::Cosine => {
@@ -205,15 +205,15 @@ impl FlatIndex {
                     let cosine = dot(vector, wanted) * self.inverse_norms[slot] * inverse;
                     if cosine.is_nan() { careful_cosine(vector, wanted) } else { cosine }.clamp(-1.0, 1.0)
                 };
-                self.nearest(query, |slot, vector| -cosine(slot, vector), |far| -far)
+                self.nearest(query, admit, |slot, vector| -cosine(slot, vector), |far| -far)
             }
             // The root is taken before comparing: two squares can have the same root, and then the
             // id decides. Beside the sum it costs nothing that can be measured.
             DistanceMetric::Euclidean => {
-                self.nearest(query, |_, vector| finite_distance(vector, wanted), |far| far)
+                self.nearest(query, admit, |_, vector| finite_distance(vector, wanted), |far| far)
             }
             DistanceMetric::DotProduct => {
-                self.nearest(query, |_, vector| -finite_dot(vector, wanted), |far| -far)
+                self.nearest(query, admit, |_, vector| -finite_dot(vector, wanted), |far| -far)
             }
         }
     }
@@ -222,9 +222,10 @@ impl FlatIndex {
     fn nearest(
         &self,
         query: &SearchQuery,
+        admit: &mut dyn FnMut(usize) -> bool,
         far: impl Fn(usize, &[f32]) -> f32,
         score: impl Fn(f32) -> f32,
-    ) -> Vec<SearchResult> {
+    ) -> Found {
         let mut nearest = Nearest::new(query.k, self.len());
         for (slot, vector) in self.vectors.chunks_exact(self.dimensions).enumerate() {
             let far = far(slot, vector);
@@ -236,13 +237,29 @@ impl FlatIndex {
                 }
             }
         }
-        let result = |hit: Candidate<'_>| SearchResult {
-            id: hit.id.to_owned(),
-            score: score(hit.far),
-            payload: self.slots[hit.slot].payload.clone().filter(|_| query.with_payload),
-            vector: query.with_vector.then(|| self.at(hit.slot).vector.to_vec()),
-        };
-        nearest.into_sorted().into_iter().map(result).collect()
+        let mut found = Found::default();
+        for hit in nearest.into_sorted() {
+            let entry = self.at(hit.slot);
+            let payload = entry.payload.filter(|_| query.with_payload);
+            let vector = query.with_vector.then_some(entry.vector);
+            let bytes = hit.id.len()
+                + payload.map_or(0, |_| entry.payload_bytes)
+                + vector.map_or(0, |vector| vector.len() * 4)
+                + HIT_BYTES;
+            // Before anything is copied: all payloads together may be more than there is memory.
+            if !admit(bytes) {
+                found.cut = true;
+                break;
+            }
+            let result = SearchResult {
+                id: hit.id.to_owned(),
+                score: score(hit.far),
+                payload: payload.cloned(),
+                vector: vector.map(<[f32]>::to_vec),
+            };
+            found.hits.push((result, bytes));
+        }
+        found
     }
 
     fn at(&self, slot: usize) -> EntryRef<'_> {
@@ -268,6 +285,12 @@ mod tests {
 
     fn entry(id: &str, vector: [f32; 2]) -> VectorEntry {
         VectorEntry::new(id, vector.to_vec())
+    }
+
+    impl FlatIndex {
+        fn search(&self, query: &SearchQuery) -> Vec<SearchResult> {
+            self.search_within(query, &mut |_| true).hits.into_iter().map(|(hit, _)| hit).collect()
+        }
     }
 
     fn ids(index: &FlatIndex, query: SearchQuery) -> Vec<String> {
@@ -362,6 +385,29 @@ mod tests {
         let hits = index.search(&SearchQuery::new(vec![-1e38, -1e38], 2));
         assert!(hits.iter().all(|hit| hit.score.is_finite()), "{hits:?}");
         assert_eq!(hits[0].id, "one");
+    }
+
+    #[test]
+    fn nothing_is_copied_that_is_not_admitted() {
+        let mut index = FlatIndex::new(2, DistanceMetric::Euclidean);
+        for (id, x) in [("a", 1.0), ("b", 2.0), ("c", 3.0)] {
+            let payload = serde_json::json!({"text": "x".repeat(1_000)}).as_object().cloned();
+            index.upsert(VectorEntry { payload, ..entry(id, [x, 0.0]) });
+        }
+        let within = |query: &SearchQuery, mut room: usize| {
+            index.search_within(query, &mut |bytes| {
+                let fits = bytes <= room;
+                room = room.saturating_sub(bytes);
+                fits
+            })
+        };
+        let query = SearchQuery::new(vec![0.0, 0.0], 3);
+        let found = within(&query, 2_500);
+        assert_eq!((found.hits.len(), found.cut), (2, true));
+        assert!(found.hits.iter().all(|(_, bytes)| (1_000..1_100).contains(bytes)), "{found:?}");
+        assert!(!within(&query, 3_500).cut);
+        let without = SearchQuery { with_payload: false, ..query };
+        assert!(!within(&without, 200).cut);
     }
 
     #[test]

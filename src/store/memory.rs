@@ -5,7 +5,7 @@
 
 use super::claims::{Claim, Claims};
 use super::content::{Content, Shared};
-use super::{Batch, Digest, Page, ShardStore, StoreFactory, StoreSpec, StoreStats};
+use super::{Batch, Digest, Found, Page, ShardStore, StoreFactory, StoreSpec, StoreStats};
 use crate::error::{Error, Result};
 use crate::model::{SearchQuery, SearchResult, ShardId, VectorEntry};
 use std::collections::BTreeMap;
@@ -85,6 +85,10 @@ impl ShardStore for MemoryStore {
 
     fn search(&self, query: &SearchQuery) -> Result<Vec<SearchResult>> {
         self.content.read()?.search(query)
+    }
+
+    fn search_within(&self, query: &SearchQuery, admit: &mut dyn FnMut(usize) -> bool) -> Result<Found> {
+        self.content.read()?.search_within(query, admit)
     }
 
     fn page(&self, after: Option<&str>, max_bytes: usize) -> Result<Page> {

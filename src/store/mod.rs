@@ -28,6 +28,7 @@ pub use redb::{RedbOptions, RedbStores};
 pub use crate::model::Digest;
 
 use crate::error::{Error, Result};
+use crate::model::vector::payload_json;
 use crate::model::{DistanceMetric, SearchQuery, SearchResult, ShardId, VectorEntry};
 use serde::Serialize;
 use std::sync::Arc;
@@ -67,6 +68,18 @@ pub struct Page {
     /// Whether no entry follows the last one of this page.
     pub last: bool,
 }
+
+/// What a search within a bound has found.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    /// Nearest first, each with its bytes.
+    pub hits: Vec<(SearchResult, usize)>,
+    /// Whether more would follow that was not admitted.
+    pub cut: bool,
+}
+
+/// What a result takes on the wire besides its id, payload and vector.
+const HIT_BYTES: usize = 32;
 
 /// Size of a store.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -112,6 +125,25 @@ pub trait ShardStore: Send + Sync + std::fmt::Debug + 'static {
     /// stores. The query has been validated. In a filter, numbers are equal when their values are
     /// (`1` and `1.0`), and `null` matches only a field that is there and holds `null`.
     fn search(&self, query: &SearchQuery) -> Result<Vec<SearchResult>>;
+    /// The same within a bound: `admit` is asked with the bytes of each result, nearest first, before it is
+    /// copied, and says whether it may be. The default searches first and asks then; a store that
+    /// keeps payloads in memory should not copy what is not wanted.
+    fn search_within(&self, query: &SearchQuery, admit: &mut dyn FnMut(usize) -> bool) -> Result<Found> {
+        let mut found = Found::default();
+        for hit in self.search(query)? {
+            let payload = hit.payload.filter(|_| query.with_payload);
+            let vector = hit.vector.filter(|_| query.with_vector);
+            let text = payload.as_ref().map_or(0, |payload| payload_json(payload).len());
+            let bytes =
+                hit.id.len() + text + vector.as_ref().map_or(0, |vector| vector.len() * 4) + HIT_BYTES;
+            if !admit(bytes) {
+                found.cut = true;
+                break;
+            }
+            found.hits.push((SearchResult { payload, vector, ..hit }, bytes));
+        }
+        Ok(found)
+    }
     /// Entries with an id greater than `after` (bytewise; `None`: from the first), as many as stay
     /// within `max_bytes` by [`VectorEntry::wire_bytes`], at least one if there is one.
     ///

@@ -31,7 +31,9 @@ mod tests;
 
 use super::claims::{Claim, Claims};
 use super::content::{Content, Shared, poisoned};
-use super::{AsideKind, Batch, Digest, Page, SetAside, ShardStore, StoreFactory, StoreSpec, StoreStats};
+use super::{
+    AsideKind, Batch, Digest, Found, Page, SetAside, ShardStore, StoreFactory, StoreSpec, StoreStats,
+};
 use crate::error::{Error, Result};
 use crate::model::{SearchQuery, SearchResult, ShardId, VectorEntry};
 use ::redb::Database;
@@ -459,6 +461,10 @@ impl ShardStore for RedbStore {
 
     fn search(&self, query: &SearchQuery) -> Result<Vec<SearchResult>> {
         self.content.read()?.search(query)
+    }
+
+    fn search_within(&self, query: &SearchQuery, admit: &mut dyn FnMut(usize) -> bool) -> Result<Found> {
+        self.content.read()?.search_within(query, admit)
     }
 
     fn page(&self, after: Option<&str>, max_bytes: usize) -> Result<Page> {

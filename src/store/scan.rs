@@ -194,10 +194,11 @@ mod tests {
         assert_eq!(finite_dot(&[max, max], &[10.0, -10.0]), 0.0);
         assert_eq!(finite_dot(&[max, 1.0], &[max, 1.0]), max);
         assert_eq!(finite_dot(&[max, 1.0], &[-max, 1.0]), -max);
-        assert_eq!(finite_dot(&[1e-25, 1e-12], &[1e-15, 1e-26]), 1.1e-38);
-        assert_eq!(finite_distance(&[2e19, 0.0], &[-1e19, 0.0]), 3e19);
+        assert!((finite_dot(&[1e-24, 1e-12], &[1e-15, 1e-26]) - 1.1e-38).abs() < 1e-44);
+        let (huge, tiny) = (2_f32.powi(65), 2_f32.powi(-100));
+        assert_eq!(finite_distance(&[huge, 0.0], &[-huge, 0.0]), 2.0 * huge);
         assert_eq!(finite_distance(&[max, 0.0], &[-max, 0.0]), max);
-        assert_eq!(finite_distance(&[3e-30, 0.0], &[0.0, 4e-30]), 5e-30);
+        assert_eq!(finite_distance(&[3.0 * tiny, 0.0], &[0.0, 4.0 * tiny]), 5.0 * tiny);
         assert_eq!(finite_distance(&[1.5; 9], &[1.5; 9]), 0.0);
         assert_eq!(careful_cosine(&[max, max], &[1e-40, 1e-40]), 1.0);
         assert_eq!(careful_cosine(&[3e-23, 0.0], &[1.0, 0.0]), 1.0);

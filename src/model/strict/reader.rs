@@ -4,6 +4,7 @@
 //! those that it does not know; serde_json makes `null` of a NaN. None of that can be switched off where the
 //! same types also travel between nodes, so it is noticed on the way.
 
+use crate::model::number::{vector_f64, vector_whole};
 use serde::de::value::StringDeserializer;
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor,
@@ -71,7 +72,7 @@ impl<'a, D> Strict<'a, D> {
 macro_rules! pass {
     ($($method:ident)*) => {$(
         fn $method<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
-            self.input.$method(Look { visitor, fields: None, any: false, reading: self.reading })
+            self.input.$method(Look { visitor, fields: None, kind: Kind::Typed, reading: self.reading })
         }
     )*};
 }
@@ -81,7 +82,7 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
 
     pass! {
         deserialize_bool deserialize_i8 deserialize_i16 deserialize_i32 deserialize_i64 deserialize_i128
-        deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64 deserialize_u128 deserialize_f32
+        deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64 deserialize_u128
         deserialize_f64 deserialize_char deserialize_str deserialize_string deserialize_bytes
         deserialize_byte_buf deserialize_option deserialize_unit deserialize_seq deserialize_map
         deserialize_identifier
@@ -89,7 +90,12 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
         self.reading.borrow_mut().memory += VALUE_BYTES;
-        self.input.deserialize_any(Look { visitor, fields: None, any: true, reading: self.reading })
+        self.input.deserialize_any(Look { visitor, fields: None, kind: Kind::Any, reading: self.reading })
+    }
+
+    fn deserialize_f32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
+        let kind = Kind::Vector;
+        self.input.deserialize_f32(Look { visitor, fields: None, kind, reading: self.reading })
     }
 
     fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
@@ -102,7 +108,7 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
         name: &'static str,
         visitor: V,
     ) -> Result<V::Value, D::Error> {
-        let look = Look { visitor, fields: None, any: false, reading: self.reading };
+        let look = Look { visitor, fields: None, kind: Kind::Typed, reading: self.reading };
         self.input.deserialize_unit_struct(name, look)
     }
 
@@ -111,12 +117,13 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
         name: &'static str,
         visitor: V,
     ) -> Result<V::Value, D::Error> {
-        let look = Look { visitor, fields: None, any: false, reading: self.reading };
+        let look = Look { visitor, fields: None, kind: Kind::Typed, reading: self.reading };
         self.input.deserialize_newtype_struct(name, look)
     }
 
     fn deserialize_tuple<V: Visitor<'de>>(self, len: usize, visitor: V) -> Result<V::Value, D::Error> {
-        self.input.deserialize_tuple(len, Look { visitor, fields: None, any: false, reading: self.reading })
+        self.input
+            .deserialize_tuple(len, Look { visitor, fields: None, kind: Kind::Typed, reading: self.reading })
     }
 
     fn deserialize_tuple_struct<V: Visitor<'de>>(
@@ -125,7 +132,7 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
         len: usize,
         visitor: V,
     ) -> Result<V::Value, D::Error> {
-        let look = Look { visitor, fields: None, any: false, reading: self.reading };
+        let look = Look { visitor, fields: None, kind: Kind::Typed, reading: self.reading };
         self.input.deserialize_tuple_struct(name, len, look)
     }
 
@@ -135,7 +142,7 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
         fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, D::Error> {
-        let look = Look { visitor, fields: Some(fields), any: false, reading: self.reading };
+        let look = Look { visitor, fields: Some(fields), kind: Kind::Typed, reading: self.reading };
         self.input.deserialize_struct(name, fields, look)
     }
 
@@ -155,13 +162,23 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
     }
 }
 
+/// What a number is for.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Payloads and filters: whatever comes is kept as it is.
+    Any,
+    /// A vector's.
+    Vector,
+    /// What the type says.
+    Typed,
+}
+
 /// Between the input and whoever takes the value.
 struct Look<'a, V> {
     visitor: V,
     /// Those of the struct that is read, if one is.
     fields: Option<&'static [&'static str]>,
-    /// Payloads and filters: whatever comes is kept as it is.
-    any: bool,
+    kind: Kind,
     reading: Shared<'a>,
 }
 
@@ -191,9 +208,31 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Look<'_, V> {
     }
 
     visit! {
-        visit_bool: bool visit_i8: i8 visit_i16: i16 visit_i32: i32 visit_i64: i64 visit_i128: i128
-        visit_u8: u8 visit_u16: u16 visit_u32: u32 visit_u64: u64 visit_u128: u128 visit_char: char
+        visit_bool: bool visit_i8: i8 visit_i16: i16 visit_i128: i128
+        visit_u8: u8 visit_u16: u16 visit_u128: u128 visit_char: char
         visit_bytes: &[u8] visit_borrowed_bytes: &'de [u8] visit_byte_buf: Vec<u8>
+    }
+
+    fn visit_i32<E: Error>(self, value: i32) -> Result<V::Value, E> {
+        self.visit_i64(value.into())
+    }
+
+    fn visit_u32<E: Error>(self, value: u32) -> Result<V::Value, E> {
+        self.visit_u64(value.into())
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<V::Value, E> {
+        match self.kind {
+            Kind::Vector => self.visitor.visit_f32(vector_whole(value.into()).map_err(E::custom)?),
+            Kind::Any | Kind::Typed => self.visitor.visit_i64(value),
+        }
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<V::Value, E> {
+        match self.kind {
+            Kind::Vector => self.visitor.visit_f32(vector_whole(value.into()).map_err(E::custom)?),
+            Kind::Any | Kind::Typed => self.visitor.visit_u64(value),
+        }
     }
 
     fn visit_f32<E: Error>(self, value: f32) -> Result<V::Value, E> {
@@ -204,12 +243,17 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Look<'_, V> {
         if !value.is_finite() {
             return Err(not_finite(value));
         }
+        if let Kind::Vector = self.kind {
+            return self.visitor.visit_f32(vector_f64(value).map_err(E::custom)?);
+        }
         let reading = self.reading.borrow();
-        if self.any
+        if let Kind::Any = self.kind
             && let Some((_, text)) = reading.changed.iter().find(|(float, _)| *float == value)
         {
+            // A large one has all its digits only so.
+            let held = if value.fract() == 0.0 { format!("{value:.0}") } else { value.to_string() };
             return Err(E::custom(format!(
-                "{text} cannot be held exactly, it would become {value:.0}: send it as text, or as a fraction"
+                "{text} cannot be held exactly, it would become {held}: send that, or a text"
             )));
         }
         drop(reading);

@@ -94,10 +94,11 @@ fn numbers_that_would_change_are_refused_with_their_place() {
     }
     // The nearest f32 stands for a vector's numbers, however they are written; not for one beyond all.
     let vector = |x: &str| format!(r#"{{"entries":[{{"id":"a","vector":[{x}]}}]}}"#);
-    for rounded in ["0.1", "16777217", "18446744073709551617", "1e-44"] {
+    for rounded in ["0.1", "16777216", "1e20", "1e-44", "0.12345678901234567"] {
         assert!(read::<UpsertRequest>(Format::Json, vector(rounded).as_bytes()).is_ok(), "{rounded}");
     }
     refused::<UpsertRequest>(&vector("1e39"), &["entries[0].vector[0]", "out of range"]);
+    refused::<UpsertRequest>(&vector("1,16777217"), &["entries[0].vector[1]", "become 16777216"]);
     refused::<GetRequest>(r#"{"id":"a","after":{"1":-1}}"#, &["after.1", "-1"]);
     refused::<GetRequest>(r#"{"id":"a","after":{"1":"7"}}"#, &["after.1", "string"]);
     refused::<GetRequest>(r#"{"id":"a","after":{"1":1.0}}"#, &["after.1", "floating point"]);

@@ -11,6 +11,7 @@ mod source;
 mod writer;
 
 pub(crate) use seed::Progress;
+pub(crate) use serve::Wanted;
 pub(crate) use source::stream_snapshot;
 
 use crate::error::{Error, Result};
@@ -32,6 +33,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -120,6 +122,8 @@ pub(crate) struct Replica {
     mending: tokio::sync::Mutex<()>,
     /// The log in which two entries were seen to have had one place.
     condemned: Mutex<Option<Uuid>>,
+    /// The last look at the log on behalf of sessions, and when it began.
+    looked: tokio::sync::Mutex<Option<(Instant, Option<LogInfo>)>>,
     /// Counts up before the content is thrown away: an answer that was looked up across that is void.
     generation: AtomicU64,
     /// One other replica at a time copies this one to repair itself, so that they do not all throw
@@ -204,6 +208,7 @@ impl Replica {
             repair: Mutex::default(),
             mending: tokio::sync::Mutex::default(),
             condemned: Mutex::default(),
+            looked: tokio::sync::Mutex::default(),
             generation: AtomicU64::new(0),
             repairs: Arc::new(tokio::sync::Semaphore::new(1)),
             writer,

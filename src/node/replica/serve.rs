@@ -10,37 +10,63 @@ use crate::clock::wall_ms;
 use crate::error::{Error, Result};
 use crate::logic::dedup::{Expiry, expiry};
 use crate::logic::replica::{Held, Placement, placement, still_has};
+use crate::logic::session::{Look, Verdict, verdict};
 use crate::model::vector::validate_id;
 use crate::model::wire::{
     LogOp, ReadReply, ReadRequest, ShardAnswer, ShardCut, WriteOp, WriteReply, WriteRequest, decode,
 };
-use crate::model::{Consistency, OpId, SearchQuery, SearchResult};
+use crate::model::{Consistency, OpId, SearchQuery};
 use crate::mutant::mutant;
 use crate::nats::bus::{Message, Subscriber, sender};
+use crate::nats::log::LogInfo;
+use crate::nats::room::{IN_MEMORY, Room};
 use crate::nats::unavailable;
 use crate::node::lag::awake;
+use crate::node::places::{Places, Seat};
+use crate::store::Found;
 use futures::StreamExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::warn;
 
-/// Requests in hand at one replica; more are answered with `busy` at once, by the loop that takes them: if
-/// even that has to wait, the requests behind wait in their subscription, which has a size too.
-const IN_HAND: usize = 512;
+/// Writes in hand at one replica, and as many reads, of which one sender gets half; more are answered with `busy`
+/// at once, by the loop that takes them.
+const IN_HAND: usize = 1_024;
 /// Most ids or entries of one write.
 const MAX_BATCH: usize = 65_536;
 const QUEUE_GROUP: &str = "replicas";
-/// How long a session waits before its replica looks whether what it waits for still exists.
-const LOST_SESSION: Duration = Duration::from_secs(1);
+/// How long a session waits before its replica looks whether the log has what it waits for: most replicas are
+/// behind by less.
+const LAG: Duration = Duration::from_millis(50);
+/// How much later it looks again, before it says that the log does not have it.
+const SURE: Duration = Duration::from_millis(250);
 /// Longest wait on behalf of one request.
 const LONGEST: Duration = Duration::from_secs(30);
 /// Oldest that a write may be when it is appended: below what the log allows.
 const OLDEST: Duration = Duration::from_secs(45);
 /// Copies of one operation that may tell of themselves while one of them is waited for.
 const OUTCOMES: usize = 16;
+
+/// What is asked of each shard of a search.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    /// `None`: only count.
+    pub(crate) query: Option<Arc<SearchQuery>>,
+    pub(crate) consistency: Consistency,
+    pub(crate) timeout: Duration,
+    /// Most bytes of hits: what goes beyond fits into no answer.
+    pub(crate) limit: usize,
+}
+
+/// The nearest of one shard, and the room that they take.
+#[derive(Debug)]
+pub(crate) struct ShardHits {
+    pub(crate) found: Found,
+    _room: Room,
+}
 
 #[derive(Clone, Copy)]
 enum Verb {
@@ -52,7 +78,10 @@ impl Replica {
     /// Serves while the replica can, until it is closed.
     pub(super) async fn serve(self: Arc<Self>) {
         let mut status = self.status.subscribe();
-        let in_hand = Arc::new(Semaphore::new(IN_HAND));
+        let in_hand = [
+            Places::new(format!("writes of shard {} at {}", self.shard, self.ctx.node), IN_HAND),
+            Places::new(format!("reads of shard {} at {}", self.shard, self.ctx.node), IN_HAND),
+        ];
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
@@ -86,7 +115,7 @@ impl Replica {
         self: Arc<Self>,
         mut writes: Subscriber,
         mut reads: Subscriber,
-        in_hand: &Arc<Semaphore>,
+        in_hand: &[Arc<Places>; 2],
     ) {
         let mut status = self.status.subscribe();
         loop {
@@ -109,29 +138,31 @@ impl Replica {
             while let Some(message) = reads.next().await {
                 self.take(Verb::Read, message, in_hand).await;
             }
-            let _ = in_hand.acquire_many(IN_HAND as u32).await;
+            for places in in_hand {
+                places.free().await;
+            }
         };
         let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
     }
 
-    async fn take(self: &Arc<Self>, verb: Verb, message: Message, in_hand: &Arc<Semaphore>) {
+    async fn take(self: &Arc<Self>, verb: Verb, message: Message, [writes, reads]: &[Arc<Places>; 2]) {
         if !self.ctx.may_answer(&message) {
             return;
         }
-        let replica = self.clone();
-        match in_hand.clone().try_acquire_owned() {
-            Ok(permit) => drop(self.ctx.tasks.spawn(async move {
-                let _permit = permit;
+        let (replica, ctx) = (self.clone(), &self.ctx);
+        let (places, name) = match verb {
+            Verb::Write => (writes, "write"),
+            Verb::Read => (reads, "read"),
+        };
+        match Seat::take(places, &ctx.waiting, &ctx.memory, &message) {
+            Ok(seat) => drop(ctx.tasks.spawn(async move {
                 match verb {
                     Verb::Write => replica.answer_write(&message).await,
-                    Verb::Read => replica.answer_read(&message).await,
+                    Verb::Read => replica.answer_read(&message, &seat).await,
                 }
+                drop(seat);
             })),
-            Err(_) => {
-                let busy =
-                    Error::Busy(format!("too many requests wait at this replica of shard {}", self.shard));
-                self.ctx.data.answer::<()>(&message, Err(busy)).await;
-            }
+            Err(busy) => ctx.refuse_at_once(name, &message, busy),
         }
     }
 
@@ -151,10 +182,10 @@ impl Replica {
         self.ctx.data.answer(message, result).await;
     }
 
-    pub(crate) async fn answer_read(&self, message: &Message) {
+    pub(crate) async fn answer_read(&self, message: &Message, seat: &Seat) {
         let started = Instant::now();
         let result = match decode::<ReadRequest>(&message.payload) {
-            Ok(request) => self.read(request).await,
+            Ok(request) => self.read(request, seat).await,
             Err(error) => {
                 self.ctx.bad_message("read", sender(message), &error);
                 Err(error)
@@ -331,7 +362,7 @@ impl Replica {
         Ok(())
     }
 
-    async fn read(&self, request: ReadRequest) -> Result<ReadReply> {
+    async fn read(&self, request: ReadRequest, seat: &Seat) -> Result<ReadReply> {
         validate_id(&request.id)?;
         if request.shard != self.shard {
             return Err(Error::Invalid(format!(
@@ -342,7 +373,7 @@ impl Replica {
         self.check_serving()?;
         self.counters.reads.fetch_add(1, Ordering::Relaxed);
         let timeout = Duration::from_millis(request.timeout_ms).min(LONGEST);
-        self.freshen(request.consistency, request.after, timeout).await?;
+        self.freshen(request.consistency, request.after, timeout, seat).await?;
         let (store, id) = (self.store.clone(), request.id);
         // The sequence is taken after the look-up, so it covers all that the look-up saw: whoever reads
         // at least that next time does not go back in time.
@@ -351,22 +382,46 @@ impl Replica {
         self.check_serving()?;
         let (entry, seq) = blocking(get).await?;
         self.check_generation(generation)?;
+        if let Some(entry) = &entry {
+            seat.room.grow(entry.wire_bytes() * IN_MEMORY)?;
+        }
         Ok(ReadReply { entry, seq })
     }
 
-    /// Waits until this replica is as fresh as asked.
-    async fn freshen(&self, consistency: Consistency, after: u64, timeout: Duration) -> Result<()> {
+    /// Waits until this replica is as fresh as asked. Whoever has to wait does so in a place for that.
+    async fn freshen(
+        &self,
+        consistency: Consistency,
+        after: u64,
+        timeout: Duration,
+        seat: &Seat,
+    ) -> Result<()> {
         match consistency {
             Consistency::Eventual => Ok(()),
             Consistency::Session if self.status.borrow().applied >= after || mutant("session-early") => {
                 Ok(())
             }
             Consistency::Session => {
-                let patience = (timeout / 2).min(LOST_SESSION);
-                match self.wait_applied(after, patience).await {
-                    Ok(_) => Ok(()),
-                    Err(_) if self.was_lost(after).await => Ok(()),
-                    Err(_) => self.wait_applied(after, timeout - patience).await.map(|_| ()),
+                seat.wait()?;
+                let (came, patience) = (Instant::now(), (timeout / 4).min(LAG));
+                if self.wait_applied(after, patience).await.is_ok() {
+                    return Ok(());
+                }
+                let mut verdict = self.verdict(after, came, timeout / 4).await;
+                // A stream's new leader may have to catch up itself: what ends not far below is looked at again.
+                if verdict == Verdict::NotYet {
+                    if self.wait_applied(after, (timeout / 4).min(SURE)).await.is_ok() {
+                        return Ok(());
+                    }
+                    verdict = self.verdict(after, Instant::now(), timeout / 4).await;
+                }
+                match verdict {
+                    Verdict::Gone => Ok(()),
+                    Verdict::NotYet | Verdict::NeverThere => Err(self.never_there(after)),
+                    Verdict::Wait => {
+                        let left = (came + timeout).saturating_duration_since(Instant::now());
+                        self.wait_applied(after, left).await.map(|_| ())
+                    }
                 }
             }
             Consistency::Linearizable => {
@@ -377,6 +432,7 @@ impl Replica {
                 if let Some(error) = gate {
                     return Err(Error::Unavailable(error.to_string()));
                 }
+                seat.wait()?;
                 // Every write acknowledged before now has a lower sequence than this barrier.
                 let until = Instant::now() + timeout;
                 let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
@@ -385,7 +441,14 @@ impl Replica {
                     self.condemn_log(log_id, &why).await;
                     return Err(Error::Unavailable(format!("the log of shard {} lost data", self.shard)));
                 }
-                self.wait_applied(placed.seq.max(after), until - Instant::now()).await.map(|_| ())
+                // The barrier has just been the log's end. What a session saw before is in the log before it, or
+                // was lost with another log, or was never there.
+                let rebuilt = self.ordered().is_some_and(|ordered| ordered.log_first_seq > 1);
+                if after > placed.seq && !rebuilt {
+                    return Err(self.never_there(after));
+                }
+                let left = until.saturating_duration_since(Instant::now());
+                self.wait_applied(placed.seq, left).await.map(|_| ())
             }
         }
     }
@@ -407,34 +470,58 @@ impl Replica {
         Ok(still_has(&held, log, logged.as_deref()))
     }
 
-    /// Whether a session waits for what went with a log that JetStream has lost: the log has been rebuilt, is
-    /// whole, and ends before that. The shard may be quiet, so that waiting would never end.
-    async fn was_lost(&self, after: u64) -> bool {
-        let rebuilt = self.ordered().is_some_and(|ordered| ordered.log_first_seq > 1);
-        let whole = || {
+    fn never_there(&self, after: u64) -> Error {
+        Error::Conflict(format!(
+            "the log of shard {} does not have sequence {after} that this session has seen: it was begun again since, or \
+             the sequence is of another cluster; begin a new session",
+            self.shard
+        ))
+    }
+
+    /// Whether a session waits for something that the log does not have.
+    async fn verdict(&self, after: u64, came: Instant, patience: Duration) -> Verdict {
+        let sound = || {
             let status = self.status.borrow();
             status.gate.is_none() && self.knows_itself(&status)
         };
-        if !rebuilt || !whole() {
-            return false;
+        let rebuilt = self.ordered().is_some_and(|ordered| ordered.log_first_seq > 1);
+        let (before, applied) = (sound(), self.status.borrow().applied);
+        if !before {
+            return Verdict::Wait;
         }
-        let applied = self.status.borrow().applied;
-        let log = self.ctx.logs.info(self.shard).await.ok().flatten();
-        let ours = log.filter(|log| self.status.borrow().log_id == log.id);
-        ours.is_some_and(|log| (applied..after).contains(&log.last_seq)) && whole()
+        let Ok(Some(log)) = tokio::time::timeout(patience, self.look_since(came)).await else {
+            return Verdict::Wait;
+        };
+        let ours = self.status.borrow().log_id == log.id;
+        verdict(after, Look { last_seq: log.last_seq, sound: ours && sound(), rebuilt, applied })
     }
 
-    /// Searches this replica, or only counts.
+    /// A look at the log that began at this time or later. One at a time, and all who came before it share it: however
+    /// many sessions wait, NATS is asked as often as it answers.
+    async fn look_since(&self, came: Instant) -> Option<LogInfo> {
+        let mut looked = self.looked.lock().await;
+        if let Some((began, log)) = *looked
+            && began >= came
+        {
+            return log;
+        }
+        let began = Instant::now();
+        let log = self.ctx.logs.info(self.shard).await.ok().flatten();
+        *looked = Some((began, log));
+        log
+    }
+
+    /// Searches this replica, or only counts; takes at most `limit` bytes of hits.
     pub(crate) async fn search(
         &self,
         cut: ShardCut,
-        query: Option<Arc<SearchQuery>>,
-        consistency: Consistency,
-        timeout: Duration,
-    ) -> Result<(Vec<SearchResult>, ShardAnswer)> {
+        wanted: Wanted,
+        seat: &Seat,
+    ) -> Result<(ShardHits, ShardAnswer)> {
+        let Wanted { query, consistency, timeout, limit } = wanted;
         self.check_serving()?;
         self.counters.searches.fetch_add(1, Ordering::Relaxed);
-        self.freshen(consistency, cut.after, timeout).await?;
+        self.freshen(consistency, cut.after, timeout, seat).await?;
         let stopping = |_| Error::Unavailable("stopping".into());
         let _permit = match &query {
             Some(_) => {
@@ -444,14 +531,25 @@ impl Replica {
             }
             None => None,
         };
-        let (store, shard) = (self.store.clone(), self.shard);
+        let (store, shard, room) = (self.store.clone(), self.shard, seat.room.another());
         let generation = self.generation.load(Ordering::SeqCst);
         self.check_serving()?;
         let found = blocking(move || {
-            let hits = match query {
-                Some(query) => store.search(&query)?,
-                None => Vec::new(),
+            let mut left = limit;
+            let mut refused = None;
+            let found = match query {
+                Some(query) => store.search_within(&query, &mut |bytes| {
+                    let Some(rest) = left.checked_sub(bytes) else { return false };
+                    left = rest;
+                    refused = room.grow(bytes * IN_MEMORY).err();
+                    refused.is_none()
+                })?,
+                None => Found::default(),
             };
+            if let Some(busy) = refused {
+                return Err(busy);
+            }
+            let hits = ShardHits { found, _room: room };
             Ok((hits, ShardAnswer { shard, seq: store.applied(), vectors: store.stats().vectors }))
         })
         .await?;
