@@ -283,14 +283,18 @@ impl VectorCells {
 /// A number in a first line that no name shows to be a header.
 fn first_row<'a>(line: &'a [String], fields: &Fields) -> Option<&'a str> {
     let said = |name: &String| [&fields.id, &fields.vector].into_iter().flatten().any(|said| said == name);
-    let known = |name: &String| {
-        name == "vector" || ["id", "label"].iter().any(|known| name.eq_ignore_ascii_case(known)) || said(name)
-    };
+    let known = |name: &String| name == "vector" || said(name);
+    // Beside these, pandas numbers its columns; but no column is called 0.5.
+    let usual = |name: &String| ["id", "label"].iter().any(|usual| name.eq_ignore_ascii_case(usual));
+    let counts = line.iter().any(usual);
     let counted = VECTOR_LETTERS.iter().any(|&letter| !matches!(numbered(line, letter), Ok(None)));
     if counted || line.iter().any(known) {
         return None;
     }
-    let number = |cell: &&String| cell.parse::<f64>().is_ok() || cell.starts_with('[');
+    let whole = |cell: &str| cell.bytes().all(|b| b.is_ascii_digit());
+    let number = |cell: &&String| {
+        cell.parse::<f64>().is_ok() && !(counts && whole(cell.as_str())) || cell.starts_with('[')
+    };
     line.iter().find(number).map(String::as_str)
 }
 

@@ -440,6 +440,8 @@ mod tests {
             "nan,nan\n1,2\n",
             "a,\"[1,2]\"\nb,\"[3,4]\"\n",
             "7\n8\n",
+            "label,0.5,1.5\nother,2.5,3.5\n",
+            "id,1e-3\nb,2.5\n",
         ] {
             let said = failure(Format::Csv, text.as_bytes());
             assert!(
