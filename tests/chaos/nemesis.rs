@@ -1,7 +1,7 @@
 //! What goes wrong, drawn from a seed: each fault begins, lasts for a while, and ends.
 
 use super::dice::Dice;
-use super::draw::Draw;
+use super::draw::{Draw, Faults};
 use super::fault::Fault;
 use super::harness::tamper::signal;
 use super::history::Recorder;
@@ -34,6 +34,10 @@ pub(crate) struct Nemesis {
 
 /// Least pause between two lost disks.
 const BETWEEN_WIPES: Duration = Duration::from_secs(15);
+/// How long a run that is about copies waits until one may be taken.
+const COPIED: Duration = Duration::from_secs(20);
+/// Replicas write what they have applied to their disks each second.
+const ON_DISK: Duration = Duration::from_secs(4);
 /// A store is lost when everything is whole: this is how long that may take to come.
 const WHOLE: Duration = Duration::from_secs(40);
 /// Two servers of three agree on leaders, and on what the third had acknowledged with one of them alone: RAFT
@@ -70,7 +74,12 @@ impl Nemesis {
         let end = Instant::now() + time;
         while Instant::now() < end {
             let faults = self.draw.some(lab);
-            if faults.iter().any(Fault::loses)
+            let mixed = lab.setup.faults == Faults::Mixed;
+            if mixed && faults.iter().any(Fault::loses) && !lab.is_whole().await {
+                continue;
+            }
+            if !mixed
+                && faults.iter().any(Fault::loses)
                 && let Err(why) = lab.wait_green(WHOLE).await
             {
                 return self.recorder.wrong(format!("no loss was survived: {why}"));
@@ -79,6 +88,19 @@ impl Nemesis {
             let calm = self.draw.dice.between(200, 2_500);
             self.say("healed");
             tokio::time::sleep(Duration::from_millis(calm)).await;
+        }
+    }
+
+    /// The same, after a while: where that is what a run is about.
+    pub(super) async fn may_take_a_copy_soon(&mut self, lab: &Lab) -> bool {
+        let until =
+            Instant::now() + if lab.setup.faults == Faults::Tampering { COPIED } else { Duration::ZERO };
+        loop {
+            let may = self.may_take_a_copy(lab).await;
+            if may || Instant::now() > until {
+                return may;
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
         }
     }
 
@@ -95,6 +117,9 @@ impl Nemesis {
         let mut lasts = Duration::from_millis(self.draw.dice.between(200, most));
         if faults.iter().any(|f| matches!(f, Fault::RollBackOne(_))) {
             lasts = lasts.max(ELECTED);
+        }
+        if faults.iter().any(|f| matches!(f, Fault::PurgeLog(_) | Fault::DeleteLog(_) | Fault::EditLog(..))) {
+            lasts = lasts.max(ON_DISK);
         }
         tokio::time::sleep(lasts).await;
         for fault in faults {

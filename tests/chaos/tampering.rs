@@ -56,7 +56,7 @@ impl Nemesis {
     }
 
     async fn files(&mut self, lab: &mut Lab, fault: &Fault) {
-        let whole = self.may_take_a_copy(lab).await;
+        let whole = self.may_take_a_copy_soon(lab).await;
         let down: Vec<&String> = match fault {
             Fault::DamageTwo(a, b, ..) | Fault::CloneFiles(a, b) | Fault::SwapFolders(a, b) => vec![a, b],
             Fault::DamageFile(node, ..)
