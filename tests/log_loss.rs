@@ -5,7 +5,9 @@ mod harness;
 
 use harness::load::Load;
 use harness::{Setup, TestCluster, eventually};
-use ruvector_cluster::model::wire::{ReadReply, ReadRequest, Reply, decode, encode};
+use ruvector_cluster::model::wire::{
+    LogEntry, LogOp, ReadReply, ReadRequest, Reply, checksum, decode, encode,
+};
 use ruvector_cluster::{Consistency, Error, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -279,6 +281,47 @@ async fn every_disk_is_lost_and_the_logs_bring_everything_back() {
         let wanted = if i == 1 || i == 2 { json!(null) } else { json!([1.0, 2.0, 3.0, f64::from(i)]) };
         assert_eq!(found["entry"]["vector"], wanted, "{found}");
     }
+    cluster.wait_green().await;
+}
+
+/// Entries that nobody has applied, so that nobody was told of, and then the log is cut by hand behind them: all replicas
+/// want a copy of what came before, and none can give it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_was_purged_by_hand_behind_what_anybody_has_is_built_anew() {
+    let mut cluster = TestCluster::start(Setup { shards: 2, ..Setup::default() }).await;
+    let before = fill(&cluster, "a").await;
+    // Every replica flushes once a second; what is not on the disks comes from the log.
+    eventually("all is on the disks", || async {
+        for (node, shard) in [("n1", 0), ("n2", 0), ("n3", 0), ("n1", 1), ("n2", 1), ("n3", 1)] {
+            let report = cluster.report(node, shard).await?.ok_or("no replica")?;
+            if report.durable != report.applied {
+                return Err(format!("{report:?}"));
+            }
+        }
+        Ok(())
+    })
+    .await;
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+    }
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    let body = encode(&LogEntry::new(vec![LogOp::Barrier])).unwrap();
+    for _ in 0..3 {
+        let mut headers = async_nats::HeaderMap::new();
+        headers.insert("Ruvector-Checksum", checksum(&body).as_str());
+        let sent =
+            context.publish_with_headers("ruvector.log.00000", headers, body.clone().into()).await.unwrap();
+        sent.await.unwrap();
+    }
+    cluster.by_hand().purge_stream("ruvector_log_00000").await.unwrap();
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+    assert_eq!(count_when_it_answers(&cluster).await, before);
+    assert_eq!(
+        cluster.api("upsert", json!({"entries": [{"id": "b", "vector": [1, 2, 3, 4]}]})).await["upserted"],
+        1
+    );
     cluster.wait_green().await;
 }
 

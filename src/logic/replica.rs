@@ -299,6 +299,21 @@ pub(crate) fn course_beside(
     }
 }
 
+/// The same where the log begins after what is here: somebody must have what came before, or nobody ever will. A primary
+/// cuts a log only up to what every holder has on its disk, so then it was cut by hand. Replicas that wait for a copy from each
+/// other would wait for ever; what nobody has applied was not acknowledged. So the log is lost, and is built anew
+/// behind what the most advanced replica has. A holder that is silent may have it: it is waited for.
+pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
+    let known = held.applied.max(peers.applied.unwrap_or(0));
+    let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);
+    match (course, first) {
+        (Course::Snapshot, Some(first)) if held.applied > 0 && peers.all_have_said && known + 1 < first => {
+            Course::LogLost(format!("the log begins at {first}, no replica has more than up to {known}"))
+        }
+        (course, _) => course,
+    }
+}
+
 /// Whether what is here belongs to another log although the shard's own is whole: every other holder has said what it
 /// has, and somebody follows the log that counts. Then it was put here by hand, or is a backup of other times, and waiting
 /// for that log to be rebuilt would be waiting for ever. It is set aside, never deleted: should nobody be right about
@@ -347,6 +362,19 @@ mod tests {
 
     fn ordered(log_id: Uuid, log_first_seq: u64) -> Ordered {
         Ordered { log_id, log_first_seq, log_base: None }
+    }
+
+    #[test]
+    fn a_log_that_was_cut_by_hand_behind_what_all_have_is_lost() {
+        let (held, peers) = (held(A, 10), |applied| Peers { applied: Some(applied), ..Peers::NONE });
+        let over = |log, peers: Peers| course_over_gap(Course::Snapshot, &held, log, &peers);
+        assert!(matches!(over(log(A, 14, 20), peers(12)), Course::LogLost(_)));
+        assert!(matches!(over(log(A, 14, 13), Peers::NONE), Course::LogLost(_)), "the only one");
+        assert_eq!(over(log(A, 14, 20), peers(13)), Course::Snapshot, "it can be copied from");
+        let silent = Peers { all_have_said: false, ..peers(12) };
+        assert_eq!(over(log(A, 14, 20), silent), Course::Snapshot, "it may have it");
+        assert_eq!(over(log(B, 14, 20), peers(12)), Course::Snapshot, "another log");
+        assert_eq!(course_over_gap(Course::Follow, &held, log(A, 11, 20), &peers(12)), Course::Follow);
     }
 
     fn report(state: ReplicaState, applied: u64, sum: Option<&str>) -> ReplicaReport {

@@ -4,8 +4,8 @@ use super::apply::{self, Applier};
 use super::{CHECKPOINTS, Repair, Replica, SnapshotAsks, Window, blocking, facts, lock};
 use crate::error::{Error, Result, shortened};
 use crate::logic::replica::{
-    Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, is_foreign, is_nowhere,
-    may_go_on, still_has,
+    Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, course_over_gap,
+    is_foreign, is_nowhere, may_go_on, still_has,
 };
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest, WindowMarks};
@@ -87,6 +87,7 @@ impl Replica {
         let mut course = course(held, &ordered, log, logged.as_deref(), peers.applied);
         let joining =
             self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
+        course = course_over_gap(course, held, log, &peers);
         course = course_beside(course, held, &ordered, &peers, &mut lock(&self.condemned));
         if joining {
             course = course_of_joining(course, log, &peers);
