@@ -116,7 +116,8 @@ pub struct ClusterConfig {
     pub max_lag: Duration,
     /// JetStream replicas of every log and bucket, 1, 3 or 5. `None`: 3 in a NATS cluster, else 1.
     pub log_replicas: Option<usize>,
-    /// Most bytes of one shard's log; when it is full, writes are refused. Default: 1 GiB.
+    /// Most bytes of one shard's log; when it is full, writes are refused. Streams reserve that much when they are
+    /// made. Default: 0, as much as NATS has room for, up to 1 GiB.
     pub log_max_bytes: u64,
     /// Where there is no cluster, but log streams and records of an earlier one: delete them, with all that only they
     /// hold, and found a new one. Without this, such a place is refused.
@@ -165,7 +166,7 @@ impl Default for ClusterConfig {
             compare_every: Duration::from_secs(3_600),
             max_lag: Duration::from_secs(2),
             log_replicas: None,
-            log_max_bytes: 1 << 30,
+            log_max_bytes: 0,
             start_clean: false,
         }
     }
@@ -211,7 +212,9 @@ impl ClusterConfig {
         range("migration_window", self.migration_window.into(), 1, 256);
         range("migrations_per_node", self.migrations_per_node as u128, 1, 1_000);
         range("in_hand_bytes", self.in_hand_bytes as u128, 16 << 20, 1 << 50);
-        range("log_max_bytes", self.log_max_bytes.into(), 1 << 20, 1 << 50);
+        if self.log_max_bytes != 0 {
+            range("log_max_bytes", self.log_max_bytes.into(), 1 << 20, 1 << 50);
+        }
         if let Some(replicas) = self.log_replicas {
             range("log_replicas", replicas as u128, 1, 5);
         }

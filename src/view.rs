@@ -17,6 +17,7 @@ use crate::model::{MigrationId, NodeId, ShardId, Term};
 use crate::nats::bucket::{Bucket, BucketState, Change, Versioned, rewatch_pause};
 use crate::nats::connect::Nats;
 use crate::nats::subjects::Subjects;
+use crate::nats::trouble::{Asking, Reason};
 use futures::StreamExt;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -43,6 +44,9 @@ const FILL_PARALLEL: usize = 32;
 const CLIENTS_LOOK: Duration = Duration::from_secs(15);
 /// Keys that nobody knows what to do with, as far as they are remembered to be said.
 const STRANGERS: usize = 100;
+/// Where there is no consumer to be had, buckets are listed so often, and so many times before a watch is tried again.
+const LOOK: Duration = Duration::from_secs(2);
+const LOOKS: usize = 5;
 
 /// The four buckets.
 #[derive(Debug, Clone)]
@@ -556,7 +560,11 @@ impl Follow {
     async fn watch_once(&self, failures: &mut u32) -> Result<()> {
         // First: should the bucket be made anew in between, the next look finds another one.
         let created = self.state().await?.created;
-        let mut watch = self.bucket.watch().await?;
+        let mut watch = match self.bucket.watch().await {
+            Err(error @ Error::Busy(_)) => return self.look_now_and_then(error, failures).await,
+            watch => watch?,
+        };
+        self.nats.trouble.worked(&self.bucket.watch_name(), Asking::Read);
         self.change(|view| view.begin(self.part));
         let mut connected = self.nats.connected();
         connected.mark_unchanged();
@@ -628,6 +636,28 @@ impl Follow {
 
     fn change(&self, change: impl FnOnce(&mut View)) {
         self.views.view.send_modify(|view| change(Arc::make_mut(view)));
+    }
+
+    /// Without a consumer there is no watch: the bucket is listed every few seconds, for a while; then a watch is tried
+    /// again.
+    async fn look_now_and_then(&self, error: Error, failures: &mut u32) -> Result<()> {
+        self.nats.trouble.failed(&self.bucket.watch_name(), Asking::Read, Reason::NoConsumer, &error);
+        for _ in 0..LOOKS {
+            let found = self.bucket.list_by_subject().await?;
+            self.change(|view| view.begin(self.part));
+            for change in found.values() {
+                self.take(change);
+            }
+            self.change(|view| view.listed(self.part));
+            *failures = 0;
+            self.views.synced.send_if_modified(|parts| {
+                let before = *parts;
+                *parts |= 1 << self.part as u8;
+                *parts != before
+            });
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
     }
 
     fn take(&self, change: &Change) {

@@ -53,6 +53,20 @@ async fn without_permission_a_node_names_the_subject_and_ends() {
         options.args.extend(["--user", user, "--password", user].map(str::to_owned));
         let text = refused(NodeProcess::start(options).unwrap()).await;
         assert!(text.contains("does not permit") && text.contains(subject), "{user}: {text}");
+        assert!(text.contains(&format!("user \"{user}\"")), "{user}: {text}");
+    }
+    let begun = tokio::time::Instant::now();
+    let args = ["status", "--user", "few", "--password", "few"];
+    let said = program::run(&nats.url(), &args).await.refused("does not permit");
+    assert!(said.err.contains("user \"few\"") && begun.elapsed() < Duration::from_secs(5), "{said:?}");
+    let empty = cluster.dir().join("empty.pem");
+    std::fs::write(&empty, "").unwrap();
+    for file in ["/nowhere/ca.pem", empty.to_str().unwrap()] {
+        let mut options = cluster.node_options("n-tls");
+        options.nats = nats.url();
+        options.args.extend(["--tls-ca", file].map(str::to_owned));
+        let text = refused(NodeProcess::start(options).unwrap()).await;
+        assert!(text.contains(file), "{text}");
     }
     let mut options = cluster.node_options("n-nobody");
     options.nats = nats.url().replace("nats://", "nats://nobody:wrong@");
@@ -230,4 +244,62 @@ async fn without_a_jetstream_majority_everybody_says_so_and_eventual_reads_go_on
     cluster.wait_green().await;
     let text = http_get(&addr, "/readyz").await.unwrap();
     assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+}
+
+/// An account with less room than default logs reserve, which wants every stream to have a bound: logs are as large as fits.
+/// What can never fit is told before anything is made, and so is a message size that is too small.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn logs_are_as_large_as_nats_has_room_for_and_what_cannot_be_is_refused_at_the_start() {
+    let cluster = TestCluster::start_nats(Setup::default()).await;
+    let config = r#"
+        jetstream { store_dir: "./js", max_file_store: 2GB }
+        http: "127.0.0.1:0"
+        accounts {
+            A { jetstream: { max_mem: 10MB, max_file: 1GB, max_streams: 13, max_bytes_required: true }
+                users: [{ user: a, password: a }] }
+            B { jetstream: { max_mem: 10MB, max_file: 100MB, max_streams: 10 }, users: [{ user: b, password: b }] }
+            C { jetstream: { max_mem: 10MB, max_file: 100MB }, users: [{ user: c, password: c }] }
+            D { jetstream: { max_mem: 1MB, max_file: 1MB }, users: [{ user: d, password: d }] }
+        }
+        no_auth_user: d
+    "#;
+    let nats = server(&cluster.dir().join("small"), config).await;
+    let start = |user: &str| {
+        let mut options = cluster.node_options(&format!("n-{user}"));
+        options.nats = nats.url();
+        options.args.extend(["--user", user, "--password", user].map(str::to_owned));
+        NodeProcess::start(options).unwrap()
+    };
+    let _node = start("a");
+    let connect = async_nats::ConnectOptions::new().user_and_password("a".into(), "a".into());
+    let raw = connect.connect(nats.url()).await.unwrap();
+    eventually("the cluster is green", || async {
+        let reply = raw.request("ruvector.admin.status", "".into()).await.map_err(|e| e.to_string())?;
+        let status: Value = serde_json::from_slice(&reply.payload).unwrap();
+        if status["status"] == "green" { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    let context = async_nats::jetstream::new(raw);
+    let mut log = context.get_stream("ruvector_log_00003").await.unwrap();
+    let bytes = log.info().await.unwrap().config.max_bytes;
+    assert!((16 << 20..110 << 20).contains(&bytes), "{bytes}");
+    for stream in ["KV_ruvector_cluster", "KV_ruvector_nodes", "KV_ruvector_shards", "ruvector_log_00003"] {
+        let config = context.get_stream(stream).await.unwrap().cached_info().config.clone();
+        assert!(config.max_bytes > 0 && config.max_consumers > 0, "{stream}: {config:?}");
+    }
+    assert!(context.get_stream("ruvector_room").await.is_err(), "what was tried is gone");
+    let text = refused(start("b")).await;
+    assert!(text.contains("max_streams"), "{text}");
+    let text = refused(start("c")).await;
+    assert!(text.contains("max_file") && text.contains("--num-shards"), "{text}");
+    let config = r#"
+        jetstream { store_dir: "./js", max_file_store: 100GB }
+        http: "127.0.0.1:0"
+        max_payload: 8KB
+    "#;
+    let nats = server(&cluster.dir().join("narrow"), config).await;
+    let mut options = cluster.node_options("n-narrow");
+    options.nats = nats.url();
+    let text = refused(NodeProcess::start(options).unwrap()).await;
+    assert!(text.contains("max_payload of NATS is 8192 bytes") && text.contains("32768"), "{text}");
 }

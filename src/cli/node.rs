@@ -110,7 +110,7 @@ pub(crate) struct NodeArgs {
     /// JetStream replicas of a new cluster's logs [default: 3 in a NATS cluster, else 1].
     #[arg(long)]
     log_replicas: Option<usize>,
-    /// Most bytes of one shard's log in a new cluster [default: 1GiB].
+    /// Most bytes of one shard's log in a new cluster [default: what NATS has room for, up to 1GiB].
     #[arg(long)]
     log_max_bytes: Option<String>,
     /// Found a new cluster even where an earlier one has left log streams and records in the namespace: deletes them, and

@@ -19,13 +19,15 @@ pub(crate) enum Failure {
     NoSpace,
     /// JetStream says that it has no majority.
     NoQuorum,
+    /// There is no consumer to be had.
+    NoConsumer,
     /// No answer.
     Silence,
 }
 
 /// The kinds of cause that are found here.
-pub(crate) const KINDS: [&str; 4] =
-    ["log_full", "jetstream_full", "jetstream_no_quorum", "jetstream_no_answer"];
+pub(crate) const KINDS: [&str; 5] =
+    ["log_full", "jetstream_full", "jetstream_no_quorum", "jetstream_no_answer", "jetstream_no_consumer"];
 
 /// The cause of one failing stream, if it is one yet. `of`: the shard whose log it is, or the bucket.
 pub(crate) fn cause(
@@ -43,6 +45,7 @@ pub(crate) fn cause(
         Failure::NoSpace => (KINDS[1], Some(Severity::Red)),
         Failure::NoQuorum => (KINDS[2], slow),
         Failure::Silence => (KINDS[3], slow),
+        Failure::NoConsumer => (KINDS[4], Some(Severity::Yellow)),
     };
     Some((kind, of, severity?))
 }

@@ -16,6 +16,7 @@ macro_rules! broken {
 }
 pub(crate) use broken;
 
+pub(crate) mod capacity;
 pub(crate) mod causes;
 pub(crate) mod compare;
 pub(crate) mod damping;

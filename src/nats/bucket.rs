@@ -9,7 +9,7 @@ use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use async_nats::HeaderMap;
 use async_nats::datetime::DateTime;
-use async_nats::jetstream::{self, context::PublishErrorKind, kv};
+use async_nats::jetstream::{self, context::PublishErrorKind, kv, stream};
 use bytes::Bytes;
 use futures::StreamExt;
 use std::collections::BTreeMap;
@@ -19,6 +19,17 @@ use tracing::debug;
 /// Errors of JetStream that mean "the revision is another one": before and since server 2.11.
 const WRONG_LAST_SEQUENCE: [u64; 2] = [10_071, 10_164];
 
+/// What a bucket reserves: the first of these for which there is room. Accounts may ask for a bound. 65,536 shards have
+/// records of 40 MiB in all.
+const SIZES: [i64; 3] = [32 << 20, 16 << 20, 8 << 20];
+const SIZES_OF_MAP: [i64; 3] = [64 << 20, 16 << 20, 8 << 20];
+/// Consumers of one bucket: four watches of each node, three of each client.
+const CONSUMERS: i32 = 1_000;
+/// A consumer whose reader has gone ends after this, whatever its maker wants.
+const CONSUMER_TTL: Duration = Duration::from_secs(300);
+
+/// Keys read at a time where there is no watch.
+const LIST_PARALLEL: usize = 32;
 /// One question to any server of a stream.
 const FROM_ANY: Duration = Duration::from_secs(2);
 
@@ -111,20 +122,81 @@ impl Bucket {
         if self.exists().await? {
             return Ok(());
         }
-        let config = kv::Config {
-            bucket: self.name.clone(),
-            history: 1,
-            num_replicas: replicas,
-            storage: jetstream::stream::StorageType::File,
-            max_value_size: MAX_VALUE_BYTES,
-            ..Default::default()
-        };
-        match self.nats.jetstream.create_key_value(config).await {
-            Ok(_) => Ok(()),
-            // Somebody else was faster, perhaps with other replicas.
-            Err(_) if self.store().await.is_ok() => Ok(()),
-            Err(error) => Err(creation_error(&self.name, replicas, &error)),
+        let mut last = None;
+        let sizes = if self.name.ends_with("_shards") { SIZES_OF_MAP } else { SIZES };
+        for max_bytes in sizes {
+            match self.nats.jetstream.create_stream(self.config(replicas, max_bytes)).await {
+                Ok(_) => return Ok(()),
+                // Somebody else was faster, perhaps with other replicas.
+                Err(_) if self.store().await.is_ok() => return Ok(()),
+                Err(error) => {
+                    let error = creation_error(&self.name, replicas, &error);
+                    let smaller = matches!(error, Error::Full(_));
+                    last = Some(error);
+                    if !smaller {
+                        break;
+                    }
+                }
+            }
         }
+        Err(last.unwrap_or_else(|| Error::Internal(format!("bucket {} has no size", self.name))))
+    }
+
+    /// The stream below a bucket, as any client of key-value buckets makes it; consumers have bounds besides, since who
+    /// may read a bucket may make some: they must neither take all that the account may have, nor stay.
+    fn config(&self, replicas: usize, max_bytes: i64) -> stream::Config {
+        stream::Config {
+            name: self.stream(),
+            subjects: vec![self.subject(">")],
+            max_messages_per_subject: 1,
+            max_bytes,
+            max_message_size: MAX_VALUE_BYTES,
+            max_consumers: CONSUMERS,
+            consumer_limits: Some(stream::ConsumerLimits {
+                inactive_threshold: CONSUMER_TTL,
+                ..Default::default()
+            }),
+            storage: stream::StorageType::File,
+            num_replicas: replicas,
+            discard: stream::DiscardPolicy::New,
+            allow_rollup: true,
+            deny_delete: true,
+            allow_direct: true,
+            ..Default::default()
+        }
+    }
+
+    /// Every present key, without a consumer: as there may be none to be had. As the stream's leader has them.
+    pub(crate) async fn list_by_subject(&self) -> Result<BTreeMap<String, Change>> {
+        let what = || format!("listing bucket {}", self.name);
+        let stream = self.nats.jetstream.get_stream_no_info(self.stream()).await;
+        let stream = stream.map_err(|e| unavailable(what(), e))?;
+        let listed = async {
+            let mut subjects =
+                stream.info_with_subjects(self.subject(">")).await.map_err(|e| unavailable(what(), e))?;
+            let prefix = self.subject("");
+            let mut keys = Vec::new();
+            while let Some(subject) = subjects.next().await {
+                let (subject, _) = subject.map_err(|e| unavailable(what(), e))?;
+                keys.extend(subject.strip_prefix(&prefix).map(str::to_owned));
+            }
+            Ok::<_, Error>(keys)
+        };
+        let late = |_| Error::Unavailable(format!("{}: no answer in time", what()));
+        let keys = tokio::time::timeout(API_TIMEOUT, listed).await.map_err(late)??;
+        let mut found = futures::stream::iter(keys)
+            .map(|key| async move { (self.look(&key).await, key) })
+            .buffer_unordered(LIST_PARALLEL);
+        let mut all = BTreeMap::new();
+        while let Some((value, key)) = found.next().await {
+            let (revision, value) = match value? {
+                Found::Nothing => continue,
+                Found::Deleted(revision) => (revision, None),
+                Found::Value(found) => (found.revision, Some(found.value)),
+            };
+            all.insert(key.clone(), Change { key, revision, value });
+        }
+        Ok(all)
     }
 
     pub(crate) async fn exists(&self) -> Result<bool> {
@@ -136,13 +208,20 @@ impl Bucket {
     }
 
     async fn store(&self) -> Result<kv::Store> {
-        self.nats.jetstream.get_key_value(&self.name).await.map_err(|e| {
+        let name = format!(".{}", self.stream());
+        let found = self.nats.unless_denied(&[&name], self.nats.jetstream.get_key_value(&self.name)).await?;
+        found.map_err(|e| {
             if api_code(&e) == Some(10_059) {
                 Error::NotFound(format!("bucket {} does not exist", self.name))
             } else {
                 unavailable(format!("bucket {}", self.name), e)
             }
         })
+    }
+
+    /// Under which the lack of a watch is known.
+    pub(crate) fn watch_name(&self) -> String {
+        format!("{} (watch)", self.name)
     }
 
     fn stream(&self) -> String {
@@ -181,7 +260,9 @@ impl Bucket {
     pub(crate) async fn look(&self, key: &str) -> Result<Found> {
         let connected = self.nats.is_connected();
         let mut reason = Reason::NoAnswer;
-        let found = self.ask_leader(key, &mut reason).await;
+        let name = format!(".{}", self.stream());
+        let found = self.nats.unless_denied(&[&name], self.ask_leader(key, &mut reason)).await;
+        let found = found.and_then(|found| found);
         let trouble = &self.nats.trouble;
         match &found {
             Ok(_) => trouble.worked(&self.name, Asking::Read),
@@ -245,7 +326,13 @@ impl Bucket {
         let what = || format!("writing {key:?} of bucket {}", self.name);
         let connected = self.nats.is_connected();
         let mut reason = Reason::NoAnswer;
-        let written = match tokio::time::timeout(API_TIMEOUT, sent).await {
+        let subject = format!("\"{}\"", self.subject(key));
+        let sent = tokio::time::timeout(API_TIMEOUT, sent);
+        let sent = match self.nats.unless_denied(&[&subject], sent).await {
+            Ok(sent) => sent,
+            Err(denied) => return Cas::Unknown(denied),
+        };
+        let written = match sent {
             Ok(Ok(ack)) => Cas::Applied(ack.sequence),
             Ok(Err(error)) => {
                 let lost = matches!(error.kind(), PublishErrorKind::WrongLastSequence)
@@ -304,7 +391,15 @@ impl Bucket {
     /// All present keys, from the stream's leader (consumers live there).
     pub(crate) async fn list(&self) -> Result<BTreeMap<String, Versioned>> {
         let mut all = BTreeMap::new();
-        let mut watch = self.watch().await?;
+        let mut watch = match self.watch().await {
+            Err(Error::Busy(_)) => {
+                let present = |change: Change| {
+                    Some((change.key, Versioned { revision: change.revision, value: change.value? }))
+                };
+                return Ok(self.list_by_subject().await?.into_values().filter_map(present).collect());
+            }
+            watch => watch?,
+        };
         while !watch.current {
             let next = tokio::time::timeout(API_TIMEOUT, watch.next()).await;
             let change =
@@ -337,12 +432,19 @@ impl Bucket {
     }
 
     /// Every present key once, then every change.
+    ///
+    /// # Errors
+    /// `Busy` when there is no consumer to be had.
     pub(crate) async fn watch(&self) -> Result<Watch> {
         let store = self.store().await?;
-        let watching = tokio::time::timeout(API_TIMEOUT, store.watch_with_history(">")).await;
-        let entries = watching
+        let name = format!(".{}", self.stream());
+        let watching = tokio::time::timeout(API_TIMEOUT, store.watch_with_history(">"));
+        let entries = self
+            .nats
+            .unless_denied(&[&name], watching)
+            .await?
             .map_err(|_| Error::Unavailable(format!("watching bucket {}: no answer in time", self.name)))?
-            .map_err(|e| unavailable(format!("watching bucket {}", self.name), e))?;
+            .map_err(|e| watch_error(&self.name, &e))?;
         // An empty bucket never delivers the entry that says "that was all".
         let current = store.status().await.map(|s| s.values() == 0).unwrap_or(false);
         Ok(Watch { entries, current, name: self.name.clone() })
@@ -393,11 +495,33 @@ pub(crate) fn creation_error(
         Some(10_005) => Error::Unavailable(format!(
             "{name} cannot have {replicas} replicas, fewer JetStream servers are up: start more (log_replicas counts only when a cluster is created)"
         )),
-        Some(10_023 | 10_047) => {
-            Error::Full(format!("NATS has no room for {name}: raise JetStream's max_file_store"))
-        }
+        // Fewer servers than copies, or no server with room for one.
+        Some(10_023 | 10_028 | 10_047 | 10_002 | 10_122) => Error::Full(format!(
+            "NATS has no room for {name} ({error}): raise max_file of the account or max_file_store of the server, or \
+             delete streams that nobody needs"
+        )),
+        Some(10_027) => Error::Full(format!(
+            "NATS does not let this account make {name}, it has as many streams as it may: raise max_streams"
+        )),
+        Some(10_120) => Error::Invalid(format!(
+            "{name} cannot have {replicas} replicas, this account has no tier R{replicas}: give it one, or create the \
+             cluster with another log_replicas"
+        )),
         _ => unavailable(format!("creating {name}"), error),
     }
+}
+
+/// Why a bucket cannot be watched.
+fn watch_error(name: &str, error: &(dyn std::error::Error + 'static)) -> Error {
+    // The text of a watch's error is all that is left of JetStream's code.
+    let text = error.to_string();
+    if matches!(api_code(error), Some(10_026 | 10_002)) || text.contains("maximum consumers limit") {
+        return Error::Busy(format!(
+            "bucket {name} has as many consumers as it may, or the account has: see who makes them (nats consumer ls \
+             KV_{name}), and raise max_consumers if these are too few"
+        ));
+    }
+    unavailable(format!("watching bucket {name}"), error)
 }
 
 /// Pause before a watch is started again: 0.2 s to 5 s, so that reconnect storms do not pile up consumers.

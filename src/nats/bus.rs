@@ -197,7 +197,13 @@ impl Bus {
     ) -> Asked<Message> {
         let request = async_nats::Request::new().payload(body).headers(headers).timeout(Some(timeout));
         let asked = self.nats.client.send_request(subject.clone(), request);
-        match tokio::time::timeout(timeout + Duration::from_millis(50), asked).await {
+        let asked = tokio::time::timeout(timeout + Duration::from_millis(50), asked);
+        let quoted = format!("\"{subject}\"");
+        let asked = match self.nats.unless_denied(&[&quoted], asked).await {
+            Ok(asked) => asked,
+            Err(denied) => return Asked::NoAnswer(denied),
+        };
+        match asked {
             Ok(Ok(message)) => Asked::Answer(message),
             Ok(Err(error)) => match error.kind() {
                 async_nats::RequestErrorKind::NoResponders => Asked::NoResponders,

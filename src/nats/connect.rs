@@ -1,13 +1,14 @@
 //! Connecting to NATS, and knowing how the connection is.
 
+use super::tls::{about_certificates, check_certificates, check_key};
 use super::trouble::{Reason, Trouble};
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, ServerError, jetstream};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
@@ -60,6 +61,17 @@ impl NatsOptions {
         self.servers.iter().map(hide).collect::<Vec<_>>().join(",")
     }
 
+    /// As whom we connect, for people.
+    fn who(&self, addresses: &[ServerAddr]) -> String {
+        let from_url = addresses.iter().find_map(|address| address.username());
+        match (self.user.as_deref().or(from_url), &self.creds, &self.nkey) {
+            (Some(user), ..) => format!("user {user:?}"),
+            (None, Some(file), _) => format!("the user of {}", file.display()),
+            (None, None, Some(file)) => format!("the nkey of {}", file.display()),
+            (None, None, None) => "nobody (no user is named)".to_owned(),
+        }
+    }
+
     fn addresses(&self) -> Result<Vec<ServerAddr>> {
         if self.servers.is_empty() {
             return Err(Error::Invalid(
@@ -86,6 +98,12 @@ impl NatsOptions {
         if let Some(path) = &self.nkey {
             let seed = tokio::task::block_in_place(|| std::fs::read_to_string(path));
             let seed = seed.map_err(|e| unreadable("nkey seed", path, &e))?;
+            if !seed.trim().starts_with('S') {
+                return Err(Error::Invalid(format!(
+                    "{} holds no nkey seed (it begins with SU)",
+                    path.display()
+                )));
+            }
             options = options.nkey(seed.trim().to_owned());
         }
         // async-nats leaves credentials in the URL alone.
@@ -100,9 +118,12 @@ impl NatsOptions {
             options = options.custom_inbox_prefix(prefix);
         }
         if let Some(path) = &self.tls_ca {
+            check_certificates("the CA file", path)?;
             options = options.add_root_certificates(path.clone()).require_tls(true);
         }
         if let (Some(cert), Some(key)) = (&self.tls_cert, &self.tls_key) {
+            check_certificates("the certificate file", cert)?;
+            check_key("the key file", key)?;
             options = options.add_client_certificate(cert.clone(), key.clone()).require_tls(true);
         }
         Ok(options)
@@ -114,6 +135,11 @@ impl NatsOptions {
 pub(crate) struct Health {
     connected: watch::Sender<bool>,
     violation: watch::Sender<Option<String>>,
+    /// Why the last try to connect again has failed.
+    last_error: Mutex<Option<String>>,
+    /// As whom we are connected, for people.
+    user: String,
+    servers: String,
     pub(crate) reconnects: AtomicU64,
     pub(crate) slow_consumers: AtomicU64,
 }
@@ -122,6 +148,7 @@ impl Health {
     fn on_event(&self, name: &str, event: Event) {
         match event {
             Event::Connected => {
+                *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
                 if !self.connected.send_replace(true) {
                     self.reconnects.fetch_add(1, Ordering::Relaxed);
                     info!(connection = name, "connected to NATS");
@@ -146,11 +173,17 @@ impl Health {
             Event::ServerError(ServerError::Other(text))
                 if text.to_ascii_lowercase().contains("permissions violation") =>
             {
+                let text = format!("{text}, as {}", self.user);
                 warn!(connection = name, "NATS refuses: {text}");
                 self.violation.send_replace(Some(text));
             }
             Event::ServerError(error) => warn!(connection = name, "NATS says: {error}"),
-            Event::ClientError(error) => debug!(connection = name, "{error}"),
+            Event::ClientError(error) => {
+                debug!(connection = name, "{error}");
+                let text = error.to_string();
+                let text = about_certificates(&text, &self.servers).unwrap_or(text);
+                *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+            }
             Event::LameDuckMode => info!(connection = name, "the NATS server is about to stop"),
             Event::Draining => {}
         }
@@ -203,6 +236,9 @@ impl Nats {
         let health = Arc::new(Health {
             connected: watch::Sender::new(true),
             violation: watch::Sender::new(None),
+            last_error: Mutex::default(),
+            user: options.who(&addresses),
+            servers: options.shown(),
             reconnects: AtomicU64::new(0),
             slow_consumers: AtomicU64::new(0),
         });
@@ -242,15 +278,23 @@ impl Nats {
                     )));
                 }
                 Err(error) => {
+                    let certificates = about_certificates(&chain(&error), &options.shown());
                     if let Patience::For(limit) = patience
                         && started.elapsed() + pause >= limit
                     {
-                        return Err(Error::Unavailable(format!(
-                            "no NATS server answers at {}: {error}; start one, or name another with --nats",
-                            options.shown()
-                        )));
+                        return Err(Error::Unavailable(certificates.unwrap_or_else(|| {
+                            format!(
+                                "no NATS server answers at {}: {error}; start one, or name another with --nats",
+                                options.shown()
+                            )
+                        })));
                     }
-                    info!(servers = options.shown(), "NATS is not there yet ({error}), trying again");
+                    match certificates {
+                        Some(text) => warn!("cannot connect to NATS: {text}; trying again"),
+                        None => {
+                            info!(servers = options.shown(), "NATS is not there yet ({error}), trying again");
+                        }
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(LAST_RETRY);
                 }
@@ -311,6 +355,44 @@ impl Nats {
         }
     }
 
+    /// Why there is no connection, if that is known.
+    pub(crate) fn why_away(&self) -> Option<String> {
+        self.health.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A call, or what NATS does not permit of it. NATS says so beside the call, and never answers it; what it says of
+    /// other subjects is not about this one.
+    pub(crate) async fn unless_denied<T>(&self, about: &[&str], call: impl Future<Output = T>) -> Result<T> {
+        let mut seen = self.health.violation.subscribe();
+        seen.mark_unchanged();
+        let is_about = |text: &str| {
+            let replies = text.contains("Subscription") && text.contains(&self.inbox_prefix());
+            replies || about.iter().any(|subject| text.contains(subject))
+        };
+        let denied = async {
+            loop {
+                if seen.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                let text = seen.borrow_and_update().clone();
+                if let Some(text) = text.filter(|text| is_about(text)) {
+                    return text;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            done = call => Ok(done),
+            text = denied => Err(permission_error(&text)),
+        }
+    }
+
+    /// Where replies to us go.
+    fn inbox_prefix(&self) -> String {
+        let inbox = self.client.new_inbox();
+        inbox.rsplit_once('.').map_or(inbox.clone(), |(prefix, _)| prefix.to_owned())
+    }
+
     /// The last permission violation that the server reported.
     pub(crate) fn violation(&self) -> Option<String> {
         self.health.violation.borrow().clone()
@@ -332,6 +414,11 @@ impl Nats {
                 std::future::pending::<()>().await;
             }
         }
+    }
+
+    /// Largest message of NATS.
+    pub(crate) fn max_payload(&self) -> usize {
+        self.client.max_payload()
     }
 
     /// Largest payload for a message of ours, with room for headers.
@@ -395,10 +482,21 @@ impl Nats {
     }
 }
 
+/// An error with all that it is caused by.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut at = error.source();
+    while let Some(error) = at {
+        text.push_str(&format!(": {error} {error:?}"));
+        at = error.source();
+    }
+    text
+}
+
 /// A permission violation as an error that names the subject.
 pub(crate) fn permission_error(violation: &str) -> Error {
     Error::Invalid(format!(
-        "NATS does not permit this user what a node needs: {violation}; see nats/roles.conf"
+        "NATS does not permit this: {violation}; see nats/roles.conf for what each role needs"
     ))
 }
 

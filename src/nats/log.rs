@@ -16,7 +16,9 @@ use crate::model::wire::{self, LogEntry};
 use crate::model::{OpId, ShardId};
 use async_nats::jetstream::consumer::{AckPolicy, Consumer, DeliverPolicy, pull};
 use async_nats::jetstream::context::PublishErrorKind;
-use async_nats::jetstream::stream::{Config, DiscardPolicy, Info, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{
+    Config, ConsumerLimits, DiscardPolicy, Info, RetentionPolicy, StorageType,
+};
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use std::collections::{BTreeMap, HashMap};
@@ -25,6 +27,13 @@ use std::time::Duration;
 use tracing::debug;
 use uuid::Uuid;
 
+/// What the events reserve: the first of these for which there is room.
+const EVENT_SIZES: [i64; 3] = [256 << 20, 64 << 20, 16 << 20];
+/// Consumers of the events: whoever may make some must not take all that the account has, nor keep them.
+const MAX_CONSUMERS: i32 = 1_000;
+const EVENT_CONSUMER_TTL: Duration = Duration::from_secs(300);
+/// Of a log: replicas need one each, and those of their readers that have died stay for a moment.
+const LOG_CONSUMERS: i32 = 256;
 const LOG_ID: &str = "ruvector-log-id";
 const CLUSTER_ID: &str = "ruvector-cluster-id";
 /// Largest body of an entry that joins several writes.
@@ -91,7 +100,12 @@ pub(crate) fn event_settings(subjects: &Subjects, replicas: usize) -> Settings {
         name: subjects.event_stream(),
         subjects: vec![subjects.all_events()],
         max_age: Duration::from_secs(7 * 24 * 3600),
-        max_bytes: 256 << 20,
+        max_bytes: EVENT_SIZES[0],
+        max_consumers: MAX_CONSUMERS,
+        consumer_limits: Some(ConsumerLimits {
+            inactive_threshold: EVENT_CONSUMER_TTL,
+            ..Default::default()
+        }),
         discard: DiscardPolicy::Old,
         storage: StorageType::File,
         num_replicas: replicas,
@@ -135,13 +149,21 @@ pub(crate) async fn ensure_event_stream(
     replicas: usize,
 ) -> std::result::Result<(), async_nats::jetstream::context::CreateStreamError> {
     let Settings(config) = event_settings(subjects, replicas);
-    if nats.jetstream.get_stream(&config.name).await.is_ok() {
+    let name = config.name.clone();
+    if nats.jetstream.get_stream(&name).await.is_ok() {
         return Ok(());
     }
-    match nats.jetstream.create_stream(config.clone()).await {
-        Ok(_) => Ok(()),
-        Err(_) if nats.jetstream.get_stream(&config.name).await.is_ok() => Ok(()),
-        Err(error) => Err(error),
+    let mut sizes = EVENT_SIZES.into_iter();
+    loop {
+        let max_bytes = sizes.next().unwrap_or(EVENT_SIZES[0]);
+        let config = Config { max_bytes, ..config.clone() };
+        match nats.jetstream.create_stream(config).await {
+            Ok(_) => return Ok(()),
+            Err(_) if nats.jetstream.get_stream(&name).await.is_ok() => return Ok(()),
+            // Fewer events are kept where there is less room.
+            Err(error) if sizes.len() > 0 && Reason::of(&error) == Reason::NoSpace => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
@@ -213,6 +235,7 @@ impl Logs {
             // A full log refuses writes; it never drops what a replica may still need.
             discard: DiscardPolicy::New,
             max_bytes: cluster.log_max_bytes,
+            max_consumers: LOG_CONSUMERS,
             storage: StorageType::File,
             num_replicas: cluster.log_replicas,
             duplicate_window: Duration::from_secs(120),
@@ -348,7 +371,14 @@ impl Logs {
         let consumer: Consumer<pull::Config> = tokio::time::timeout(API_TIMEOUT, create)
             .await
             .map_err(|_| Error::Unavailable(format!("{name}: creating a consumer took too long")))?
-            .map_err(|e| unavailable(format!("{name}: creating a consumer"), e))?;
+            .map_err(|e| {
+                let error = unavailable(format!("{name}: creating a consumer"), &e);
+                if Reason::of(&e) == Reason::NoConsumer {
+                    self.nats.trouble.failed(&name, Asking::Read, Reason::NoConsumer, &error);
+                }
+                error
+            })?;
+        self.nats.trouble.worked(&name, Asking::Read);
         let messages = consumer
             .stream()
             .max_messages_per_batch(READ_AHEAD_MESSAGES)
@@ -374,9 +404,10 @@ fn classify(stream: &str, error: &async_nats::jetstream::context::PublishError) 
         PublishErrorKind::StreamNotFound => {
             Appended::Refused(Error::Unavailable(format!("{stream} does not take writes at the moment")))
         }
-        PublishErrorKind::MaxPayloadExceeded => Appended::Refused(Error::Invalid(
-            "the write is larger than NATS's max_payload: send less at once".into(),
-        )),
+        // Requests that do not fit have been refused before: this is not the client's.
+        PublishErrorKind::MaxPayloadExceeded => Appended::Refused(Error::Unavailable(format!(
+            "an entry of {stream} does not fit into NATS's max_payload: has it been lowered?"
+        ))),
         PublishErrorKind::Other => match api_code(error) {
             // Maximum bytes, maximum messages, or no disk space below the stream.
             Some(10_077) if is_own_limit(error) => Appended::Refused(Error::Full(format!(

@@ -5,12 +5,14 @@
 
 pub(crate) mod bucket;
 pub(crate) mod bus;
+mod capacity;
 pub(crate) mod connect;
 pub(crate) mod events;
 pub(crate) mod log;
 pub(crate) mod room;
 pub(crate) mod service;
 pub(crate) mod subjects;
+mod tls;
 pub(crate) mod trouble;
 pub(crate) mod upkeep;
 

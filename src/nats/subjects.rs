@@ -90,6 +90,15 @@ impl Subjects {
         format!("{}_events", self.namespace)
     }
 
+    /// A stream that only tells whether there is room, and its subject.
+    pub(crate) fn room_stream(&self) -> String {
+        format!("{}_room", self.namespace)
+    }
+
+    pub(crate) fn room(&self) -> String {
+        format!("{}.room", self.namespace)
+    }
+
     /// One of the buckets `cluster`, `nodes`, `shards`, `migrations`.
     pub(crate) fn bucket(&self, name: &str) -> String {
         format!("{}_{name}", self.namespace)

@@ -29,6 +29,8 @@ pub(crate) enum Reason {
     NoSpace,
     /// JetStream has no majority of its servers, or of the stream's.
     NoQuorum,
+    /// A stream, or the account, has as many consumers as it may.
+    NoConsumer,
     /// There was no answer, or one that says nothing.
     NoAnswer,
 }
@@ -41,6 +43,7 @@ impl Reason {
             Some(10_077) if is_own_limit(error) => Reason::StreamFull,
             Some(10_077) => Reason::NoSpace,
             Some(10_023 | 10_028 | 10_047) => Reason::NoSpace,
+            Some(10_026) => Reason::NoConsumer,
             Some(10_005 | 10_008 | 10_009 | 10_118) => Reason::NoQuorum,
             _ => Reason::NoAnswer,
         }

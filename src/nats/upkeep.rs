@@ -13,6 +13,9 @@ use std::time::Duration;
 /// Least bytes that a bucket may be limited to: some accounts require a limit, and nodes set one.
 const LEAST_BUCKET: i64 = 8 << 20;
 
+/// And of the events.
+const LEAST_EVENTS: i64 = 16 << 20;
+
 /// What became of a look at a stream's settings.
 #[derive(Debug)]
 pub(crate) enum Kept {
@@ -114,7 +117,9 @@ fn differences(found: &Config, wanted: &Config) -> Vec<Setting> {
     setting!(all, found, wanted, true, "sources", sources, |s: &Option<Vec<_>>| {
         s.as_ref().is_some_and(|s| !s.is_empty()).to_string()
     });
-    let enough = wanted.allow_rollup && wanted.max_bytes <= 0 && found.max_bytes >= LEAST_BUCKET;
+    // Where there is less room, fewer events are kept.
+    let events = wanted.discard == DiscardPolicy::Old && found.max_bytes >= LEAST_EVENTS;
+    let enough = events || wanted.allow_rollup && wanted.max_bytes <= 0 && found.max_bytes >= LEAST_BUCKET;
     if !enough {
         setting!(all, found, wanted, false, "max_bytes", max_bytes, |n: &i64| limit(*n));
     }

@@ -13,6 +13,7 @@ use super::guard::Beat;
 use crate::clock::{fresh_id, fresh_secret, wall};
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
+use crate::logic::capacity::{EVENT_BYTES, Need, log_bytes};
 use crate::model::ShardId;
 use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash};
 use crate::nats::bucket::{Cas, Found};
@@ -29,6 +30,8 @@ use uuid::Uuid;
 
 /// Dimensions of a cluster whose creator did not say.
 const DEFAULT_DIMENSIONS: usize = 384;
+/// Buckets of a cluster, which are there before it is.
+const BUCKETS: u64 = 4;
 /// How often the settings are looked for, while listening.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -78,7 +81,7 @@ impl Founding<'_> {
                 }
                 None if found.value().is_some() => return Err(damaged()),
                 None => match self.clear_the_ground().await? {
-                    true => self.new_cluster(),
+                    true => self.new_cluster().await?,
                     false => continue,
                 },
             };
@@ -216,9 +219,13 @@ impl Founding<'_> {
         })
     }
 
-    fn new_cluster(&self) -> ClusterRecord {
+    async fn new_cluster(&self) -> Result<ClusterRecord> {
         let config = self.config;
-        ClusterRecord {
+        let log_max_bytes = match config.log_max_bytes {
+            0 => self.log_bytes().await?,
+            bytes => bytes,
+        };
+        Ok(ClusterRecord {
             cluster_id: fresh_id(),
             num_shards: config.num_shards as u32,
             replication_factor: config.replication_factor as u32,
@@ -231,10 +238,29 @@ impl Founding<'_> {
             dimensions: config.dimensions.unwrap_or(DEFAULT_DIMENSIONS),
             metric: config.metric.unwrap_or_default(),
             log_replicas: self.replicas,
-            log_max_bytes: config.log_max_bytes as i64,
+            log_max_bytes: log_max_bytes as i64,
             format_version: FORMAT_VERSION,
             created_at: wall(),
+        })
+    }
+
+    /// How large logs can be here: what the account has left, and what the servers have.
+    async fn log_bytes(&self) -> Result<u64> {
+        let mut room = self.nats.room(self.replicas).await?;
+        let shards = self.config.num_shards as u64;
+        let need = Need { shards, message: self.nats.max_payload() as u64, made: BUCKETS };
+        let all = shards * log_bytes(room, need)? + EVENT_BYTES;
+        let (name, subject) = (self.subjects.room_stream(), self.subjects.room());
+        // A stream of that size may not be allowed, though all logs together are.
+        if room.stream_bytes.is_none_or(|most| most >= all) {
+            let there = self.nats.try_room(&name, &subject, self.replicas, all).await;
+            if there < all {
+                room.bytes = Some(there);
+            }
         }
+        let bytes = log_bytes(room, need)?;
+        info!(bytes, "each log may have so many bytes");
+        Ok(bytes)
     }
 
     /// Looks for what an earlier cluster has left, and deletes it if that was asked for. `false`: there are settings after

@@ -14,6 +14,7 @@ use crate::client::Client;
 use crate::clock::{Clock, fresh_id, wall};
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
+use crate::logic::capacity::least_payload;
 use crate::logic::hash::KeyRouter;
 use crate::logic::lease::PingOutcome;
 use crate::metrics::Metrics;
@@ -89,7 +90,8 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         replicas,
         known: known.clone(),
     };
-    let cluster = patiently(|| founding.agree()).await?;
+    let cluster = patiently(|| Box::pin(founding.agree())).await?;
+    check_payload(&control, &cluster)?;
     facts.allow_replicas(cluster.log_replicas)?;
     if let Some(dir) = &data_dir {
         dir.claim(&config.node_id, &config.namespace, &cluster)?;
@@ -241,6 +243,18 @@ async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Res
     crate::nats::log::ensure_event_stream(nats, subjects, replicas)
         .await
         .map_err(|e| creation_error(&subjects.event_stream(), replicas, &e))
+}
+
+/// Whether messages of ours fit: batches and chunks are cut to fit, but a vector is not.
+fn check_payload(nats: &Nats, cluster: &ClusterRecord) -> Result<()> {
+    let (have, need) = (nats.max_payload(), least_payload(cluster.dimensions));
+    if have >= need {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "max_payload of NATS is {have} bytes, vectors of {} dimensions need at least {need}: raise it on every server",
+        cluster.dimensions
+    )))
 }
 
 /// Writes our record, unless a live process already has our name.

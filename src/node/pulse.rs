@@ -218,8 +218,11 @@ async fn ask_durable(
 /// Connections that are not there.
 fn look_at_connections(ctx: &Context) {
     let away = ctx.connections().into_iter().filter(|(_, nats)| !nats.is_connected());
-    let text = |name| format!("{} has no connection to NATS for {name}", ctx.node);
-    let away = away.map(|(name, _)| (Subject::Named(name.to_owned()), Severity::Red, text(name)));
+    let away = away.map(|(name, nats)| {
+        let why = nats.why_away().map(|why| format!(": {why}")).unwrap_or_default();
+        let text = format!("{} has no connection to NATS for {name}{why}", ctx.node);
+        (Subject::Named(name.to_owned()), Severity::Red, text)
+    });
     ctx.causes.replace("nats_disconnected", away);
 }
 

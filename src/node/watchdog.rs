@@ -91,6 +91,7 @@ fn failure(fails: &Failing, said: Option<&Error>) -> Failure {
     match fails.reason {
         Reason::StreamFull => Failure::LogFull,
         Reason::NoSpace => Failure::NoSpace,
+        Reason::NoConsumer => Failure::NoConsumer,
         Reason::NoQuorum => Failure::NoQuorum,
         Reason::NoAnswer if said.is_some_and(|said| said.to_string().contains("no quorum")) => {
             Failure::NoQuorum
@@ -106,7 +107,7 @@ fn sentence(fails: &Failing, said: Option<&Error>) -> String {
         Asking::Read => "answer reads",
     };
     match (fails.reason, said) {
-        (Reason::StreamFull | Reason::NoSpace, _) => fails.error.to_string(),
+        (Reason::StreamFull | Reason::NoSpace | Reason::NoConsumer, _) => fails.error.to_string(),
         (Reason::NoQuorum | Reason::NoAnswer, Some(said)) => {
             format!("{} does not {what}: {said}", fails.stream)
         }

@@ -22,6 +22,8 @@ use serde_json::Value;
 
 /// Shards of one answer: it must fit into one message.
 const PAGE: usize = 500;
+/// Of one shard in an answer, with long names of nodes.
+const SHARD_BYTES: usize = 2_048;
 
 /// A request that has no fields.
 #[derive(Default, Deserialize)]
@@ -304,7 +306,8 @@ impl Leader {
             request.only.map_or(record.shard.0 >= request.from, |only| record.shard == only)
         };
         let mut found = self.shards.values().map(|(_, record)| record).filter(wanted);
-        let shards = found.by_ref().take(PAGE).map(|record| {
+        let page = PAGE.min(self.ctx.control.nats.max_body() / SHARD_BYTES).max(1);
+        let shards = found.by_ref().take(page).map(|record| {
             let (vectors, size_bytes) = self.size(record);
             let applied =
                 record.holders().filter_map(|n| Some((n.clone(), self.reported(n, record.shard)?.applied)));
