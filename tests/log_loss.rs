@@ -6,9 +6,9 @@ mod harness;
 use harness::load::Load;
 use harness::{Setup, TestCluster, eventually};
 use ruvector_cluster::model::wire::{
-    LogEntry, LogOp, ReadReply, ReadRequest, Reply, checksum, decode, encode,
+    LogEntry, LogOp, ReadReply, ReadRequest, Reply, WriteOp, checksum, decode, encode,
 };
-use ruvector_cluster::{Consistency, Error, ShardId, VectorEntry};
+use ruvector_cluster::{Client, Consistency, Error, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -42,6 +42,16 @@ async fn fill(cluster: &TestCluster, prefix: &str) -> u64 {
     }
     wait_applied_everywhere(cluster).await;
     cluster.api("count", json!({"consistency": "linearizable"})).await["count"].as_u64().unwrap()
+}
+
+/// Puts an operation into the log of shard 0, as a node would that dies before it says so.
+async fn append(cluster: &TestCluster, op: LogOp) {
+    let body = encode(&LogEntry::new(vec![op])).unwrap();
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("Ruvector-Checksum", checksum(&body).as_str());
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    let sent = context.publish_with_headers("ruvector.log.00000", headers, body.into()).await.unwrap();
+    sent.await.unwrap();
 }
 
 async fn count_when_it_answers(cluster: &TestCluster) -> u64 {
@@ -142,9 +152,9 @@ async fn an_entry_on_its_way_into_a_store_while_the_log_loses_it_comes_back() {
         .await;
     }
     cluster.pause_at("applying");
-    let write = |id: &str| json!({"entries": [{"id": id, "vector": [4, 3, 2, 1]}]});
-    let reply = cluster.api("upsert", write("late")).await;
-    assert_eq!(reply["upserted"], 1, "{reply}");
+    // In the log, and not yet acknowledged to anybody: that comes with applying it.
+    let op = WriteOp::Upsert(vec![VectorEntry::new("late", vec![4.0, 3.0, 2.0, 1.0])]);
+    append(&cluster, LogOp::Write { op_id: Client::operation_id(), op, born_ms: None }).await;
     for id in ["n1", "n2"] {
         cluster.node(id).kill().await.unwrap();
     }
@@ -304,14 +314,8 @@ async fn a_log_that_was_purged_by_hand_behind_what_anybody_has_is_built_anew() {
     for id in ["n1", "n2", "n3"] {
         cluster.node(id).kill().await.unwrap();
     }
-    let context = async_nats::jetstream::new(cluster.raw.clone());
-    let body = encode(&LogEntry::new(vec![LogOp::Barrier])).unwrap();
     for _ in 0..3 {
-        let mut headers = async_nats::HeaderMap::new();
-        headers.insert("Ruvector-Checksum", checksum(&body).as_str());
-        let sent =
-            context.publish_with_headers("ruvector.log.00000", headers, body.clone().into()).await.unwrap();
-        sent.await.unwrap();
+        append(&cluster, LogOp::Barrier).await;
     }
     cluster.by_hand().purge_stream("ruvector_log_00000").await.unwrap();
     for id in ["n1", "n2", "n3"] {
