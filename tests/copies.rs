@@ -119,12 +119,12 @@ fn flip_everywhere(file: &Path, text: &str) {
 }
 
 /// A store of this shard as another cluster would have left it.
-fn foreign_file(path: &Path, shard: u32) {
+fn foreign_file(path: &Path, shard: u32, dimensions: usize, cluster: Uuid) {
     let dir = tempfile::tempdir().unwrap();
     let stores = RedbStores::new(dir.path().into(), RedbOptions::default());
-    let (metric, cluster) = (DistanceMetric::Euclidean, Uuid::from_u128(5));
-    let store = stores.open(&StoreSpec { shard: ShardId(shard), dimensions: 4, metric, cluster }).unwrap();
-    let mutations = vec![Mutation::Upsert(VectorEntry::new("ghost", vec![1.0; 4]))];
+    let metric = DistanceMetric::Euclidean;
+    let store = stores.open(&StoreSpec { shard: ShardId(shard), dimensions, metric, cluster }).unwrap();
+    let mutations = vec![Mutation::Upsert(VectorEntry::new("ghost", vec![1.0; dimensions]))];
     store.apply(Batch { mutations, applied: 40, ..Batch::default() }).unwrap();
     store.flush().unwrap();
     drop(store);
@@ -144,7 +144,7 @@ async fn what_is_damaged_or_does_not_belong_is_set_aside_and_copied_again() {
     // 0: damaged. 1: of another cluster. 2: a folder. 3 and 4: exchanged. 5: nothing left.
     let bytes = std::fs::read(file(0)).unwrap();
     std::fs::write(file(0), &bytes[..bytes.len() / 2]).unwrap();
-    foreign_file(&file(1), 1);
+    foreign_file(&file(1), 1, 4, Uuid::from_u128(5));
     std::fs::remove_file(file(2)).unwrap();
     std::fs::create_dir(file(2)).unwrap();
     swap(&file(3), &file(4));
@@ -191,4 +191,39 @@ async fn damage_is_found_while_the_only_copy_serves_and_nothing_is_lost() {
     cluster.wait_green().await;
     assert_eq!(count(&cluster).await, IDS as u64);
     assert_eq!(asides(&dir, "damaged").len(), 1, "nobody else has it");
+}
+
+/// Its file is sound, but of another number of dimensions: a mistake that only a person can put right.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_cannot_be_opened_is_rebuilt_elsewhere_and_its_node_is_ready() {
+    let setup = Setup { nodes: 3, shards: 3, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--rereplicate-after", "4s")).await;
+    fill(&cluster).await;
+    let holders = cluster.map().await.0;
+    let (shard, node) = (0, holders[&0][1].clone());
+    let file = store_file(&cluster.node(&node).data_dir(), shard);
+    cluster.node(&node).kill().await.unwrap();
+    foreign_file(&file, shard, 3, Uuid::nil());
+    cluster.node(&node).restart().unwrap();
+    // The record names it a minute later: until then the old one might be a slow one, which has what nobody else has.
+    eventually("another node has a whole one, beside the one that works", || async {
+        let view = cluster.shard(shard).await;
+        let to = view["joining"][0].as_str().filter(|to| *to != node).ok_or_else(|| view.to_string())?;
+        let report = cluster.report(to, shard).await?;
+        match report {
+            Some(report) if report.state.to_string() == "serving" => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    let record = cluster.bucket("nodes").await.get(&*node).await.unwrap().unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    eventually("its node is ready", || async {
+        let answer = harness::http_get(record["addr"].as_str().ok_or("addr")?, "/readyz").await;
+        let answer = answer.map_err(|e| e.to_string())?;
+        if answer.starts_with("HTTP/1.1 200") { Ok(()) } else { Err(answer) }
+    })
+    .await;
+    assert!(file.exists(), "only a person can tell whose mistake it is");
+    assert_eq!(count(&cluster).await, IDS as u64);
 }

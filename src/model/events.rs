@@ -115,6 +115,26 @@ fn is_none_behind(lag_ms: &u64) -> bool {
     *lag_ms == 0
 }
 
+impl ReplicaLoad {
+    /// Of a replica that cannot be opened.
+    pub(crate) fn not_open(shard: ShardId) -> Self {
+        ReplicaLoad {
+            shard,
+            state: ReplicaState::Failed,
+            reads_per_s: 0.0,
+            writes_per_s: 0.0,
+            searches_per_s: 0.0,
+            bytes: 0,
+            vectors: 0,
+            applied: 0,
+            durable: 0,
+            log_id: Uuid::nil(),
+            serves: Some(false),
+            lag_ms: 0,
+        }
+    }
+}
+
 /// `ruvector.load.<node>`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LoadReport {

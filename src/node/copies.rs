@@ -52,7 +52,7 @@ fn unusable(ctx: &Context, aside: &SetAside) -> String {
         AsideKind::Misplaced | AsideKind::Foreign => "did not belong there",
     };
     format!(
-        "its copy on {} {what} and is kept as {}; another one is being made, from its log or from another replica",
+        "its copy on {} {what} and is kept as {}, until there is another one, from its log or from another replica",
         ctx.node, aside.name
     )
 }

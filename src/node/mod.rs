@@ -58,6 +58,8 @@ pub(crate) struct Node {
 const GOODBYE: Duration = Duration::from_secs(10);
 /// For giving primaries away; whoever leads does it anyway when we are gone.
 const HAND_OVER: Duration = Duration::from_secs(3);
+/// A replica that cannot be opened for so long keeps its node no longer from being ready.
+const NOT_WAITED_FOR: Duration = Duration::from_secs(10);
 /// One question of it: a leader that leaves too may have taken the last one along, and the next must know
 /// soon, or it moves replicas to us.
 const HAND_OVER_ASK: Duration = Duration::from_millis(500);
@@ -213,7 +215,12 @@ impl Node {
         if ctx.stop.is_cancelled() || view.node_status(&ctx.node) == NodeStatus::Left {
             return Err(Error::Unavailable("leaving".into()));
         }
-        let wanted = view.shards.values().filter(|(_, record)| record.has_replica(&ctx.node)).count();
+        // What cannot be opened is said elsewhere, and made elsewhere: that must not keep all others from requests.
+        let (failing, now) = (self.replicas.failing(), ctx.clock.now());
+        let failed =
+            |shard| failing.get(shard).is_some_and(|since| now.saturating_sub(*since) >= NOT_WAITED_FOR);
+        let held = view.shards.iter().filter(|(_, (_, record))| record.has_replica(&ctx.node));
+        let wanted = held.filter(|(shard, _)| !failed(*shard)).count();
         let serving =
             self.replicas.all().iter().filter(|r| r.status().state == ReplicaState::Serving).count();
         if serving < wanted {

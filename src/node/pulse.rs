@@ -4,7 +4,7 @@ use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::truncation::{cut, is_current, is_worth_a_look, lowest};
 use crate::model::ShardId;
-use crate::model::events::{Heartbeat, LoadReport, ReplicaState};
+use crate::model::events::{Heartbeat, LoadReport, ReplicaLoad, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest};
 use crate::node::causes::{Severity, Subject};
@@ -88,11 +88,12 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             () = ctx.stop.cancelled() => return,
             _ = tick.tick() => {}
         }
-        let all = replicas.all();
+        let (all, failing) = (replicas.all(), replicas.failing());
         // A new leader knows nothing of us yet.
         let leader = ctx.view().leader().map(|leader| leader.term);
-        let now_states: (_, BTreeMap<_, _>) =
-            (leader, all.iter().map(|r| (r.shard, r.status().state)).collect());
+        let states_of = all.iter().map(|r| (r.shard, r.status().state));
+        let failed = failing.keys().map(|shard| (*shard, ReplicaState::Failed));
+        let now_states: (_, BTreeMap<_, _>) = (leader, states_of.chain(failed).collect());
         let elapsed = ctx.clock.now() - last;
         // How far one is behind is told while it changes.
         let now = ctx.clock.now();
@@ -102,7 +103,8 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         }
         states = now_states;
         last = ctx.clock.now();
-        let shards = all.iter().map(|r| r.load(since.entry(r.shard).or_default(), elapsed)).collect();
+        let open = all.iter().map(|r| r.load(since.entry(r.shard).or_default(), elapsed));
+        let shards = open.chain(failing.keys().copied().map(ReplicaLoad::not_open)).collect();
         let report = LoadReport { node: ctx.node.clone(), instance: ctx.instance, sent_at: wall(), shards };
         if let Err(error) = ctx.control.publish_json(ctx.subjects.load(&ctx.node), &report).await {
             debug!("no load report: {error}");

@@ -20,13 +20,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 #[derive(Debug)]
 enum Slot {
     /// Being opened, or failed to until this time.
     Opening {
         not_before: Duration,
+        /// Since when it could not be, if that is so.
+        failing_since: Option<Duration>,
     },
     Open(Arc<Replica>),
     Closing,
@@ -88,6 +90,15 @@ impl Replicas {
         self.slots().values().filter_map(open).collect()
     }
 
+    /// Shards whose replica here cannot be opened, and since when.
+    pub(crate) fn failing(&self) -> BTreeMap<ShardId, Duration> {
+        let failing = |(shard, slot): (&ShardId, &Slot)| match slot {
+            Slot::Opening { failing_since, .. } => Some((*shard, (*failing_since)?)),
+            Slot::Open(_) | Slot::Closing => None,
+        };
+        self.slots().iter().filter_map(failing).collect()
+    }
+
     /// Follows the shard map until the node stops.
     pub(crate) async fn run(self: Arc<Self>) {
         let mut views = self.ctx.views.subscribe();
@@ -121,14 +132,14 @@ impl Replicas {
             match (slots.get(shard), order(record, me)) {
                 (None | Some(Slot::Opening { .. } | Slot::Closing), Order::Close) => {
                     // It could not be opened, and is not wanted any more.
-                    let idle = |slot: &Slot| matches!(slot, Slot::Opening { not_before } if *not_before != Duration::MAX);
+                    let idle = |slot: &Slot| matches!(slot, Slot::Opening { not_before, .. } if *not_before != Duration::MAX);
                     if slots.get(shard).is_some_and(idle) {
                         slots.remove(shard);
                         self.ctx.causes.forget_shard(*shard);
                     }
                 }
                 (None, wanted) => self.open(&mut slots, *shard, wanted == Order::Serve),
-                (Some(Slot::Opening { not_before }), wanted) if now >= *not_before => {
+                (Some(Slot::Opening { not_before, .. }), wanted) if now >= *not_before => {
                     self.open(&mut slots, *shard, wanted == Order::Serve);
                 }
                 (Some(Slot::Opening { .. } | Slot::Closing), _) => {}
@@ -150,7 +161,11 @@ impl Replicas {
     }
 
     fn open(self: &Arc<Self>, slots: &mut BTreeMap<ShardId, Slot>, shard: ShardId, may_serve: bool) {
-        slots.insert(shard, Slot::Opening { not_before: Duration::MAX });
+        let failing_since = match slots.get(&shard) {
+            Some(Slot::Opening { failing_since, .. }) => *failing_since,
+            _ => None,
+        };
+        slots.insert(shard, Slot::Opening { not_before: Duration::MAX, failing_since });
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
             let slot = match Replica::open(&this.ctx, &this.stores, shard, may_serve).await {
@@ -161,13 +176,17 @@ impl Replicas {
                 Err(error) => {
                     let text = format!("its replica on {} cannot be opened: {error}", this.ctx.node);
                     this.ctx.causes.raise("replica_not_open", shard, Severity::Yellow, text);
-                    warn!(%shard, "the replica cannot be opened: {error}");
+                    match failing_since {
+                        None => warn!(%shard, "the replica cannot be opened: {error}"),
+                        Some(_) => debug!(%shard, "the replica still cannot be opened: {error}"),
+                    }
                     match &error {
                         Error::Corrupt(why) => this.set_aside(shard, AsideKind::Damaged, why).await,
                         Error::Conflict(why) => this.set_aside(shard, AsideKind::Foreign, why).await,
                         _ => {}
                     }
-                    Slot::Opening { not_before: this.ctx.clock.now() + RETRY }
+                    let now = this.ctx.clock.now();
+                    Slot::Opening { not_before: now + RETRY, failing_since: failing_since.or(Some(now)) }
                 }
             };
             this.slots().insert(shard, slot);

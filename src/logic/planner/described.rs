@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::model::ids::validate_name;
 use crate::model::plan::{ClusterDescription, RebalancePlan};
 use crate::model::records::{MAX_REPLICATION_FACTOR, MAX_SHARDS, MAX_WEIGHT, NodeStatus};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Most nodes of a description.
 const MAX_NODES: usize = 100_000;
@@ -57,6 +57,7 @@ pub fn plan_described(description: &ClusterDescription) -> Result<RebalancePlan>
             bytes: shard.bytes.unwrap_or(0),
             load: load as u64,
             moved: Moved::LongAgo,
+            broken: BTreeSet::new(),
         };
         if shards.insert(shard.shard, planned).is_some() {
             return Err(Error::Invalid(format!("shard {} is described twice", shard.shard)));

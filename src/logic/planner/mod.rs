@@ -89,6 +89,8 @@ pub(crate) struct PlanShard {
     /// Operations per second.
     pub(crate) load: u64,
     pub(crate) moved: Moved,
+    /// Holders that are live, and whose replica has not worked for so long that it is rebuilt elsewhere.
+    pub(crate) broken: BTreeSet<NodeId>,
 }
 
 /// When a shard was moved last.

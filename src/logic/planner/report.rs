@@ -73,7 +73,8 @@ fn steps_of(
     let mut added: Vec<u32> = shard.now.iter().copied().filter(|n| !shard.was_on(*n)).collect();
     // The primary of a new shard stands first.
     added.sort_by_key(|n| (Some(*n) != leader, *n));
-    let role = |n: &u32| world.roles[*n as usize];
+    let role = |n: &u32| world.role_for(shard.input, *n);
+    let broken = |n: &u32| shard.input.broken.contains(world.names[*n as usize]);
     let mut leaving: Vec<u32> = shard.vacated.clone();
     leaving.sort_by_key(|n| (role(n) == Role::Draining, *n));
     // Replicas that healthy nodes give up, the primary last.
@@ -88,6 +89,7 @@ fn steps_of(
             None if shard.is_fresh() => (Urgency::Missing, "it is placed for the first time"),
             None => (Urgency::Missing, "it has too few replicas"),
             Some(from) => match role(&from) {
+                Role::Gone if broken(&from) => (Urgency::Missing, "its replica there does not work"),
                 Role::Gone => (Urgency::Missing, "its node is gone"),
                 Role::Draining => (Urgency::Drain, "its node is draining"),
                 Role::Member | Role::Waiting { .. } => why_moved(world, shard, from, to),
@@ -101,6 +103,8 @@ fn steps_of(
         let id = shard.id;
         let (name, role) = (world.names[node as usize].clone(), role(&node));
         let reason = match role {
+            // It may work again, and nobody else can have it.
+            Role::Gone if broken(&node) => continue,
             // Who is not live takes nothing away; whoever serves goes only when enough others do.
             Role::Gone if live > 0 => "its node is gone, and no other node can hold it",
             Role::Member | Role::Waiting { .. } | Role::Draining if live > rf && Some(node) != leader => {

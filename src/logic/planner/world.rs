@@ -156,7 +156,7 @@ impl<'a> World<'a> {
             if kept.contains(node) || vacated.contains(node) {
                 continue;
             }
-            let role = self.roles[*node as usize];
+            let role = self.role_for(shard, *node);
             live += usize::from(role.is_live());
             if let Role::Waiting { live } = role {
                 waiting += 1;
@@ -184,6 +184,16 @@ impl<'a> World<'a> {
         };
         state.crowded = (0..state.now.len()).any(|at| self.in_rack(&state, state.now[at]) > state.limit);
         state
+    }
+
+    /// What a node is to a shard: one whose replica of it does not work is as good as gone.
+    pub(super) fn role_for(&self, shard: &PlanShard, node: u32) -> Role {
+        match self.roles[node as usize] {
+            Role::Member | Role::Waiting { .. } if shard.broken.contains(self.names[node as usize]) => {
+                Role::Gone
+            }
+            role => role,
+        }
     }
 
     /// Replicas of the shard in the rack of `node`.
@@ -267,6 +277,7 @@ impl<'a> World<'a> {
         let state = &self.shards[shard as usize];
         self.is_member(node)
             && !state.now.contains(&node)
+            && !state.vacated.contains(&node)
             && self.rack_use(shard, node, without) < state.limit
     }
 

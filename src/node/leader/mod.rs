@@ -117,6 +117,8 @@ struct Leader {
     causes: BTreeMap<NodeId, Vec<Cause>>,
     /// Since when live nodes have sent no report to this leader.
     silent_since: BTreeMap<NodeId, Duration>,
+    /// Since when replicas of live nodes do not work.
+    broken_since: BTreeMap<(NodeId, ShardId), Duration>,
     /// When this leader last changed who holds a shard.
     changed_at: BTreeMap<ShardId, Duration>,
     down_since: BTreeMap<NodeId, Duration>,
@@ -159,6 +161,7 @@ impl Leader {
             loads: BTreeMap::new(),
             causes: BTreeMap::new(),
             silent_since: BTreeMap::new(),
+            broken_since: BTreeMap::new(),
             changed_at: BTreeMap::new(),
             down_since: BTreeMap::new(),
             settled_at: now,
@@ -383,6 +386,7 @@ impl Leader {
         }
         self.last_tick = now;
         self.note_silence();
+        self.note_broken();
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
         self.resolve_unsure().await?;
@@ -460,6 +464,28 @@ impl Leader {
         for node in view.nodes.keys().filter(|node| silent(node)) {
             self.silent_since.entry(node.clone()).or_insert(now);
         }
+    }
+
+    /// Since when replicas of live nodes have said that they do not work, or cannot be opened.
+    fn note_broken(&mut self) {
+        let now = self.ctx.clock.now();
+        let mut broken = BTreeMap::new();
+        for (node, report) in self.loads.iter().filter(|(node, _)| self.is_live(node)) {
+            for load in
+                report.shards.iter().filter(|load| load.state == crate::model::events::ReplicaState::Failed)
+            {
+                let key = (node.clone(), load.shard);
+                let since = self.broken_since.get(&key).copied().unwrap_or(now);
+                broken.insert(key, since);
+            }
+        }
+        self.broken_since = broken;
+    }
+
+    /// Whether a replica has not worked for as long as a node would have been waited for.
+    fn is_broken(&self, node: &NodeId, shard: ShardId) -> bool {
+        let since = self.broken_since.get(&(node.clone(), shard));
+        since.is_some_and(|at| self.ctx.clock.now().saturating_sub(*at) > self.ctx.config.rereplicate_after)
     }
 
     async fn refresh_statuses(&mut self) -> Result<()> {

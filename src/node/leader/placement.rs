@@ -115,7 +115,8 @@ impl Leader {
                     None => replicas.push(migration.to.clone()),
                 }
             }
-            shards.insert(*shard, PlanShard { replicas, ..PlanShard::default() });
+            let broken = replicas.iter().filter(|node| self.is_broken(node, *shard)).cloned().collect();
+            shards.insert(*shard, PlanShard { replicas, broken, ..PlanShard::default() });
         }
         let cool_down = self.ctx.config.hot_cool_down;
         for (_, migration) in view.migrations.values() {

@@ -192,8 +192,9 @@ impl Replica {
         let stream = self.ctx.subjects.log_stream(self.shard);
         let text = format!(
             "shard {} has lost data: its log begins at {first_seq}, and no replica has what came before; bring a disk \
-             of one of its nodes back, or delete the stream {stream} to begin again with nothing",
-            self.shard
+             of one of its nodes back; or read what is left on the disks with `shards salvage {}` and delete the stream {stream} \
+             to begin again with nothing",
+            self.shard, self.shard
         );
         if !self.status.borrow().failed {
             let event = Event::new("shard.data_lost", text.clone()).shard(self.shard).node(&self.ctx.node);

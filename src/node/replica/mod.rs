@@ -24,7 +24,7 @@ use crate::model::wire::{LogOp, PingReply, ReplicaReport, WindowMarks};
 use crate::model::{NodeId, OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
-use crate::node::causes::Severity;
+use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::store::{AsideKind, Digest, ShardStore, StoreFactory, StoreSpec};
 use apply::Outcome;
@@ -516,6 +516,12 @@ impl Replica {
             if let Err(error) = self.make_durable().await {
                 // The next apply meets the same error, closes the gate and says so.
                 debug!(shard = %self.shard, "flushing: {error}");
+                if matches!(error, Error::Full(_)) {
+                    let text = format!(
+                        "{error}: free space there; writes wait until then, and logs are not truncated"
+                    );
+                    self.ctx.causes.retry("disk_full", Subject::Node, Severity::Red, text);
+                }
                 if matches!(error, Error::Corrupt(_) | Error::Internal(_)) {
                     self.mend().await;
                 }

@@ -43,6 +43,31 @@ fn only_the_replicas_of_a_gone_node_are_rebuilt() {
 }
 
 #[test]
+fn a_replica_that_does_not_work_on_a_live_node_is_rebuilt_elsewhere_and_nothing_else_moves() {
+    let mut before = placed(5, 0, 64, 3);
+    before.rules.balance = false;
+    let (shard, holders) = (ShardId(7), before.shards[&ShardId(7)].replicas.clone());
+    before.shards.get_mut(&shard).unwrap().broken = [holders[1].clone()].into();
+    let made = plan(&before);
+    assert!(
+        matches!(&made.moves[..], [one] if one.shard == shard && one.from.as_ref() == Some(&holders[1])),
+        "{made:?}"
+    );
+    assert!(!holders.contains(&made.moves[0].to), "{made:?}");
+    // Where nobody else can have it, it stays: it may work again.
+    let mut small = placed(3, 0, 8, 3);
+    let broken = small.shards[&shard].replicas[0].clone();
+    small.shards.get_mut(&shard).unwrap().broken = [broken].into();
+    let made = plan(&small);
+    assert!(made.moves.is_empty() && made.removals.is_empty(), "{made:?}");
+    // And where none works, there is nothing to copy from.
+    let all = before.shards[&shard].replicas.iter().cloned().collect();
+    before.shards.get_mut(&shard).unwrap().broken = all;
+    let made = plan(&before);
+    assert!(made.moves.is_empty() && made.removals.is_empty(), "{made:?}");
+}
+
+#[test]
 fn a_node_that_is_away_for_a_moment_only_loses_its_primaries() {
     let mut before = placed(4, 0, 16, 3);
     before.nodes.get_mut("n01").unwrap().role = Role::Waiting { live: false };
