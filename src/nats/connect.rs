@@ -137,6 +137,7 @@ pub(crate) struct Health {
     violation: watch::Sender<Option<String>>,
     /// Why the last try to connect again has failed.
     last_error: Mutex<Option<String>>,
+    trouble: Arc<Trouble>,
     /// As whom we are connected, for people.
     user: String,
     servers: String,
@@ -149,6 +150,7 @@ impl Health {
         match event {
             Event::Connected => {
                 *self.last_error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                self.trouble.begin_anew();
                 if !self.connected.send_replace(true) {
                     self.reconnects.fetch_add(1, Ordering::Relaxed);
                     info!(connection = name, "connected to NATS");
@@ -237,6 +239,7 @@ impl Nats {
             connected: watch::Sender::new(true),
             violation: watch::Sender::new(None),
             last_error: Mutex::default(),
+            trouble: Arc::default(),
             user: options.who(&addresses),
             servers: options.shown(),
             reconnects: AtomicU64::new(0),
@@ -305,7 +308,8 @@ impl Nats {
             .max_ack_inflight(4_096)
             .build(client.clone());
         jetstream.set_timeout(API_TIMEOUT);
-        Ok(Nats { client, jetstream, health, trouble: Arc::default() })
+        let trouble = health.trouble.clone();
+        Ok(Nats { client, jetstream, health, trouble })
     }
 
     /// Whether the connection is up, now and later.

@@ -10,8 +10,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// What nobody has tried for so long says nothing any more.
-const OLD: Duration = Duration::from_secs(60);
+/// What nobody has tried for so long says nothing any more: whoever wrote may have nothing to write now.
+const OLD: Duration = Duration::from_secs(15);
 
 /// What was asked of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,7 +82,7 @@ pub(crate) struct Failing {
     pub(crate) asking: Asking,
     pub(crate) reason: Reason,
     pub(crate) error: Error,
-    /// How long ago it failed first.
+    /// For how long it has failed: from its first failure to its last. One alone may be an answer that got lost.
     pub(crate) since: Duration,
 }
 
@@ -101,6 +101,11 @@ pub(crate) struct Trouble(Mutex<BTreeMap<(String, Asking), Known>>);
 impl Trouble {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, Asking), Known>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There is another connection: what failed on the one before says nothing of it.
+    pub(super) fn begin_anew(&self) {
+        self.lock().clear();
     }
 
     pub(crate) fn worked(&self, stream: &str, asking: Asking) {
@@ -136,7 +141,7 @@ impl Trouble {
             asking: *asking,
             reason: known.reason,
             error: known.error.clone(),
-            since: now - known.first,
+            since: known.last - known.first,
         });
         failing.collect()
     }
@@ -169,7 +174,9 @@ mod tests {
     async fn what_nobody_tries_is_forgotten() {
         let trouble = Trouble::default();
         trouble.failed("log", Asking::Write, Reason::NoAnswer, &silent());
-        tokio::time::advance(OLD).await;
+        tokio::time::advance(OLD - Duration::from_secs(1)).await;
+        assert!(trouble.failing()[0].since.is_zero(), "one failure is no duration");
+        tokio::time::advance(Duration::from_secs(1)).await;
         assert!(trouble.failing().is_empty());
     }
 }
