@@ -101,6 +101,10 @@ fn differences(found: &Config, wanted: &Config) -> Vec<Setting> {
     ));
     setting!(all, found, wanted, false, "max_msg_size", max_message_size, |n: &i32| limit((*n).into()));
     setting!(all, found, wanted, false, "max_age", max_age, |d: &Duration| time(*d));
+    // NATS shortens it with max_age, and does not lengthen it again by itself.
+    if !wanted.duplicate_window.is_zero() {
+        setting!(all, found, wanted, false, "duplicate_window", duplicate_window, |d: &Duration| time(*d));
+    }
     setting!(all, found, wanted, false, "no_ack", no_ack, flag);
     setting!(all, found, wanted, true, "sealed", sealed, flag);
     setting!(all, found, wanted, false, "deny_purge", deny_purge, flag);
@@ -203,6 +207,9 @@ mod tests {
         assert_eq!(names, ["discard", "max_msgs_per_subject", "max_age", "max_bytes"]);
         let back = changed(&edited, &wanted, wrong.iter());
         assert_eq!(back, Config { description: Some("theirs".into()), ..wanted.clone() });
+        let log = Config { duplicate_window: Duration::from_secs(120), ..wanted.clone() };
+        let shortened = Config { duplicate_window: Duration::from_secs(2), ..log.clone() };
+        assert_eq!(differences(&shortened, &log).len(), 1);
         let limited = Config { max_bytes: 64 << 20, ..wanted.clone() };
         assert!(differences(&limited, &wanted).is_empty(), "accounts may require a limit");
     }
