@@ -129,6 +129,8 @@ impl Replica {
             self.take(verb, message, in_hand).await;
         }
         // Leave the group, then finish what NATS had already handed over.
+        let nats = &self.ctx.data.nats;
+        let connection = nats.connection();
         let _ = writes.drain().await;
         let _ = reads.drain().await;
         let rest = async {
@@ -143,6 +145,13 @@ impl Replica {
             }
         };
         let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
+        // NATS's client subscribes again on a new connection to what it is just draining, and then forgets it: NATS would
+        // send a share of all requests to where nobody reads them. Only another connection ends that. It happens when
+        // a process wakes whose connection NATS has given up meanwhile.
+        if nats.connection() != connection && !self.stop.is_cancelled() {
+            warn!(shard = %self.shard, "the connection changed while its requests were handed over: connecting anew");
+            let _ = nats.client.force_reconnect().await;
+        }
     }
 
     async fn take(self: &Arc<Self>, verb: Verb, message: Message, [writes, reads]: &[Arc<Places>; 2]) {
