@@ -148,7 +148,7 @@ impl Replica {
         // NATS's client subscribes again on a new connection to what it is just draining, and then forgets it: NATS would
         // send a share of all requests to where nobody reads them. Only another connection ends that. It happens when
         // a process wakes whose connection NATS has given up meanwhile.
-        if nats.connection() != connection && !self.stop.is_cancelled() {
+        if nats.connection() != connection && !self.ctx.stop.is_cancelled() {
             warn!(shard = %self.shard, "the connection changed while its requests were handed over: connecting anew");
             let _ = nats.client.force_reconnect().await;
         }
