@@ -8,6 +8,7 @@ pub(crate) mod bus;
 mod capacity;
 pub(crate) mod connect;
 pub(crate) mod events;
+pub(crate) mod leave;
 pub(crate) mod log;
 pub(crate) mod room;
 pub(crate) mod service;

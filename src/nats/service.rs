@@ -6,8 +6,8 @@ use super::unavailable;
 use crate::error::Result;
 use async_nats::Message;
 use async_nats::service::{Service, ServiceExt};
-use futures::StreamExt;
 use futures::stream::{BoxStream, SelectAll};
+use futures::{Stream, StreamExt};
 use std::collections::HashMap;
 
 /// Nodes share this group: each request goes to one of them.
@@ -49,8 +49,11 @@ impl ApiService {
         self.requests.next().await
     }
 
-    /// Leaves the queue group.
-    pub(crate) async fn stop(self) {
+    /// Leaves the queue group, and gives what was handed over: NATS's client unsubscribes each endpoint the next time
+    /// that it is read, which leaves nothing behind on another connection (see [`leave`](super::leave)). What is on its way
+    /// in that moment is lost; whoever asked asks again. If the client cannot take that in, an endpoint goes on until it is dropped.
+    pub(crate) async fn leave(self) -> impl Stream<Item = (&'static str, Message)> {
         let _ = self.service.stop().await;
+        self.requests
     }
 }

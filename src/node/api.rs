@@ -15,14 +15,17 @@ use crate::nats::room::IN_MEMORY;
 use crate::nats::service::ApiService;
 use crate::node::places::{Places, Seat};
 use chrono::{DateTime, Utc};
-use futures::FutureExt;
+use futures::{FutureExt, StreamExt};
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// Requests of one kind in hand at one node, of which one sender gets half; more are answered with `busy`.
 const IN_HAND: usize = 1_024;
+/// How long what was handed over is read when the node leaves.
+const LEAVING: Duration = Duration::from_secs(1);
 const VERBS: [&str; 5] = ["upsert", "get", "delete", "search", "count"];
 
 /// Starts answering.
@@ -32,13 +35,9 @@ pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
     let (writes, reads, searches) = (places("writes"), places("reads"), places("searches"));
     let tasks = ctx.tasks.clone();
     tasks.clone().spawn(async move {
-        loop {
-            let (verb, message) = tokio::select! {
-                () = ctx.stop.cancelled() => break,
-                next = service.next() => match next { Some(next) => next, None => return },
-            };
+        let take = |verb: &'static str, message: Message| {
             if !ctx.may_answer(&message) {
-                continue;
+                return;
             }
             let (ctx, client) = (ctx.clone(), client.clone());
             let kind = match verb {
@@ -57,8 +56,22 @@ pub(crate) async fn run(ctx: Arc<Context>, client: Client) -> Result<()> {
                     let _ = refused.now_or_never();
                 }
             }
+        };
+        loop {
+            let (verb, message) = tokio::select! {
+                () = ctx.stop.cancelled() => break,
+                next = service.next() => match next { Some(next) => next, None => return },
+            };
+            take(verb, message);
         }
-        service.stop().await;
+        // What NATS had already handed over, while the connection lasts.
+        let mut rest = service.leave().await;
+        let rest = async {
+            while let Some((verb, message)) = rest.next().await {
+                take(verb, message);
+            }
+        };
+        let _ = tokio::time::timeout(LEAVING, rest).await;
     });
     Ok(())
 }

@@ -131,7 +131,7 @@ impl Replica {
             });
         }
         let result = self.receive(applier, &mut chunks, &request, &reply).await;
-        let _ = chunks.unsubscribe().await;
+        drop(chunks);
         if result.is_err() {
             let stop = ChunkAck { attempt, stored: 0, stop: true };
             let _ = bus.publish_checked(self.ctx.subjects.ack(transfer), &stop).await;

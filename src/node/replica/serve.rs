@@ -18,6 +18,7 @@ use crate::model::wire::{
 use crate::model::{Consistency, OpId, SearchQuery};
 use crate::mutant::mutant;
 use crate::nats::bus::{Message, Subscriber, sender};
+use crate::nats::leave::leave;
 use crate::nats::log::LogInfo;
 use crate::nats::room::{IN_MEMORY, Room};
 use crate::nats::unavailable;
@@ -25,6 +26,7 @@ use crate::node::lag::awake;
 use crate::node::places::{Places, Seat};
 use crate::store::Found;
 use futures::StreamExt;
+use futures::stream::select;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -118,40 +120,31 @@ impl Replica {
         in_hand: &[Arc<Places>; 2],
     ) {
         let mut status = self.status.subscribe();
+        let (mut written, mut read) = (0, 0);
         loop {
-            let (verb, message) = tokio::select! {
-                message = writes.next() => (Verb::Write, message),
-                message = reads.next() => (Verb::Read, message),
+            let (verb, message, taken) = tokio::select! {
+                message = writes.next() => (Verb::Write, message, &mut written),
+                message = reads.next() => (Verb::Read, message, &mut read),
                 () = self.stop.cancelled() => break,
                 _ = status.wait_for(|s| !s.serving) => break,
             };
             let Some(message) = message else { break };
+            *taken += 1;
             self.take(verb, message, in_hand).await;
         }
-        // Leave the group, then finish what NATS had already handed over.
-        let nats = &self.ctx.data.nats;
-        let connection = nats.connection();
-        let _ = writes.drain().await;
-        let _ = reads.drain().await;
+        // Leave the group, and finish what NATS hands over until then.
         let rest = async {
-            while let Some(message) = writes.next().await {
-                self.take(Verb::Write, message, in_hand).await;
-            }
-            while let Some(message) = reads.next().await {
-                self.take(Verb::Read, message, in_hand).await;
+            let writes = leave(writes, written).map(|message| (Verb::Write, message));
+            let reads = leave(reads, read).map(|message| (Verb::Read, message));
+            let mut rest = std::pin::pin!(select(writes, reads));
+            while let Some((verb, message)) = rest.next().await {
+                self.take(verb, message, in_hand).await;
             }
             for places in in_hand {
                 places.free().await;
             }
         };
         let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
-        // NATS's client subscribes again on a new connection to what it is just draining, and then forgets it: NATS would
-        // send a share of all requests to where nobody reads them. Only another connection ends that. It happens when
-        // a process wakes whose connection NATS has given up meanwhile.
-        if nats.connection() != connection && !self.ctx.stop.is_cancelled() {
-            warn!(shard = %self.shard, "the connection changed while its requests were handed over: connecting anew");
-            let _ = nats.client.force_reconnect().await;
-        }
     }
 
     async fn take(self: &Arc<Self>, verb: Verb, message: Message, [writes, reads]: &[Arc<Places>; 2]) {
