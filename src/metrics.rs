@@ -1,9 +1,11 @@
 //! Every metric in one place: name with unit, help, labels.
 
 use crate::error::{Error, Result};
+#[cfg(any(feature = "http", test))]
+use prometheus::{Encoder, TextEncoder};
 use prometheus::{
-    Encoder, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
 };
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -13,6 +15,8 @@ use tokio::time::Instant;
 /// The metrics of one node or client. Each has its own registry, so several fit in one process.
 #[derive(Debug)]
 pub(crate) struct Metrics {
+    /// All of them, for the page that the HTTP server shows.
+    #[cfg(any(feature = "http", test))]
     registry: Registry,
     /// Nodes by status.
     pub(crate) nodes: IntGaugeVec,
@@ -67,7 +71,9 @@ pub(crate) struct Metrics {
     pub(crate) rejected_entries: IntCounter,
     /// Memory that requests and answers in hand take.
     pub(crate) in_hand_bytes: IntGauge,
-    /// Asynchronous tasks of this process that have not ended: a leak shows as growth under steady load.
+    /// Asynchronous tasks of this process that have not ended: a leak shows as growth under steady load. Counted when
+    /// somebody asks.
+    #[cfg(feature = "http")]
     pub(crate) tasks: IntGauge,
     /// Seconds since the start.
     pub(crate) uptime: Gauge,
@@ -201,8 +207,10 @@ impl Metrics {
                 "Damaged or invalid log entries skipped",
             )?,
             in_hand_bytes: gauge("ruvector_in_hand_bytes", "Memory that requests and answers in hand take")?,
+            #[cfg(feature = "http")]
             tasks: gauge("ruvector_tasks", "Asynchronous tasks alive in this process")?,
             uptime,
+            #[cfg(any(feature = "http", test))]
             registry,
             logged: Mutex::default(),
         })
@@ -233,6 +241,7 @@ impl Metrics {
     }
 
     /// Prometheus text format.
+    #[cfg(any(feature = "http", test))]
     pub(crate) fn render(&self) -> String {
         let mut out = Vec::new();
         // Writing to memory cannot fail; a broken metric must not take the page down.

@@ -5,7 +5,9 @@ use super::subjects::Subjects;
 use super::unavailable;
 use crate::error::Result;
 use crate::model::events::Event;
+#[cfg(feature = "cli")]
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
+#[cfg(feature = "cli")]
 use chrono::{DateTime, Utc};
 use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
@@ -28,7 +30,8 @@ impl EventStream {
         Ok(EventStream { events: messages.filter_map(parse).boxed() })
     }
 
-    /// Kept events since a time; ends where the timeline ends unless `follow`.
+    /// Kept events since a time, for the command line; ends where the timeline ends unless `follow`.
+    #[cfg(feature = "cli")]
     pub(crate) async fn since(
         nats: &Nats,
         subjects: &Subjects,
