@@ -4,7 +4,7 @@
 mod harness;
 
 use harness::map::truncate;
-use harness::tamper::{store_file, swap};
+use harness::tamper::{flip_everywhere, store_file, swap};
 use harness::{Setup, TestCluster, eventually};
 use ruvector_cluster::store::{Batch, Mutation, StoreSpec};
 use ruvector_cluster::{DistanceMetric, RedbOptions, RedbStores, ShardId, StoreFactory, VectorEntry};
@@ -76,7 +76,7 @@ async fn every_copy_is_damaged_and_what_is_intact_is_had_back_by_one_command() {
         node.stop(std::time::Duration::from_secs(20)).await.unwrap();
     }
     for (dir, id) in dirs.iter().zip([id(7), id(123)]) {
-        flip_everywhere(&store_file(dir, 0), &id);
+        damage_everywhere(&store_file(dir, 0), &id);
     }
     for node in &mut cluster.nodes {
         node.restart().unwrap();
@@ -110,12 +110,8 @@ async fn every_copy_is_damaged_and_what_is_intact_is_had_back_by_one_command() {
     assert_eq!(count(&cluster).await, IDS as u64);
 }
 
-fn flip_everywhere(file: &Path, text: &str) {
-    let mut bytes = std::fs::read(file).unwrap();
-    let at: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(text.as_bytes())).collect();
-    assert!(!at.is_empty(), "{text} is not in {}", file.display());
-    at.into_iter().for_each(|at| bytes[at + 3] ^= 1);
-    std::fs::write(file, bytes).unwrap();
+fn damage_everywhere(file: &Path, text: &str) {
+    assert!(flip_everywhere(file, text, 3) > 0, "{text} is not in {}", file.display());
 }
 
 /// A store of this shard as another cluster would have left it.
@@ -178,7 +174,7 @@ async fn damage_is_found_while_the_only_copy_serves_and_nothing_is_lost() {
     truncate(&cluster).await;
     let dir = cluster.node("n1").data_dir();
     let shard = cluster.client().await.shard_of(&id(9)).0;
-    flip_everywhere(&store_file(&dir, shard), &id(9));
+    damage_everywhere(&store_file(&dir, shard), &id(9));
     wait_event(&cluster, "shard.copy_damaged", shard, "n1").await;
     eventually("it is kept aside, and counted", || async {
         let counted = cluster.metric("n1", "ruvector_copies_set_aside_total{kind=\"damaged\"}").await;

@@ -1,7 +1,7 @@
 //! Which fault comes next.
 
 use super::dice::Dice;
-use super::fault::{Fault, LogEdit};
+use super::fault::{Fault, LogEdit, Original};
 use super::harness::by_hand::BUCKETS;
 use super::lab::Lab;
 use super::proxy::Link;
@@ -32,8 +32,6 @@ pub(crate) struct Draw {
     only: Vec<String>,
 }
 
-/// Kinds that the product does not survive yet: only by `CHAOS_ONLY`.
-const NOT_YET: [&str; 2] = ["EditLog", "PurgeLog"];
 /// Draws, at most, until one of the wanted names comes.
 const TRIES: usize = 20_000;
 
@@ -69,10 +67,8 @@ impl Draw {
                 Faults::Mixed | Faults::Long => self.mixed(lab),
             };
             let name = fault.name();
-            match self.only.is_empty() {
-                true if NOT_YET.contains(&name.as_str()) => {}
-                false if !self.only.contains(&name) => {}
-                _ => return fault,
+            if self.only.is_empty() || self.only.contains(&name) {
+                return fault;
             }
         }
         panic!("none of {:?} comes in this scenario", self.only);
@@ -98,6 +94,9 @@ impl Draw {
         let shims = lab.shim.missing.is_none();
         let three = lab.servers.len() == 3;
         let server = dice.below(lab.servers.len());
+        if lab.setup.replication_factor > 1 && dice.chance(15) {
+            return self.cheap(lab);
+        }
         // With single replicas, moves are what matters.
         if lab.setup.replication_factor == 1 && dice.chance(35) {
             return Fault::Move(dice.below(lab.setup.shards as usize) as u32, node);
@@ -130,6 +129,24 @@ impl Draw {
             }
             97..100 => Fault::FullLog(node),
             _ => Fault::KillNode(node),
+        }
+    }
+
+    /// What is touched from outside and heals soon.
+    fn cheap(&mut self, lab: &Lab) -> Fault {
+        let nodes = lab.ids();
+        let dice = &mut self.dice;
+        let at = dice.below(nodes.len());
+        let (node, other) = (nodes[at].clone(), nodes[(at + 1) % nodes.len()].clone());
+        let (which, bucket) = (dice.below(1_000), *dice.pick(&BUCKETS));
+        match dice.below(8) {
+            0 | 1 => Fault::DamageFile(node, which, dice.next()),
+            2 => Fault::CloneFiles(node, other),
+            3 => Fault::PurgeLog(dice.below(lab.setup.shards as usize) as u32),
+            4 => Fault::DeleteRecord(bucket, which),
+            5 => Fault::PurgeRecord(bucket, which),
+            6 => Fault::GarbageRecord(bucket, which),
+            _ => Fault::EmptyRecord(bucket, which),
         }
     }
 
@@ -183,7 +200,7 @@ impl Draw {
         let shard = dice.below(lab.setup.shards as usize) as u32;
         let bucket = *dice.pick(&BUCKETS);
         let two_of_three = lab.setup.replication_factor > 2;
-        match dice.below(100) {
+        match dice.below(107) {
             0..8 => Fault::DamageFile(node, which, place),
             8..12 if two_of_three => Fault::DamageTwo(node, other, which, place),
             8..12 => Fault::DamageFile(node, which, place),
@@ -217,7 +234,12 @@ impl Draw {
             90..92 => Fault::HangLeader,
             92..94 => Fault::StepDown,
             94..98 => Fault::Move(shard, node),
-            _ => Fault::KillAllNodes,
+            98..100 => Fault::KillAllNodes,
+            100..104 => {
+                let original = *dice.pick(&[Original::Awake, Original::Asleep, Original::Starting]);
+                Fault::CloneBeside(node, original)
+            }
+            _ => Fault::DamageAll(shard, which),
         }
     }
 }
@@ -227,6 +249,7 @@ fn may_meet(one: &Fault, other: &Fault) -> bool {
     let data =
         |fault: &Fault| fault.loses() || (fault.takes_a_copy() && !matches!(fault, Fault::WipeNode(_)));
     one.name() != other.name()
+        && !(one.alone() || other.alone())
         && !(one.servers() && other.servers())
         && !(data(one) && other.kills())
         && !(data(other) && one.kills())

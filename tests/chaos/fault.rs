@@ -52,6 +52,8 @@ pub(crate) enum Fault {
     DamageFile(String, usize, u64),
     /// The same of the same shard at two nodes: only where there is a third copy.
     DamageTwo(String, String, usize, u64),
+    /// Every copy of a shard is damaged, each in another place, and its log does not reach back: an operator salvages it.
+    DamageAll(u32, usize),
     /// After a crash it has its store files of before, as from a backup.
     OldFiles(String),
     /// After a crash it has the store files of another node.
@@ -64,6 +66,8 @@ pub(crate) enum Fault {
     FolderForFile(String, usize),
     /// A node is started on the whole folder of another one: it must refuse.
     CloneNode(String, String),
+    /// A node is started on a copy of its own folder, under the same name: one of the two must end.
+    CloneBeside(String, Original),
     /// A record of a bucket, by hand: `nats kv del`. The number says which.
     DeleteRecord(&'static str, usize),
     PurgeRecord(&'static str, usize),
@@ -91,6 +95,19 @@ pub(crate) enum Fault {
     LongPausedClient(usize),
     /// Is cut off for minutes.
     LongCut(String, Link),
+    /// A NATS server stands still for minutes.
+    LongHangServer(usize),
+}
+
+/// What the node does of whose folder a copy is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Original {
+    /// It runs, so the copy ends.
+    Awake,
+    /// It stands still, so the copy takes its name, and it ends when it wakes.
+    Asleep,
+    /// It starts at the same moment: one of them ends.
+    Starting,
 }
 
 /// Settings that an operator may try on a log.
@@ -147,13 +164,20 @@ impl Fault {
                 | Fault::Replace(_)
                 | Fault::DamageFile(..)
                 | Fault::DamageTwo(..)
+                | Fault::DamageAll(..)
                 | Fault::OldFiles(_)
                 | Fault::CloneFiles(..)
                 | Fault::SwapFolders(..)
                 | Fault::SwapFiles(..)
                 | Fault::FolderForFile(..)
                 | Fault::CloneNode(..)
+                | Fault::CloneBeside(..)
         )
+    }
+
+    /// Is looked at meanwhile, by what the cluster says of it: nothing else goes on.
+    pub(crate) fn alone(&self) -> bool {
+        matches!(self, Fault::DamageAll(..) | Fault::FolderForFile(..) | Fault::CloneBeside(..))
     }
 
     /// Changes records.

@@ -7,6 +7,7 @@ use super::loss::Loss;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
+use tokio::sync::RwLock;
 
 /// Each upsert of a run writes another one.
 pub(crate) type Version = u64;
@@ -61,10 +62,8 @@ pub(crate) struct History {
     pub counts: Vec<Counted>,
     /// What was wrong in one answer alone.
     pub wrong: Vec<String>,
-    /// When JetStream's store, or a log of it, was lost.
+    /// When JetStream's store was lost.
     pub losses: Vec<Loss>,
-    /// Shards of the keys.
-    pub homes: BTreeMap<String, u32>,
 }
 
 impl History {
@@ -81,12 +80,14 @@ impl History {
 pub(crate) struct Recorder {
     start: Instant,
     history: Arc<Mutex<History>>,
+    /// Held by who works. Whoever needs that nobody does holds it alone; the number says how often it was.
+    pub working: Arc<RwLock<u64>>,
 }
 
 impl Recorder {
     #[allow(clippy::disallowed_methods, reason = "the one clock of a history")]
     pub(crate) fn start() -> Recorder {
-        Recorder { start: Instant::now(), history: Arc::default() }
+        Recorder { start: Instant::now(), history: Arc::default(), working: Arc::default() }
     }
 
     pub(crate) fn now(&self) -> u64 {
@@ -120,23 +121,10 @@ impl Recorder {
         self.lock().wrong.push(what);
     }
 
-    /// JetStream's store is another one from now on than at `killed`.
-    pub(crate) fn lost(&self, killed: u64) {
+    /// JetStream's store is another one from now on; what was acknowledged from `since` on may be gone with it.
+    pub(crate) fn lost(&self, since: u64) {
         let back = self.now();
-        self.lock().losses.push(Loss { killed, back, shard: None });
-    }
-
-    /// The same of one shard's log.
-    pub(crate) fn lost_log(&self, shard: u32, killed: u64) {
-        let back = self.now();
-        self.lock().losses.push(Loss { killed, back, shard: Some(shard) });
-    }
-
-    /// Takes down which shard each key belongs to.
-    pub(crate) fn locate(&self, shard_of: impl Fn(&str) -> u32) {
-        let mut history = self.lock();
-        let homes = history.keys.keys().map(|key| (key.clone(), shard_of(key))).collect();
-        history.homes = homes;
+        self.lock().losses.push(Loss { since, back });
     }
 
     pub(crate) fn history(&self) -> History {

@@ -75,13 +75,14 @@ pub(crate) fn judge(history: &History) -> Vec<Violation> {
 }
 
 fn phantom(key: &str, ops: &[Op], known: &HashMap<Version, &str>) -> Option<Violation> {
-    let written: BTreeMap<Version, &Op> = ops
-        .iter()
-        .filter_map(|op| match op.kind {
-            Kind::Upsert(version) => Some((version, op)),
-            Kind::Delete(_) | Kind::Read(..) => None,
-        })
-        .collect();
+    // The first of its copies: a later one stands for what may take effect once more.
+    let mut written: BTreeMap<Version, &Op> = BTreeMap::new();
+    for op in ops {
+        if let Kind::Upsert(version) = op.kind {
+            let first = written.entry(version).or_insert(op);
+            *first = if op.invoked < first.invoked { op } else { *first };
+        }
+    }
     ops.iter().find_map(|read| {
         let Kind::Read(Some(version), _) = read.kind else { return None };
         let why = match written.get(&version) {

@@ -49,6 +49,8 @@ pub(crate) struct Lab {
     pub deaths: Vec<String>,
     /// Client processes.
     pub clients: Vec<Option<u32>>,
+    /// Nodes on copies of folders.
+    pub clones: Vec<NodeProcess>,
     /// Nodes that there ever were.
     born: usize,
     dir: Option<tempfile::TempDir>,
@@ -88,10 +90,10 @@ impl Lab {
             .await
             .expect("nats-server answers");
         let (shim, nodes, links) = (Shim::build(dir.path()), Vec::new(), BTreeMap::new());
-        let (down, deaths, clients) = (BTreeSet::new(), Vec::new(), Vec::new());
-        let dir = Some(dir);
+        let (down, deaths, clients, clones) = (BTreeSet::new(), Vec::new(), Vec::new(), Vec::new());
+        let (born, dir) = (0, Some(dir));
         let mut lab =
-            Lab { setup, servers, nodes, links, routes, shim, raw, down, deaths, clients, born: 0, dir };
+            Lab { setup, servers, nodes, links, routes, shim, raw, down, deaths, clients, clones, born, dir };
         for _ in 0..lab.setup.nodes {
             lab.join().await;
         }

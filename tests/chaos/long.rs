@@ -34,9 +34,10 @@ pub(crate) fn clients(lab: &mut Lab) -> Vec<ClientProcess> {
 }
 
 impl Nemesis {
-    /// A node and some clients stand still, then another node is cut off while others stand still, and so on.
+    /// A node and some clients stand still, then another node is cut off while others stand still, then a NATS server
+    /// stands still, and so on.
     pub(crate) async fn rage_long(&mut self, lab: &mut Lab, time: Duration) {
-        let (end, mut turn) = (Instant::now() + time, self.draw.dice.below(2));
+        let (end, mut turn) = (Instant::now() + time, self.draw.dice.below(3));
         while Instant::now() + KNOWN < end {
             if let Err(why) = lab.wait_green(Duration::from_secs(60)).await {
                 return self.recorder.wrong(format!("a long fault was not survived: {why}"));
@@ -78,8 +79,13 @@ impl Nemesis {
         let link = *dice.pick(&[Link::Cut, Link::Stall, Link::StallUp]);
         let (client, next) = (dice.below(CLIENTS.len()), dice.below(CLIENTS.len() - 1) + 1);
         let other = (client + next) % CLIENTS.len();
+        let server = dice.below(lab.servers.len());
         vec![
-            if turn.is_multiple_of(2) { Fault::LongPause(node) } else { Fault::LongCut(node, link) },
+            match turn % 3 {
+                0 => Fault::LongPause(node),
+                1 => Fault::LongCut(node, link),
+                _ => Fault::LongHangServer(server),
+            },
             Fault::LongPausedClient(client),
             Fault::LongPausedClient(other),
         ]
@@ -94,7 +100,7 @@ impl Nemesis {
             | Fault::Link(node, _)
             | Fault::SlowDisk(node, _) => Some(node.as_str()) != spared,
             Fault::ClockJump(node, _) => Some(node.as_str()) != spared,
-            Fault::KillServer(_) | Fault::Isolate(..) => lab.servers.len() == 3,
+            Fault::KillServer(_) | Fault::Isolate(..) => lab.servers.len() == 3 && spared.is_some(),
             Fault::StepDown | Fault::Move(..) | Fault::Rebalance | Fault::KillLeader => true,
             _ => false,
         };

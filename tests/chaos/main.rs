@@ -9,6 +9,7 @@ mod harness;
 
 mod checker;
 mod checks;
+mod copies;
 mod dice;
 mod draw;
 mod fault;
@@ -26,6 +27,7 @@ mod remote;
 mod shim;
 mod tampering;
 mod tools;
+mod totals;
 mod workload;
 
 use dice::Dice;
@@ -34,6 +36,7 @@ use history::Recorder;
 use lab::{Lab, Setup};
 use nemesis::Nemesis;
 use std::time::Duration;
+use totals::{Figures, TOTALS};
 use workload::{Load, Workload};
 
 /// One at a time, where the test runner does not see to it.
@@ -139,17 +142,19 @@ async fn run(name: &str, setup: Setup, seed: u64, time: Duration) {
     lab.note_deaths();
     lab.deaths.drain(..).for_each(|death| recorder.wrong(death));
     terms.abort();
-    recorder.locate(|key| patient.shard_of(key).0);
     println!("judging");
     let faults: usize = nemesis.counts().values().sum();
     println!("=== {name}: {faults} faults in {} s: {:?}", time.as_secs(), nemesis.counts());
-    let ops = pass_judgement(name, seed, &recorder);
+    let figures = judged(name, seed, &recorder);
+    TOTALS.add(time, figures, nemesis.counts());
+    assert_eq!(figures.violations, 0, "violations, seed {seed}");
     let least = if long { 5 } else { 20 };
+    let ops = figures.operations;
     assert!(ops > least * time.as_secs() as usize, "only {ops} operations: the run proves little");
 }
 
-/// Panics at a violation; returns the number of operations.
-fn pass_judgement(name: &str, seed: u64, recorder: &Recorder) -> usize {
+/// Judges a history, and prints what is wrong.
+fn judged(name: &str, seed: u64, recorder: &Recorder) -> Figures {
     let history = recorder.history();
     let (ops, unknown, refused) = history.figures();
     let violations = judge::judge(&history);
@@ -160,8 +165,7 @@ fn pass_judgement(name: &str, seed: u64, recorder: &Recorder) -> usize {
         violations.len()
     );
     violations.iter().take(10).for_each(|violation| println!("VIOLATION {violation}"));
-    assert!(violations.is_empty(), "{} violations, seed {seed}", violations.len());
-    ops
+    Figures { operations: ops, unknown, refused, violations: violations.len() }
 }
 
 /// JetStream's store is gone. What no replica had applied may be lost then, so all has been applied
@@ -193,7 +197,7 @@ async fn the_store_of_nats_is_wiped() {
     invariants::compare_replicas(&lab, &recorder).await;
     lab.note_deaths();
     lab.deaths.drain(..).for_each(|death| recorder.wrong(death));
-    pass_judgement("the store is wiped", seed, &recorder);
+    assert_eq!(judged("the store is wiped", seed, &recorder).violations, 0, "violations, seed {seed}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -255,18 +259,27 @@ async fn long_form() {
     };
     let seed = from_env("CHAOS_SEED").unwrap_or(1);
     let all = minutes * 60;
-    let (mut spent, mut i) = (0, 0);
-    while spent < all {
+    let (mut spent, mut i, mut failed) = (0, 0, Vec::new());
+    while spent < all && failed.len() < FAILED {
         let (setup, most) = part(i, seed);
         let seconds = most.min(all - spent);
         // A long fault that is cut short is none: then the next in turn.
         if setup.faults != Faults::Long || seconds >= LONG_AT_LEAST {
-            run("long form", setup, seed.wrapping_add(i), Duration::from_secs(seconds)).await;
+            let seed = seed.wrapping_add(i);
+            let part = tokio::spawn(run("long form", setup, seed, Duration::from_secs(seconds)));
+            if part.await.is_err() {
+                failed.push(format!("part {i}, seed {seed}"));
+            }
             spent += seconds;
         }
         i += 1;
     }
+    println!("=== long form, seed {seed}: {spent} s of {all} s of faults; failed: {failed:?}\n{TOTALS}");
+    assert!(failed.is_empty(), "failed: {failed:?}");
 }
+
+/// So many parts that fail are enough: each keeps its folder.
+const FAILED: usize = 3;
 
 /// Faults of minutes come twice in such a time.
 const LONG: u64 = 600;

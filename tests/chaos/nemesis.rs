@@ -24,8 +24,8 @@ pub(crate) struct Nemesis {
     /// A copy takes a while, and the next disk must not go before it is there.
     wiped: Option<Instant>,
     pub(super) recorder: Recorder,
-    /// When the servers were killed whose stores are lost.
-    stores_lost: Option<u64>,
+    /// When the one server was killed whose store goes back.
+    one_lost: Option<u64>,
     /// Records as they were, to be written again later.
     pub(super) past: BTreeMap<(String, String), Vec<Value>>,
     /// What was done by hand, to be looked at when the fault ends.
@@ -36,7 +36,8 @@ pub(crate) struct Nemesis {
 const BETWEEN_WIPES: Duration = Duration::from_secs(15);
 /// How long a run that is about copies waits until one may be taken.
 const COPIED: Duration = Duration::from_secs(20);
-/// Replicas write what they have applied to their disks each second.
+/// Replicas write what they have applied to their disks each second. Before that, what the log has lost is nowhere else,
+/// should a process end.
 const ON_DISK: Duration = Duration::from_secs(4);
 /// A store is lost when everything is whole: this is how long that may take to come.
 const WHOLE: Duration = Duration::from_secs(40);
@@ -54,7 +55,7 @@ impl Nemesis {
             hit: None,
             wiped: None,
             recorder: recorder.clone(),
-            stores_lost: None,
+            one_lost: None,
             past: BTreeMap::new(),
             touched: Vec::new(),
         }
@@ -118,10 +119,12 @@ impl Nemesis {
         if faults.iter().any(|f| matches!(f, Fault::RollBackOne(_))) {
             lasts = lasts.max(ELECTED);
         }
-        if faults.iter().any(|f| matches!(f, Fault::PurgeLog(_) | Fault::DeleteLog(_) | Fault::EditLog(..))) {
+        if faults.iter().any(Fault::loses) {
             lasts = lasts.max(ON_DISK);
         }
-        tokio::time::sleep(lasts).await;
+        if !faults.iter().any(|f| matches!(f, Fault::DamageAll(..))) {
+            tokio::time::sleep(lasts).await;
+        }
         for fault in faults {
             self.end(lab, fault).await;
         }
@@ -195,7 +198,6 @@ impl Nemesis {
             }
             Fault::WipeStoresTwice => {
                 for last in [false, true] {
-                    self.stores_lost = Some(self.recorder.now());
                     kill_servers(lab).await;
                     (0..lab.servers.len()).for_each(|server| lab.wipe_store(server));
                     if !last {
@@ -208,7 +210,6 @@ impl Nemesis {
                 self.draw.kept &= lab.servers.len() == 1;
             }
             Fault::WipeStores | Fault::RollBackStores => {
-                self.stores_lost = Some(self.recorder.now());
                 kill_servers(lab).await;
                 for server in 0..lab.servers.len() {
                     match fault {
@@ -220,7 +221,7 @@ impl Nemesis {
                 self.draw.kept &= lab.servers.len() == 1 || *fault != Fault::WipeStores;
             }
             Fault::RollBackOne(server) => {
-                self.stores_lost = Some(self.recorder.now());
+                self.one_lost = Some(self.recorder.now());
                 let _ = lab.servers[*server].kill().await;
                 lab.roll_back_store(*server);
             }
@@ -243,6 +244,7 @@ impl Nemesis {
             Fault::LongPause(node) => signal(lab.node(node).pid(), "STOP"),
             Fault::LongPausedClient(client) => signal(lab.clients[*client], "STOP"),
             Fault::LongCut(node, link) => lab.link(node, *link),
+            Fault::LongHangServer(server) => signal(lab.servers[*server].pid(), "STOP"),
             other => self.tamper(lab, other).await,
         }
     }
@@ -266,7 +268,7 @@ impl Nemesis {
                 self.stores_are_back(lab).await;
             }
             Fault::RollBackOne(_) => {
-                let killed = self.stores_lost.take();
+                let killed = self.one_lost.take();
                 // Where the others have not agreed, one that lacks entries may be elected with the third's vote.
                 if !lab.agrees(AGREED).await
                     && let Some(killed) = killed
@@ -291,15 +293,15 @@ impl Nemesis {
             Fault::LongPause(node) => signal(lab.node(node).pid(), "CONT"),
             Fault::LongPausedClient(client) => signal(lab.clients[*client], "CONT"),
             Fault::LongCut(node, _) => lab.link(node, Link::Pass),
+            Fault::LongHangServer(server) => signal(lab.servers[*server].pid(), "CONT"),
             Fault::RollingRestart | Fault::Join | Fault::StepDown | Fault::Move(..) | Fault::Rebalance => {}
             other => self.mend(lab, other).await,
         }
     }
 
+    /// What was acknowledged before this had been applied by who said so.
     async fn stores_are_back(&mut self, lab: &mut Lab) {
-        if let Some(killed) = self.stores_lost.take() {
-            self.recorder.lost(killed);
-        }
+        self.recorder.lost(self.recorder.now());
         restart_servers(lab).await;
     }
 }
@@ -331,6 +333,7 @@ pub(crate) async fn heal(lab: &mut Lab) {
     }
     restart_servers(lab).await;
     lab.clients.iter().for_each(|client| signal(*client, "CONT"));
+    lab.clones.clear();
     let ids = lab.ids();
     for id in &ids {
         if lab.shim.missing.is_none() {

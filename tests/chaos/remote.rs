@@ -25,6 +25,7 @@ impl Remote {
         while !self.shared.stopped() {
             let pause = self.dice.between(0, 2 * self.shared.load.pace_ms);
             tokio::time::sleep(Duration::from_millis(pause)).await;
+            let _working = self.shared.recorder.working.clone().read_owned().await;
             let slot = self.dice.below(self.shared.slots());
             let key = key(slot, self.shared.generation(slot));
             let alive = match self.dice.below(100) {

@@ -2,9 +2,11 @@
 //!
 //! A node's files are touched while it is down, and only while every other copy is whole: one copy of three, or of
 //! two, is never the last, so nothing may be lost. Records are touched at any time: they hold no data, so nothing may
-//! be lost either, and within [`HEALS`] they must say again what nodes hold. A log that is purged or removed by hand
-//! may take what no replica had applied: see [`super::loss`].
+//! be lost either, and within [`HEALS`] they must say again what nodes hold. A log that is purged, removed or
+//! reconfigured by hand takes nothing either, as what was acknowledged has been applied; only the replica that has applied it
+//! must not go right then, before it is on its disk.
 
+use super::copies::said;
 use super::fault::{Fault, LogEdit};
 use super::harness::by_hand::{BUCKETS, bucket_stream, log_stream};
 use super::harness::tamper::{copy_folder, flip_byte, replace_folder, store_files, swap};
@@ -31,6 +33,12 @@ pub(crate) enum Touched {
     Log(u32, Box<Config>),
     /// A store file of a node lies here meanwhile.
     Aside(String, PathBuf, PathBuf),
+}
+
+/// The shard of a store file.
+fn shard_of(file: &Path) -> u32 {
+    let digits = file.file_stem().and_then(|name| name.to_str()?.strip_prefix("shard-")?.parse().ok());
+    digits.expect("a store file is named after its shard")
 }
 
 fn shards_folder(data_dir: &Path) -> PathBuf {
@@ -64,7 +72,9 @@ impl Nemesis {
             | Fault::SwapFiles(node, ..)
             | Fault::FolderForFile(node, _)
             | Fault::CloneNode(node, _)
+            | Fault::CloneBeside(node, _)
             | Fault::Replace(node) => vec![node],
+            Fault::DamageAll(shard, which) if whole => return self.damage_all(lab, *shard, *which).await,
             _ => return,
         };
         let folders: Vec<PathBuf> = down.iter().map(|id| lab.node(id).data_dir()).collect();
@@ -120,9 +130,15 @@ impl Nemesis {
                 let aside = folders[0].with_extension("aside");
                 std::fs::rename(&file, &aside).expect("the file is put aside");
                 std::fs::create_dir(&file).expect("a folder in its place");
+                let shard = shard_of(&file);
                 self.touched.push(Touched::Aside(node.clone(), aside, file));
+                let revived = Instant::now();
                 lab.revive(node);
+                if let Err(why) = said(lab, "shard.copy_foreign", node, shard, revived).await {
+                    self.recorder.wrong(format!("a folder stands for a file, and {why}"));
+                }
             }
+            Fault::CloneBeside(node, original) => self.clone_beside(lab, node, *original).await,
             Fault::CloneNode(node, of) => {
                 let (other, aside) = (lab.node(of).data_dir(), folders[0].with_extension("aside"));
                 std::fs::rename(&folders[0], &aside).expect("the folder is put aside");
@@ -149,7 +165,6 @@ impl Nemesis {
 
     async fn log(&mut self, lab: &mut Lab, fault: &Fault, shard: u32) -> Result<(), String> {
         let (hand, name) = (lab.by_hand(), log_stream(shard));
-        let before = self.recorder.now();
         match fault {
             Fault::PurgeLog(_) => hand.purge_stream(&name).await?,
             Fault::DeleteLog(_) => hand.delete_stream(&name).await?,
@@ -171,9 +186,6 @@ impl Nemesis {
                 self.touched.push(Touched::Log(shard, Box::new(was)));
             }
             _ => {}
-        }
-        if fault.loses() && !matches!(fault, Fault::EditLog(..)) {
-            self.recorder.lost_log(shard, before);
         }
         Ok(())
     }
@@ -284,9 +296,16 @@ impl Nemesis {
         for touched in &touched {
             if let Touched::Aside(node, aside, place) = touched {
                 lab.kill(node).await;
-                std::fs::remove_dir_all(place).expect("the folder goes");
+                // The node may have set a folder aside, and have made a file there.
+                match place.is_dir() {
+                    true => std::fs::remove_dir_all(place).expect("the folder goes"),
+                    false => drop(std::fs::remove_file(place)),
+                }
                 std::fs::rename(aside, place).expect("what was put aside comes back");
             }
+        }
+        for mut clone in lab.clones.drain(..) {
+            let _ = clone.kill().await;
         }
         match fault {
             Fault::DamageTwo(a, b, ..) | Fault::CloneFiles(a, b) | Fault::SwapFolders(a, b) => {
@@ -297,7 +316,9 @@ impl Nemesis {
             | Fault::OldFiles(node)
             | Fault::SwapFiles(node, ..)
             | Fault::FolderForFile(node, _)
-            | Fault::CloneNode(node, _) => lab.revive(node),
+            | Fault::CloneNode(node, _)
+            | Fault::CloneBeside(node, _) => lab.revive(node),
+            Fault::DamageAll(..) => lab.ids().iter().for_each(|id| lab.revive(id)),
             Fault::Replace(node) if lab.ids().contains(node) => lab.revive(node),
             _ => {}
         }

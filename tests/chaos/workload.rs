@@ -18,7 +18,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-const SLOTS: usize = 24;
+pub(crate) const SLOTS: usize = 24;
 /// Operations on a key before the next one takes its place.
 const KEY_LIFE: u64 = 100;
 /// What an unknown outcome costs of a key's life.
@@ -87,6 +87,8 @@ struct Worker {
     dice: Dice,
     /// Acknowledged writes that are to be sent once more, and what was answered.
     again: Vec<(Instant, Write, u64)>,
+    /// How often everybody had to pause so far.
+    interruptions: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -141,6 +143,7 @@ impl Workload {
             session,
             dice,
             again: Vec::new(),
+            interruptions: 0,
         };
         let mut tasks: Vec<_> = (0..8).map(|n| tokio::spawn(worker(n, dice.branch()).run())).collect();
         tasks.push(tokio::spawn(worker(8, dice.branch()).run_bulk()));
@@ -227,6 +230,11 @@ impl Worker {
     async fn run(mut self) {
         while !self.stopped() {
             tokio::time::sleep(Duration::from_millis(self.dice.between(0, self.shared.load.pace_ms))).await;
+            let working = self.shared.recorder.working.clone().read_owned().await;
+            if self.interruptions != *working {
+                // A shard may have begun again, and have forgotten which writes it has had.
+                (self.interruptions, self.again) = (*working, Vec::new());
+            }
             if let Some(due) = self.again.iter().position(|(due, ..)| *due <= Instant::now()) {
                 let (_, write, first) = self.again.swap_remove(due);
                 self.repeat(write, first).await;
@@ -395,6 +403,7 @@ impl Worker {
         let mut loads = 0;
         while !self.stopped() {
             tokio::time::sleep(Duration::from_millis(self.dice.between(200, 900))).await;
+            let _working = self.shared.recorder.working.clone().read_owned().await;
             loads += 1;
             let group = format!("b{loads}");
             let mut keys: Vec<String> = (0..BULK).map(|i| format!("{group}-{i}")).collect();

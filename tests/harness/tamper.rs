@@ -64,6 +64,15 @@ pub(crate) fn flip_in(file: &Path, text: &str) {
     flip_byte(file, (at + text.len() / 2) as u64);
 }
 
+/// Flips one bit in each place where `text` stands, `within` bytes from its beginning; returns how many there are.
+pub(crate) fn flip_everywhere(file: &Path, text: &str, within: usize) -> usize {
+    let mut bytes = std::fs::read(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
+    let at: Vec<usize> = (0..bytes.len()).filter(|at| bytes[*at..].starts_with(text.as_bytes())).collect();
+    at.iter().for_each(|at| bytes[at + within] ^= 1);
+    std::fs::write(file, bytes).expect("the damaged file is written");
+    at.len()
+}
+
 /// Copies a folder, with everything in it, to a place where nothing is.
 pub(crate) fn copy_folder(from: &Path, to: &Path) {
     let copied = Command::new("cp").arg("-a").arg(from).arg(to).status().expect("cp runs");
