@@ -63,6 +63,7 @@ mod clock;
 mod cluster;
 mod config;
 pub mod error;
+mod failpoint;
 #[cfg(all(feature = "cli", any(test, fuzzing)))]
 #[doc(hidden)]
 pub mod fuzzing;

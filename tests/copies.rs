@@ -4,13 +4,15 @@
 mod harness;
 
 use harness::map::truncate;
-use harness::tamper::{flip_everywhere, store_file, swap};
+use harness::tamper::{copy_folder, flip_everywhere, replace_folder, store_file, swap};
 use harness::{Setup, TestCluster, eventually};
+use ruvector_cluster::playground::NodeProcess;
 use ruvector_cluster::store::{Batch, Mutation, StoreSpec};
 use ruvector_cluster::{DistanceMetric, RedbOptions, RedbStores, ShardId, StoreFactory, VectorEntry};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 use uuid::Uuid;
 
 const IDS: usize = 200;
@@ -72,6 +74,7 @@ async fn every_copy_is_damaged_and_what_is_intact_is_had_back_by_one_command() {
     fill(&cluster).await;
     truncate(&cluster).await;
     let dirs: Vec<PathBuf> = cluster.nodes.iter().map(|node| node.data_dir()).collect();
+    let session = cluster.ask("ruvector.api.count", &json!({"consistency": "linearizable"})).await.unwrap();
     for node in &mut cluster.nodes {
         node.stop(std::time::Duration::from_secs(20)).await.unwrap();
     }
@@ -105,6 +108,19 @@ async fn every_copy_is_damaged_and_what_is_intact_is_had_back_by_one_command() {
     harness::by_hand::ByHand::new(&cluster.raw).delete_stream("ruvector_log_00000").await.unwrap();
     cluster.wait_green().await;
     assert_eq!(count(&cluster).await, 0);
+    // A session that has seen more than the new log has is told so, or answered: it does not wait.
+    let after = &session["seqs"];
+    assert!(after["0"].as_u64() > Some(5), "{session}");
+    for (verb, mut request) in [
+        ("get", json!({"id": id(7)})),
+        ("count", json!({})),
+        ("search", json!({"vector": [1, 2, 3, 4], "k": 1})),
+    ] {
+        (request["consistency"], request["after"]) = (json!("session"), after.clone());
+        let asked = tokio::time::Instant::now();
+        let reply = cluster.api(verb, request).await;
+        assert!(asked.elapsed() < Duration::from_secs(3), "{verb}: {:?} {reply}", asked.elapsed());
+    }
     let (done, _, said) = cli(&cluster, &["vectors", "import", to]);
     assert!(done, "{said}");
     assert_eq!(count(&cluster).await, IDS as u64);
@@ -130,14 +146,14 @@ fn foreign_file(path: &Path, shard: u32, dimensions: usize, cluster: Uuid) {
 /// One node comes back with a folder that was put together by hand.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_damaged_or_does_not_belong_is_set_aside_and_copied_again() {
-    let setup = Setup { nodes: 2, shards: 6, replication_factor: 2, ..Setup::default() };
+    let setup = Setup { nodes: 2, shards: 8, replication_factor: 2, ..Setup::default() };
     let mut cluster = TestCluster::start(setup).await;
     fill(&cluster).await;
     truncate(&cluster).await;
     let dir = cluster.node("n2").data_dir();
     cluster.node("n2").stop(std::time::Duration::from_secs(20)).await.unwrap();
     let file = |shard| store_file(&dir, shard);
-    // 0: damaged. 1: of another cluster. 2: a folder. 3 and 4: exchanged. 5: nothing left.
+    // 0: damaged. 1: of another cluster. 2: a folder. 3 and 4: exchanged. 5: nothing left. 6: a pipe. 7: a link to itself.
     let bytes = std::fs::read(file(0)).unwrap();
     std::fs::write(file(0), &bytes[..bytes.len() / 2]).unwrap();
     foreign_file(&file(1), 1, 4, Uuid::from_u128(5));
@@ -145,9 +161,15 @@ async fn what_is_damaged_or_does_not_belong_is_set_aside_and_copied_again() {
     std::fs::create_dir(file(2)).unwrap();
     swap(&file(3), &file(4));
     std::fs::write(file(5), "").unwrap();
+    std::fs::remove_file(file(6)).unwrap();
+    assert!(Command::new("mkfifo").arg(file(6)).status().unwrap().success());
+    std::fs::remove_file(file(7)).unwrap();
+    std::os::unix::fs::symlink(file(7), file(7)).unwrap();
     cluster.node("n2").restart().unwrap();
     cluster.wait_green().await;
-    for (kind, shard) in [("damaged", 0), ("foreign", 1), ("foreign", 2), ("damaged", 5)] {
+    for (kind, shard) in
+        [("damaged", 0), ("foreign", 1), ("foreign", 2), ("damaged", 5), ("foreign", 6), ("foreign", 7)]
+    {
         wait_event(&cluster, &format!("shard.copy_{kind}"), shard, "n2").await;
     }
     // A damaged copy goes when a whole one serves elsewhere; whatever does not belong may be somebody's only copy.
@@ -156,7 +178,7 @@ async fn what_is_damaged_or_does_not_belong_is_set_aside_and_copied_again() {
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
     })
     .await;
-    assert_eq!(asides(&dir, "foreign").len(), 2);
+    assert_eq!(asides(&dir, "foreign").len(), 4);
     assert_eq!(count(&cluster).await, IDS as u64);
     // All of it is on the node that had lost it.
     cluster.node("n1").kill().await.unwrap();
@@ -221,5 +243,141 @@ async fn a_shard_that_cannot_be_opened_is_rebuilt_elsewhere_and_its_node_is_read
     })
     .await;
     assert!(file.exists(), "only a person can tell whose mistake it is");
+    assert_eq!(count(&cluster).await, IDS as u64);
+}
+
+/// Whatever a store does in memory when it panics, the disk and the log have everything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_panics_is_opened_again_without_a_restart_and_nothing_is_lost() {
+    let setup = Setup { nodes: 1, shards: 2, replication_factor: 1, pauses: true, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    let pid = cluster.node("n1").pid();
+    for round in 0..2 {
+        cluster.pause_at("store-panic");
+        let last = json!({"id": format!("last-{round}"), "vector": [9, 9, 9, round]});
+        eventually("writes are taken again", || async {
+            let reply = cluster.ask("ruvector.api.upsert", &json!({"entries": [last]})).await?;
+            if reply["upserted"] == 1 { Ok(()) } else { Err(reply.to_string()) }
+        })
+        .await;
+        assert!(!cluster.dir().join("pauses/store-panic").exists(), "nothing has panicked");
+        assert_eq!(count(&cluster).await, IDS as u64 + round + 1);
+    }
+    let client = cluster.client().await;
+    for last in ["last-0", "last-1"] {
+        wait_event(&cluster, "shard.store_failed", client.shard_of(last).0, "n1").await;
+    }
+    cluster.wait_green().await;
+    assert_eq!(cluster.node("n1").pid(), pid);
+    cluster.node("n1").kill().await.unwrap();
+    cluster.node("n1").restart().unwrap();
+    cluster.wait_green().await;
+    assert_eq!(count(&cluster).await, IDS as u64 + 2);
+}
+
+/// Everything in it is of an earlier time, and the logs do not reach back to that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_folder_that_was_put_back_from_a_backup_is_brought_up_to_date() {
+    let setup = Setup { nodes: 2, shards: 4, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    let (dir, backup) = (cluster.node("n2").data_dir(), cluster.dir().join("backup"));
+    let limit = Duration::from_secs(20);
+    cluster.node("n2").stop(limit).await.unwrap();
+    copy_folder(&dir, &backup);
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green().await;
+    let gone: Vec<String> = (0..20).map(id).collect();
+    let reply = cluster.api("delete", json!({"ids": gone})).await;
+    assert_eq!(reply["deleted"], 20, "{reply}");
+    let changed: Vec<Value> = (20..40).map(|n| json!({"id": id(n), "vector": [9, 9, 9, n]})).collect();
+    cluster.api("upsert", json!({"entries": changed})).await;
+    truncate(&cluster).await;
+    cluster.node("n2").stop(limit).await.unwrap();
+    replace_folder(&backup, &dir);
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green().await;
+    cluster.node("n1").kill().await.unwrap();
+    assert_eq!(count(&cluster).await, IDS as u64 - 20);
+    for (n, expected) in [(3, None), (25, Some(9.0)), (41, Some(1.0))] {
+        let reply = cluster.api("get", json!({"id": id(n), "consistency": "linearizable"})).await;
+        assert_eq!(reply["entry"]["vector"][0].as_f64(), expected, "{n}: {reply}");
+    }
+}
+
+/// Two processes of one name, each with the folder: only one may be that node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_of_a_data_folder_does_not_run_beside_the_original() {
+    let setup = Setup { nodes: 2, shards: 4, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    let limit = Duration::from_secs(20);
+    cluster.node("n2").stop(limit).await.unwrap();
+    let mut options = cluster.node_options("n2");
+    options.dir = cluster.dir().join("clones");
+    std::fs::create_dir_all(&options.dir).unwrap();
+    copy_folder(&cluster.node("n2").data_dir(), &options.dir.join("n2"));
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green().await;
+    let mut clone = NodeProcess::start(options).unwrap();
+    assert_eq!(clone.data_dir(), cluster.dir().join("clones/n2"));
+    let refused = |node: &NodeProcess| std::fs::read_to_string(node.log_file()).unwrap();
+    let ended = tokio::time::timeout(limit, clone.wait()).await.expect("it ends").unwrap();
+    assert_eq!(ended.code(), Some(1));
+    assert!(refused(&clone).contains("in use by a live process"), "{}", refused(&clone));
+    assert!(cluster.node("n2").is_running());
+    cluster.wait_green().await;
+    // The other way round: the clone, of an earlier time, is the node now.
+    let changed: Vec<Value> = (0..20).map(|n| json!({"id": id(n), "vector": [9, 9, 9, n]})).collect();
+    cluster.api("upsert", json!({"entries": changed})).await;
+    truncate(&cluster).await;
+    cluster.node("n2").stop(limit).await.unwrap();
+    clone.restart().unwrap();
+    cluster.wait_green().await;
+    cluster.node("n2").restart().unwrap();
+    let ended = tokio::time::timeout(limit, cluster.node("n2").wait()).await.expect("it ends").unwrap();
+    assert_eq!(ended.code(), Some(1));
+    assert!(clone.is_running());
+    cluster.node("n1").kill().await.unwrap();
+    assert_eq!(count(&cluster).await, IDS as u64);
+    let reply = cluster.api("get", json!({"id": id(5), "consistency": "linearizable"})).await;
+    assert_eq!(reply["entry"]["vector"][0], 9.0, "{reply}");
+}
+
+/// A shard was damaged here, and was moved away before the copy was made again: nobody here will ever serve it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_copy_of_a_shard_that_has_moved_away_goes_when_whole_ones_are_elsewhere() {
+    let setup = Setup { nodes: 3, shards: 1, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    let holders = cluster.map().await.0[&0].clone();
+    let other = ["n1", "n2", "n3"].into_iter().find(|node| !holders.iter().any(|h| h == node)).unwrap();
+    let dir = cluster.node(other).data_dir();
+    std::fs::create_dir_all(dir.join("shards")).unwrap();
+    let aside = |kind: &str, n| dir.join(format!("shards/shard-00000.redb.{kind}-{n}"));
+    // One of the two does not answer, so nobody knows whether it has a whole copy.
+    let paused = harness::tamper::pause(cluster.node(&holders[1]).pid());
+    std::fs::write(aside("damaged", 1), "what is left of it").unwrap();
+    std::fs::write(aside("foreign", 2), "somebody's").unwrap();
+    eventually("it is seen", || async {
+        let seen = cluster.metric(other, "ruvector_copies_aside{kind=\"damaged\"}").await;
+        if seen == Some(1.0) { Ok(()) } else { Err(format!("{seen:?}")) }
+    })
+    .await;
+    let compared = |result: &str| format!("ruvector_comparisons_total{{outcome=\"{result}\"}}");
+    eventually("the primary has compared what it could", || async {
+        let seen = cluster.metric(&holders[0], &compared("incomplete")).await;
+        if seen >= Some(1.0) { Ok(()) } else { Err(format!("{seen:?}")) }
+    })
+    .await;
+    assert!(aside("damaged", 1).exists(), "it might be the second copy");
+    drop(paused);
+    eventually("it is gone", || async {
+        if aside("damaged", 1).exists() { Err("it is there".into()) } else { Ok(()) }
+    })
+    .await;
+    assert!(aside("foreign", 2).exists(), "only an operator knows whose it is");
+    cluster.wait_green().await;
     assert_eq!(count(&cluster).await, IDS as u64);
 }

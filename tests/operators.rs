@@ -5,7 +5,7 @@ mod harness;
 use harness::load::Load;
 use harness::map::{Map, check_filled, fill, node};
 use harness::program::{ended, run};
-use harness::{Setup, TestCluster, eventually};
+use harness::{Setup, TestCluster, eventually, within};
 use ruvector_cluster::planner::{self, ClusterDescription, RebalancePlan};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -85,6 +85,20 @@ async fn a_data_set_is_imported_exactly_or_refused_with_its_place() {
     assert_eq!(found["entry"]["vector"][0], json!(0.1), "{found}");
     let ran = cluster.command("vectors search --like a -k 1 --filter {\"zip\":\"12345\"}").await.done();
     assert_eq!(ran.json()["hits"][0]["id"], "b", "{ran:?}");
+    assert_eq!(ran.json()["hits"][0]["payload"]["zip"], "12345", "{ran:?}");
+    let ran = cluster.command("vectors search --like a -k 1 --no-payload").await.done();
+    assert_eq!(
+        (&ran.json()["hits"][0]["id"], &ran.json()["hits"][0]["payload"]),
+        (&json!("b"), &json!(null))
+    );
+    let truth = cluster.command(&format!("vectors import {}", file("gt.ivecs", String::new()))).await;
+    truth.refused("ground truth");
+    // Load reports come every five seconds; who has just imported something does not wait for one.
+    within(Duration::from_millis(2_500), "status counts what was imported", || async {
+        let status = cluster.status().await?;
+        if status["vectors"] == 2 { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -403,3 +403,51 @@ async fn a_cluster_founded_under_another_one_gives_way_and_left_over_logs_are_no
     all_vectors_are_there(&cluster).await;
     assert_eq!(hand.record("cluster", "config").await.unwrap().unwrap(), settings);
 }
+
+/// Nobody leads for a moment, so nobody can say whose it is; or it is there before the next one begins.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_of_a_higher_term_that_was_forged_around_a_change_of_leader_heals_and_loses_nothing() {
+    let mut cluster = TestCluster::start(Setup::default()).await;
+    fill(&cluster).await;
+    let hand = ByHand::new(&cluster.raw);
+    let nobody = json!({"primary": "n8", "replicas": ["n8", "n9"]});
+    let ghost = "00000000-0000-4000-8000-000000000009";
+    for (first, more, change) in [
+        (true, 1, nobody.clone()),
+        (false, 1, nobody.clone()),
+        (false, 2, json!({"primary": "n2", "replicas": ["n2"]})),
+        (false, 40, nobody),
+        (true, 3, json!({"log_id": ghost})),
+    ] {
+        let leader = cluster.leader().await;
+        let before = hand.record("shards", "00003").await.unwrap().expect("a record");
+        let term = before["term"].as_u64().unwrap() + more;
+        let what = format!("{change} in term {term}, {}", if first { "before" } else { "after" });
+        let forged: Value = serde_json::from_str(&with(before.clone(), json!({"term": term}))).unwrap();
+        let forged = with(forged, change);
+        if first {
+            hand.put("shards", "00003", &forged).await.unwrap();
+        }
+        cluster.node(&leader).kill().await.unwrap();
+        if !first {
+            hand.put("shards", "00003", &forged).await.unwrap();
+        }
+        eventually("another one leads", || async {
+            match hand.record("cluster", "leader").await?.ok_or("nobody")? {
+                now if now["node"] == *leader || now["node"].is_null() => Err(now.to_string()),
+                _ => Ok(()),
+            }
+        })
+        .await;
+        cluster.node(&leader).restart().unwrap();
+        let started = tokio::time::Instant::now();
+        within(HEALED * 2, &what, || async {
+            let now = hand.record("shards", "00003").await?.ok_or("there is none")?;
+            judge("shards", "00003", &before, &now)
+        })
+        .await;
+        println!("{what}: {:?}", started.elapsed());
+        green(&cluster).await;
+        all_vectors_are_there(&cluster).await;
+    }
+}

@@ -380,3 +380,28 @@ async fn a_replay_of_a_log_is_throttled_and_takes_as_long_as_the_plan_says() {
     let (bytes, planned) = (record.bytes_done as f64, plan["bytes"].as_u64().unwrap() as f64);
     assert!((planned * 0.8..planned * 1.2).contains(&bytes), "{planned} bytes were said: {record:?}");
 }
+
+/// It is in the map, it counts as up, and it says nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_that_hangs_while_replicas_are_compared_is_named_in_time() {
+    let setup = Setup { shards: 1, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--failure-timeout", "60s")).await;
+    put(&cluster, "a", 1).await;
+    wait_same(&cluster, 0).await;
+    let (leader, shard) = (cluster.leader().await, cluster.shard(0).await);
+    let hangs = |node: &&&str| **node != leader && shard["primary"] != **node;
+    let hung = ["n1", "n2", "n3"].iter().find(hangs).unwrap().to_string();
+    let paused = tamper::pause(cluster.node(&hung).pid());
+    let started = Instant::now();
+    let (code, line) = check(&cluster, 0).await;
+    assert!(started.elapsed() < Duration::from_secs(12), "{:?}", started.elapsed());
+    assert_eq!((code, &line["result"]), (1, &json!("incomplete")), "{line}");
+    let replicas = line["replicas"].as_array().unwrap();
+    for replica in replicas {
+        let silent = replica["error"].as_str().is_some_and(|error| error.contains("no answer"));
+        assert_eq!(silent, replica["node"] == hung, "{line}");
+    }
+    assert_eq!(replicas.len(), 3, "{line}");
+    drop(paused);
+    wait_same(&cluster, 0).await;
+}

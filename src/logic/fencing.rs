@@ -36,6 +36,16 @@ pub(crate) fn is_reached(lease: Term, known: Term, found: Term) -> bool {
     lease == 0 || found <= lease.max(known)
 }
 
+/// Whether a record that a new leader finds was put there by hand. Who leads takes the lease first, in a higher term, at the revision
+/// that it has read: so when ours has taken the place of term `replaced`, nobody has led in a term between the two or above.
+/// `known` is the term of the copy that we had before we asked for the lease.
+///
+/// `replaced` is `None` where the lease's record was away or spoilt, and where it is below `known` it has gone back in time: then
+/// terms above it may well have been somebody's, and what is found is believed as ever.
+pub(crate) fn is_forged(replaced: Option<Term>, known: Term, found: Term) -> bool {
+    replaced.is_some_and(|replaced| known <= replaced && found > replaced)
+}
+
 /// What a new leader rewrites under its term: the bucket's record, or its own copy where that is newer or
 /// the bucket has nothing good.
 pub(crate) fn newest(stored: Option<ShardRecord>, ours: Option<ShardRecord>) -> Option<ShardRecord> {
@@ -112,6 +122,22 @@ mod tests {
         assert!(is_reached(4, 3, 4) && is_reached(0, 3, 9), "the lease was not seen yet");
         assert!(!is_reached(4, 3, 5));
         assert!(is_reached(3, 5, 5), "the lease's record went back in time, or was made anew");
+    }
+
+    #[test]
+    fn a_record_of_a_term_that_nobody_had_between_two_leaders_was_put_there_by_hand() {
+        for (replaced, known, found, forged) in [
+            (Some(4), 4, 4, false),
+            (Some(4), 2, 3, false),
+            // Ours is 5 now: in that one, and above it, nobody else can have written.
+            (Some(4), 4, 5, true),
+            (Some(4), 3, 60, true),
+            // The lease's record is older than what we know: it was made anew, or has gone back in time.
+            (Some(1), 49, 50, false),
+            (None, 4, 9, false),
+        ] {
+            assert_eq!(is_forged(replaced, known, found), forged, "{replaced:?} {known} {found}");
+        }
     }
 
     #[test]

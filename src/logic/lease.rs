@@ -202,6 +202,12 @@ impl Lease {
         }
     }
 
+    /// The term of the record at this revision, if it was read and made sense: what a claim at that revision takes the place of.
+    pub(crate) fn term_at(&self, revision: u64) -> Option<Term> {
+        let seen = self.observed.as_ref().filter(|seen| seen.revision == revision)?;
+        seen.record.as_ref().map(|record| record.term)
+    }
+
     /// Until when [`leading`](Self::leading) can hold without a renewal.
     pub(crate) fn valid_until(&self) -> Option<Duration> {
         match self.role {

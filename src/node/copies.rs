@@ -5,11 +5,15 @@
 //! a whole copy serves elsewhere: another replica has answered that it serves and has had the same content as the one
 //! here at one sequence of the log. Whoever dies between any two of these steps leaves a file too many, which is
 //! found at the next start; a message that is lost, late or doubled only makes it stay longer.
+//!
+//! Where the shard has moved away, nobody here can compare: its primary is asked to compare all holders, twice, some time
+//! apart. Only if all of them had the same content both times, and they are at least two or the cluster keeps only one of
+//! each, does the copy here go. An answer that is lost or that comes late counts for nothing.
 
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::events::{Event, ReplicaState};
-use crate::model::wire::{DigestRequest, PingReply, PingRequest};
+use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, PingReply, PingRequest};
 use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::node::replica::{Replica, blocking};
@@ -24,6 +28,9 @@ use tracing::{debug, info, warn};
 const LOOK: Duration = Duration::from_secs(2);
 /// Pause before content is compared again that could not be, or was another: each takes an entry in the log.
 const COMPARE_AGAIN: Duration = Duration::from_secs(30);
+/// Where a cluster keeps one copy of each shard, nobody can say whether that one is right: then a copy that was set aside where
+/// the shard has been before stays for longer.
+const SINGLE: Duration = Duration::from_secs(24 * 3_600);
 /// One comparison.
 const COMPARE: Duration = Duration::from_secs(5);
 /// Bytes per second that a scrub reads.
@@ -77,7 +84,9 @@ pub(crate) async fn set_aside(
 /// Looks after what was set aside until the node stops.
 pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut known: BTreeMap<SetAside, Duration> = BTreeMap::new();
-    let mut compared: BTreeMap<ShardId, Duration> = BTreeMap::new();
+    let mut rest_until: BTreeMap<ShardId, Duration> = BTreeMap::new();
+    // Since when whole copies of a shard that is not here any more are known to be elsewhere.
+    let mut elsewhere: BTreeMap<ShardId, Duration> = BTreeMap::new();
     let mut tick = tokio::time::interval(LOOK.min(ctx.config.retire_after));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -102,25 +111,40 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         for aside in asides {
             let since = *known.entry(aside.clone()).or_insert(now);
             let shard = aside.shard;
-            let replica = replicas.get(shard).ok();
-            let serving = replica.as_ref().is_some_and(|r| r.status().state == ReplicaState::Serving);
-            let Some(replica) = replica.filter(|_| serving) else { continue };
-            let rests = compared.get(&shard).is_some_and(|at| now < *at + COMPARE_AGAIN);
+            let rests = rest_until.get(&shard).is_some_and(|until| now < *until);
             if rests || !aside.kind.is_superseded() || now < since + ctx.config.retire_after {
                 continue;
             }
-            match serves_elsewhere(&ctx, &replica).await {
+            let replica = replicas.get(shard).ok();
+            let serving = replica.as_ref().is_some_and(|r| r.status().state == ReplicaState::Serving);
+            let whole = match replica.filter(|_| serving) {
+                Some(replica) => serves_elsewhere(&ctx, &replica).await,
+                None if replicas.holds(shard) => continue,
+                None => match whole_elsewhere(&ctx, shard).await {
+                    Ok((nodes, apart)) => {
+                        let since = *elsewhere.entry(shard).or_insert(now);
+                        if now < since + apart {
+                            rest_until.insert(shard, since + apart);
+                            continue;
+                        }
+                        Ok(nodes)
+                    }
+                    Err(error) => Err(error),
+                },
+            };
+            match whole {
                 Ok(node) => {
                     let (stores, name) = (replicas.stores().clone(), aside.name.clone());
                     match blocking(move || stores.forget(&aside)).await {
                         Ok(()) => {
-                            info!(%shard, "{name} is deleted: {node} has the same content as the new copy")
+                            info!(%shard, "{name} is deleted: {node} has a whole one")
                         }
                         Err(error) => warn!(%shard, "{name} cannot be deleted: {error}"),
                     }
                 }
                 Err(error) => {
-                    compared.insert(shard, now);
+                    rest_until.insert(shard, now + COMPARE_AGAIN.min(ctx.config.retire_after));
+                    elsewhere.remove(&shard);
                     debug!(%shard, "{} is kept: {error}", aside.name);
                 }
             }
@@ -160,6 +184,34 @@ async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<Strin
         }
     }
     Err(last)
+}
+
+/// Those who hold a shard that is not here any more, if all of them have the same content now, and how long that must be so
+/// before a copy here is of no use.
+async fn whole_elsewhere(ctx: &Context, shard: ShardId) -> Result<(String, Duration)> {
+    let view = ctx.view();
+    let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard} has no record")))?;
+    if record.holders().any(|node| *node == ctx.node) {
+        return Err(Error::Unavailable("it is to be made here".into()));
+    }
+    let subject = ctx.subjects.node(&record.primary, "compare");
+    let reply: CompareReply = ctx.data.call(subject, &CompareRequest { shard }, COMPARE * 4).await?;
+    let most = ctx.cluster.replication_factor as usize;
+    let apart = enough(&reply, most, ctx.config.retire_after)?;
+    let nodes: Vec<&str> = reply.holders.iter().map(|holder| holder.node.as_str()).collect();
+    Ok((nodes.join(" and "), apart))
+}
+
+/// For how long holders must have been compared like this before a copy elsewhere is of no use.
+fn enough(reply: &CompareReply, replication_factor: usize, grace: Duration) -> Result<Duration> {
+    match reply.holders.len() {
+        _ if !reply.is_proved() => {
+            Err(Error::Unavailable("its holders are not all known to be the same".into()))
+        }
+        2.. => Ok(grace),
+        1 if replication_factor == 1 => Ok(grace.max(SINGLE)),
+        _ => Err(Error::Unavailable("only one node holds it".into())),
+    }
 }
 
 /// Reads what is on the disk, one replica after the other, each once in the interval, until the node stops.
@@ -214,5 +266,35 @@ async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<()> {
             Ok(())
         }
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::wire::HolderDigest;
+
+    #[test]
+    fn a_copy_of_a_shard_that_is_elsewhere_goes_only_where_two_have_proved_the_same() {
+        let holder = |answered: bool| HolderDigest {
+            node: "a".into(),
+            digest: answered.then_some(Digest { applied: 7, vectors: 1, hash: 3 }),
+            right: None,
+            error: None,
+        };
+        let reply = |same, holders: &[bool]| CompareReply {
+            shard: ShardId(1),
+            sequence: 7,
+            same,
+            holders: holders.iter().map(|answered| holder(*answered)).collect(),
+        };
+        let grace = Duration::from_secs(60);
+        assert_eq!(enough(&reply(true, &[true, true]), 2, grace), Ok(grace));
+        assert_eq!(enough(&reply(true, &[true]), 1, grace), Ok(SINGLE), "nobody can say whether it is right");
+        for (same, holders) in
+            [(true, &[true][..]), (true, &[]), (true, &[true, true, false]), (false, &[true, true])]
+        {
+            assert!(enough(&reply(same, holders), 2, grace).is_err(), "{same} {holders:?}");
+        }
     }
 }

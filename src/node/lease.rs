@@ -15,7 +15,7 @@ use crate::node::context::{Context, Leading};
 use crate::node::join::restore_buckets;
 use crate::node::leader;
 use crate::node::replica::ping_outcome;
-use crate::view::{LEADER_KEY, parse};
+use crate::view::{LEADER_KEY, View, parse};
 use futures::FutureExt;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -55,6 +55,7 @@ pub(crate) async fn run(
         answers,
         leader: None,
         acquired: (0, wall()),
+        before: (u64::MAX, Before { term: None, view: ctx.view() }),
         resign,
     };
     let mut connected = ctx.control.nats.connected();
@@ -99,12 +100,23 @@ pub(crate) async fn run(
     }
 }
 
+/// What a new leader knows of the time before it asked for the lease.
+#[derive(Debug, Clone)]
+pub(crate) struct Before {
+    /// Whose place in the lease's record it has taken: see [`is_forged`](crate::logic::fencing::is_forged).
+    pub(crate) term: Option<Term>,
+    /// The map, before anything could be in it that says to be of the new term.
+    pub(crate) view: Arc<View>,
+}
+
 struct Driver {
     lease: Lease,
     ctx: Arc<Context>,
     answers: mpsc::Sender<Event>,
     leader: Option<CancellationToken>,
     acquired: (Term, chrono::DateTime<chrono::Utc>),
+    /// What was when the lease was first asked for at this revision.
+    before: (u64, Before),
     resign: mpsc::Sender<Order>,
 }
 
@@ -154,6 +166,10 @@ impl Driver {
             })),
             Action::Cas { expected, claim, term } => {
                 if claim == Claim::Acquire {
+                    if self.before.0 != expected {
+                        let before = Before { term: self.lease.term_at(expected), view: self.ctx.view() };
+                        self.before = (expected, before);
+                    }
                     self.acquired = (term, wall());
                 }
                 let record = self.record(claim, term);
@@ -199,14 +215,14 @@ impl Driver {
         info!(term, "leader");
         let stop = self.ctx.stop.child_token();
         self.leader = Some(stop.clone());
-        let (ctx, resign) = (self.ctx.clone(), self.resign.clone());
+        let (ctx, resign, before) = (self.ctx.clone(), self.resign.clone(), self.before.1.clone());
         self.ctx.tasks.spawn(async move {
             let story = Story::new("leader.elected", format!("{} leads in term {term}", ctx.node));
             ctx.event(Story { term: Some(term), ..story.node(&ctx.node) }).await;
             // Whoever holds the lease leads, or lets others: a bug must not leave everybody without a leader. What
             // the leader knew goes with it.
             let causes = ctx.causes.clone();
-            let led = AssertUnwindSafe(leader::run(ctx, term)).catch_unwind();
+            let led = AssertUnwindSafe(leader::run(ctx, term, before)).catch_unwind();
             let ended = tokio::select! {
                 () = stop.cancelled() => None,
                 ended = led => {

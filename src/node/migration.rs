@@ -14,6 +14,7 @@
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::failpoint::pause;
 use crate::logic::compare::groups;
 use crate::logic::migration::is_close;
 use crate::model::NodeId;
@@ -23,7 +24,6 @@ use crate::model::wire::{CompareReply, CompareRequest};
 use crate::nats::bucket::Cas;
 use crate::node::compare::ask;
 use crate::node::context::Context;
-use crate::node::failpoint::pause;
 use crate::node::replica::{Progress, Replica};
 use crate::store::Digest;
 use crate::view::parse;

@@ -7,7 +7,6 @@ mod compare;
 mod context;
 mod copies;
 pub(crate) mod data_dir;
-mod failpoint;
 mod founding;
 mod guard;
 mod join;

@@ -80,6 +80,7 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut since: BTreeMap<ShardId, (u64, u64, u64)> = BTreeMap::new();
     let mut last = ctx.clock.now();
     let mut states = (None, BTreeMap::new());
+    let (mut told, mut seen) = (0, 0);
     // Several samples in each window in which hot shards are looked for.
     let every = LOAD.min(ctx.config.hot_window / 4);
     let mut tick = tokio::time::interval(ctx.config.heartbeat_interval.min(every / 2));
@@ -98,10 +99,13 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         // How far one is behind is told while it changes.
         let now = ctx.clock.now();
         let behind = all.iter().any(|replica| replica.lag().time(now) > ctx.config.max_lag / 2);
-        if now_states == states && elapsed < every && !behind {
+        let vectors: u64 = all.iter().map(|replica| replica.store().stats().vectors).sum();
+        let before = std::mem::replace(&mut seen, vectors);
+        let news = is_news(told, before, vectors);
+        if now_states == states && elapsed < every && !behind && !news {
             continue;
         }
-        states = now_states;
+        (states, told) = (now_states, vectors);
         last = ctx.clock.now();
         let open = all.iter().map(|r| r.load(since.entry(r.shard).or_default(), elapsed));
         let shards = open.chain(failing.keys().copied().map(ReplicaLoad::not_open)).collect();
@@ -110,6 +114,12 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             debug!("no load report: {error}");
         }
     }
+}
+
+/// Whether the number of vectors is worth a report at once: another one than was told last, and it has stopped changing
+/// or is another order altogether. Who has just imported something sees it, and steady writes bring no more reports.
+fn is_news(told: u64, before: u64, now: u64) -> bool {
+    now != told && (now == before || now.abs_diff(told) > told)
 }
 
 /// Sends snapshots as fast as the operator's last word allows, or as this node was started with.
@@ -284,5 +294,19 @@ fn refresh_metrics(ctx: &Context, replicas: &Replicas) {
         metrics.nats_connected.with_label_values(&[name]).set(if nats.is_connected() { 1.0 } else { 0.0 });
         let reconnects = nats.health.reconnects.load(Ordering::Relaxed);
         metrics.nats_reconnects.with_label_values(&[name]).set(reconnects as f64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_imported_is_told_when_it_has_ended_and_steady_writes_bring_no_more_reports() {
+        assert!(is_news(0, 0, 500), "it has begun");
+        assert!(!is_news(500, 600, 700) && !is_news(10_000, 10_500, 11_000), "it goes on");
+        assert!(is_news(500, 1_000, 1_100), "twice as many");
+        assert!(is_news(500, 700, 700) && is_news(500, 0, 0), "it has ended");
+        assert!(!is_news(700, 700, 700));
     }
 }

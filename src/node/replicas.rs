@@ -171,6 +171,7 @@ impl Replicas {
             let slot = match Replica::open(&this.ctx, &this.stores, shard, may_serve).await {
                 Ok(replica) => {
                     this.ctx.causes.withdraw("replica_not_open", shard);
+                    this.ctx.causes.withdraw("store_failed", shard);
                     Slot::Open(replica)
                 }
                 Err(error) => {

@@ -6,6 +6,7 @@
 use super::flat::FlatIndex;
 use super::{Batch, Digest, Found, Mutation, Page, StoreSpec, StoreStats};
 use crate::error::{Error, Result};
+use crate::failpoint::once;
 use crate::model::vector::MAX_DIMENSIONS;
 use crate::model::{SearchQuery, SearchResult, VectorEntry};
 use std::collections::BTreeMap;
@@ -79,6 +80,7 @@ impl Content {
                     bytes += id.len();
                 }
             }
+            assert!(!once("store-panic"), "a test has asked for it");
         }
         for (key, note) in batch.notes {
             match note {

@@ -87,7 +87,10 @@ impl std::str::FromStr for Format {
             "csv" => Ok(Format::Csv),
             "jsonl" | "ndjson" => Ok(Format::Jsonl),
             "idx" => Ok(Format::Idx),
-            "ivecs" => invalid("an ivecs file holds the numbers of neighbours, no vectors"),
+            "ivecs" => invalid(
+                "an ivecs file holds ground truth (for each query the row numbers of its true neighbours), no vectors: import \
+                 the fvecs or bvecs file that it was made for",
+            ),
             _ => invalid(format!(
                 "{text:?} is no known data set format: use npy, fvecs, bvecs, csv, jsonl, ndjson, idx or *-ubyte, \
                  each with or without .gz"

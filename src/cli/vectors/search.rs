@@ -26,6 +26,9 @@ pub(crate) struct SearchArgs {
     /// Only vectors whose payload has these fields with these values, a JSON object.
     #[arg(long, value_name = "FIELDS", value_parser = object)]
     filter: Option<Payload>,
+    /// Without payloads: where they are large, or many, more results fit into an answer.
+    #[arg(long)]
+    no_payload: bool,
     #[command(flatten)]
     fresh: Freshness,
     /// Answer even if some shards do not.
@@ -45,7 +48,8 @@ pub(crate) async fn run(global: &Global, args: SearchArgs) -> Result<Exit> {
     };
     // One more, since the vector itself is its nearest.
     let ask = if without.is_some() { (k + 1).min(MAX_K) } else { k };
-    let query = SearchQuery { filter: args.filter, ..SearchQuery::new(vector, ask) };
+    let query =
+        SearchQuery { filter: args.filter, with_payload: !args.no_payload, ..SearchQuery::new(vector, ask) };
     let outcome = client.search_with(query, consistency, args.allow_partial).await?;
     let (ok, total) = (outcome.shards_ok, outcome.shards_total);
     if ok < total {

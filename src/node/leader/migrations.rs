@@ -11,6 +11,7 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
+use crate::failpoint::pause;
 use crate::logic::migration::{
     Facts, Look, Step, has_none_for_long, joined, may_swap, next_step, released, swapped,
 };
@@ -19,7 +20,6 @@ use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::wire::ReplicaReport;
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
-use crate::node::failpoint::pause;
 use crate::node::migration::{store, stored};
 use crate::node::replica::facts;
 use crate::view::parse;

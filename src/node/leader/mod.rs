@@ -36,6 +36,7 @@ use crate::nats::bus::{Message, sender};
 use crate::nats::unavailable;
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
+use crate::node::lease::Before;
 use crate::node::replica::ping_outcome;
 use crate::view::{Rev, View, parse};
 use chrono::{DateTime, Utc};
@@ -54,7 +55,7 @@ const WAITING: usize = 4_096;
 const PING: Duration = Duration::from_millis(500);
 
 /// Leads in `term` until cancelled, or until something says that it must not.
-pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
+pub(crate) async fn run(ctx: Arc<Context>, term: Term, before: Before) -> Result<()> {
     let client = &ctx.control.nats.client;
     let subscribe = |subject: String| async move {
         client.subscribe(subject).await.map_err(|e| unavailable("subscribing", e))
@@ -63,7 +64,7 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term) -> Result<()> {
     let mut loads = subscribe(ctx.subjects.all_loads()).await?;
     let (pinged, mut pings) = mpsc::channel(256);
     let mut leader = Leader::new(ctx.clone(), term, pinged);
-    leader.fence().await?;
+    leader.fence(&before).await?;
     leader.resume();
     // Answer operators only once the map is ours.
     let mut admin = subscribe(ctx.subjects.admin("*")).await?;

@@ -3,7 +3,7 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::fencing::{ReadBack, is_over, is_plausible, newest, read_back, takes_over};
+use crate::logic::fencing::{ReadBack, is_forged, is_over, is_plausible, newest, read_back, takes_over};
 use crate::logic::log_loss::{Suspicion, Verdict, close, is_of, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -13,6 +13,7 @@ use crate::model::{NodeId, ShardId, Term};
 use crate::nats::bucket::{Bucket, Cas, Versioned};
 use crate::node::causes::{Severity, Subject};
 use crate::node::join::restore_buckets;
+use crate::node::lease::Before;
 use crate::node::replica::facts;
 use crate::view::{LEADER_KEY, REBALANCE_KEY, Rev, THROTTLE_KEY, parse};
 use futures::{StreamExt, TryStreamExt};
@@ -31,11 +32,13 @@ const HOLDER: Duration = Duration::from_millis(800);
 
 impl Leader {
     /// Rewrites every shard record under our term, starting from the newest good copy: the bucket's, or
-    /// our own where the bucket has garbage or nothing (it was wiped).
+    /// our own where the bucket has garbage or nothing (it was wiped), or what was put there by hand in a term that nobody has had
+    /// (see [`is_forged`]): then the copy from before we asked for the lease, as our map may have believed that one meanwhile.
     ///
     /// # Errors
-    /// `Fenced` when a record has a higher term: somebody else leads.
-    pub(super) async fn fence(&mut self) -> Result<()> {
+    /// `Fenced` when a record has a higher term: somebody else leads. Also after a forged one of a higher term was undone: who has
+    /// believed it takes nothing of a lower one, so it needs a leader above it.
+    pub(super) async fn fence(&mut self, before: &Before) -> Result<()> {
         let stored = match self.ctx.buckets.shards.list().await {
             Err(Error::NotFound(_)) => {
                 restore_buckets(&self.ctx).await?;
@@ -44,12 +47,20 @@ impl Leader {
             other => other?,
         };
         let view = self.ctx.view();
-        let mut work = Vec::new();
+        let (mut work, mut forged) = (Vec::new(), Vec::new());
         for shard in (0..self.ctx.cluster.num_shards).map(ShardId) {
             let key = shard.token();
             let found = stored.get(&key);
             let good = found.and_then(|found| self.good(&key, &found.value));
-            let ours = view.shard(shard).cloned();
+            let mut ours = view.shard(shard).cloned();
+            let mut good = good;
+            if let (Some(known), Some(found)) = (before.view.shard(shard), &good)
+                && is_forged(before.term, known.term, found.term)
+            {
+                forged.push((shard, found.term));
+                ours = ours.filter(|ours| !is_forged(before.term, known.term, ours.term));
+                (good, ours) = (None, newest(Some(known.clone()), ours));
+            }
             // We have written nothing yet: our term has been another's, whose lease was deleted before we saw it.
             let used = good.as_ref().is_some_and(|record| record.term == self.term);
             let Some(record) = newest(good, ours) else { continue };
@@ -69,7 +80,26 @@ impl Leader {
             self.shards.insert(record.shard, (revision, record));
         }
         info!(term = self.term, shards = self.shards.len(), "every shard record carries the new term");
-        Ok(())
+        if !forged.is_empty() {
+            let named: Vec<String> =
+                forged.iter().take(8).map(|(shard, term)| format!("{shard} (term {term})")).collect();
+            let message = format!(
+                "{} shard records were put into NATS by hand while nobody led, and are written again: {}",
+                forged.len(),
+                named.join(", ")
+            );
+            warn!("{message}");
+            self.ctx.event(Event::new("records.restored", message).with("bucket", "shards")).await;
+        }
+        match forged.into_iter().map(|(_, term)| term).max() {
+            Some(ahead) if is_over(self.term, ahead) => {
+                self.ctx.saw_term(ahead);
+                Err(Error::Fenced(format!(
+                    "a record of term {ahead} was put there by hand: leading anew above it"
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Somebody leads, or has led, in a term that ours must be above.

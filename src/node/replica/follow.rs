@@ -3,6 +3,7 @@
 use super::apply::{self, Applier};
 use super::{CHECKPOINTS, Repair, Replica, SnapshotAsks, Window, blocking, facts, lock};
 use crate::error::{Error, Result, shortened};
+use crate::failpoint::pause;
 use crate::logic::replica::{
     Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, course_over_gap,
     is_foreign, is_nowhere, may_go_on, still_has,
@@ -11,7 +12,6 @@ use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest, WindowMarks};
 use crate::nats::bus::Asked;
 use crate::nats::log::{LogReader, Read};
-use crate::node::failpoint::pause;
 use crate::node::rate::RateLimit;
 use crate::store::AsideKind;
 use crate::view::View;

@@ -544,8 +544,7 @@ impl Replica {
         match blocking(move || store.digest().and_then(|_| store.flush())).await {
             Err(Error::Corrupt(why)) => self.write_anew(&why).await,
             Err(Error::Internal(why)) => {
-                warn!(shard = %self.shard, "the store is opened again: {why}");
-                self.wants(Repair::Reopen);
+                self.open_again(&why).await;
             }
             _ => {}
         }
@@ -583,10 +582,23 @@ impl Replica {
                 self.ctx.causes.raise("copy_not_mended", shard, Severity::Red, text);
             }
             Err(error) => {
-                warn!(%shard, "the store is opened again: {why}; {error}");
-                self.wants(Repair::Reopen);
+                self.open_again(&format!("{why}; {error}")).await;
             }
         }
+    }
+
+    /// The store does not work any more, in memory at least: whoever opened it opens it again. What it had put on the disk is
+    /// there, and the log has the rest. Said once, until it is open.
+    async fn open_again(&self, why: &str) {
+        let first = lock(&self.repair).is_none();
+        self.wants(Repair::Reopen);
+        let text = format!("its store on {} has failed, and is opened again: {why}", self.ctx.node);
+        if first {
+            warn!(shard = %self.shard, "{text}");
+            let event = Event::new("shard.store_failed", format!("shard {}: {text}", self.shard));
+            self.ctx.event(event.shard(self.shard).node(&self.ctx.node).with("reason", why.to_owned())).await;
+        }
+        self.ctx.causes.raise("store_failed", self.shard, Severity::Yellow, text);
     }
 
     /// Applied sequence and window of operation ids, at one moment.

@@ -6,11 +6,11 @@
 use super::apply::told_note;
 use super::{Replica, Window, blocking};
 use crate::error::{Error, Result};
+use crate::failpoint::pause;
 use crate::model::wire::{Chunk, ChunkAck, ChunkBody, SnapshotReply, SnapshotRequest, decode};
 use crate::nats::bus::{Subscriber, verify_checksum};
 use crate::nats::unavailable;
 use crate::node::context::Context;
-use crate::node::failpoint::pause;
 use futures::StreamExt;
 use serde_bytes::ByteBuf;
 use std::sync::Arc;

@@ -42,6 +42,9 @@ impl ShardFile {
             // It may be what a crash in the very first moment leaves, but nobody knows: that must be said.
             Ok(found) if found.len() == 0 => return Err(self.corrupt("it is empty")),
             Ok(_) => {}
+            Err(_) if self.path.is_symlink() => {
+                return Err(Error::Conflict(format!("{} is a link that leads nowhere", self.path.display())));
+            }
             Err(e) if e.kind() == ErrorKind::NotFound => {}
             Err(e) => return Err(io_error("open", &self.path, &e)),
         }

@@ -10,9 +10,17 @@ use std::time::Duration;
 
 static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
 
+fn folder() -> Option<&'static PathBuf> {
+    FOLDER.get_or_init(|| std::env::var_os("RUVECTOR_TEST_PAUSE").map(PathBuf::from)).as_ref()
+}
+
+/// Whether somebody comes to this place for the first time since its file was made: the file goes.
+pub(crate) fn once(place: &str) -> bool {
+    folder().is_some_and(|folder| std::fs::remove_file(folder.join(place)).is_ok())
+}
+
 pub(crate) async fn pause(place: &str) {
-    let folder = FOLDER.get_or_init(|| std::env::var_os("RUVECTOR_TEST_PAUSE").map(PathBuf::from));
-    let Some(folder) = folder else { return };
+    let Some(folder) = folder() else { return };
     let file = folder.join(place);
     while file.exists() {
         let _ = std::fs::write(folder.join(format!("{place}.reached")), std::process::id().to_string());
