@@ -121,6 +121,14 @@ impl View {
         self.node(node).map_or(NodeStatus::Left, |record| record.status)
     }
 
+    /// Whether writes carry births: not while a live node applies entries without looking at them, as then it would apply what
+    /// the others refuse. A node that sees such a node late, or is one of two that see it differently, does no harm: an entry
+    /// without a birth is judged alike by all, and one with a birth is refused only if it is late.
+    pub(crate) fn dates_writes(&self) -> bool {
+        let live = |record: &&NodeRecord| record.status.is_live();
+        self.nodes.values().map(|(_, record)| record).filter(live).all(NodeRecord::dates_writes)
+    }
+
     /// Who holds the lease, as far as is known.
     pub(crate) fn leader(&self) -> Option<&LeaderRecord> {
         self.leader.as_ref().map(|(_, record)| record).filter(|record| record.node.is_some())

@@ -305,13 +305,14 @@ impl Client {
     /// (send it again: it takes effect once if it is sent with [`upsert_as`](Self::upsert_as)); `Busy`,
     /// `Full`, `Expired` when it was refused. Parts for other shards may have been stored.
     pub async fn upsert(&self, entries: Vec<VectorEntry>) -> Result<Written> {
-        self.upsert_as(fresh_operation(), entries).await
+        self.upsert_operation(Operation::unnamed(fresh_operation()), entries).await
     }
 
     /// [`upsert`](Self::upsert) under an operation id of yours: the same id with the same entries is the same write, and takes
     /// effect once however often it is sent within a minute. Take it from [`operation_id`](Self::operation_id), or make a
     /// UUIDv7: then a repetition that comes later than that is refused as `Expired`. Any other UUID is a new write again
-    /// after two minutes.
+    /// after two minutes. The time counts for the whole call: one that is to take longer than 45 s needs an id for each of
+    /// several smaller calls, or none.
     ///
     /// # Errors
     /// As [`upsert`](Self::upsert).
@@ -339,7 +340,7 @@ impl Client {
     /// # Errors
     /// As [`upsert`](Self::upsert).
     pub async fn delete(&self, ids: Vec<String>) -> Result<Written> {
-        self.delete_as(fresh_operation(), ids).await
+        self.delete_operation(Operation::unnamed(fresh_operation()), ids).await
     }
 
     /// [`delete`](Self::delete) under an operation id of yours: see [`upsert_as`](Self::upsert_as).

@@ -71,11 +71,18 @@ impl Client {
         parts: BTreeMap<ShardId, Vec<WriteOp>>,
     ) -> Result<Written> {
         let key = operation_key(operation.id, &parts)?;
-        let written: Vec<ShardWritten> = futures::stream::iter(parts)
+        let several = parts.values().map(Vec::len).sum::<usize>() > 1;
+        let written: Result<Vec<ShardWritten>> = futures::stream::iter(parts)
             .map(|(shard, ops)| self.write_shard(key, operation.born, shard, ops))
             .buffer_unordered(PARALLEL_SHARDS)
             .try_collect()
-            .await?;
+            .await;
+        let written = match written {
+            Err(error) if several => {
+                return Err(error.context("a part of the write (others may have been stored)"));
+            }
+            written => written?,
+        };
         Ok(Written {
             count: written.iter().map(|shard| shard.count).sum(),
             repeated: !written.is_empty() && written.iter().all(|shard| shard.repeated),

@@ -1,8 +1,9 @@
 //! The window of operation ids that makes a write take effect once, however many copies of it there are and
 //! however late they come.
 //!
-//! It holds the ids of the last two minutes of *log time* (JetStream's own timestamps, made monotonic), at most
-//! [`MAX_IDS`]. It is a function of the log alone, so every replica judges every entry alike; it is part of the store
+//! It holds the ids of the last two minutes of *log time*, at most [`MAX_IDS`]. Log time is JetStream's own timestamps, made
+//! monotonic: where they go back, as the clock of a NATS server was put right or another server leads, it goes on at half
+//! their speed until they have caught up, so that ids age meanwhile, and births move. It is a function of the log alone, so every replica judges every entry alike; it is part of the store
 //! and of snapshots.
 //!
 //! **Why no copy takes effect a second time.** An operation has a birth: the time, by the log's clock as far as its
@@ -39,10 +40,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// How long an id is remembered, in log time.
 pub(crate) const WINDOW_MS: u64 = 120_000;
-/// Oldest that an operation may be when it takes effect. Clients give up well before: after 30 s at most.
+/// Oldest that an operation may be when it takes effect. Clients give up well before.
 pub(crate) const MAX_AGE_MS: u64 = WINDOW_MS / 2;
 /// How far ahead of the log a birth may be.
 pub(crate) const MAX_AHEAD_MS: u64 = WINDOW_MS / 4;
+/// While timestamps are behind log time, the pace of log time over theirs, and how much of a pause between two entries counts:
+/// a change between two clocks that differ is no pause.
+const SLOWED: u64 = 2;
+const LONGEST_PAUSE_MS: u64 = 10_000;
 /// Most ids remembered.
 pub(crate) const MAX_IDS: usize = 65_536;
 
@@ -90,8 +95,9 @@ impl std::fmt::Display for Expiry {
 impl Expiry {
     /// The refusal as an error.
     pub(crate) fn error(self, log_time_ms: u64) -> Error {
-        let message =
-            format!("{self}: nothing was changed; check the clock, and send it under a new operation id");
+        let message = format!(
+            "{self}: this copy changed nothing; check the clock, and send it under a new operation id"
+        );
         Error::Expired { message, log_time_ms }
     }
 }
@@ -144,13 +150,24 @@ impl Window {
     /// Puts the marks back that were stored beside the notes: they never go back.
     pub(crate) fn restore_marks(&mut self, marks: WindowMarks) {
         self.marks.log_time_ms = self.marks.log_time_ms.max(marks.log_time_ms);
+        self.marks.last_ms = marks.last_ms;
         self.marks.forgotten_ms = self.marks.forgotten_ms.max(marks.forgotten_ms);
     }
 
-    /// Moves log time to an entry's timestamp and forgets what has become too old, or too much. Returns the keys of
+    /// Moves log time on by an entry's timestamp and forgets what has become too old, or too much. Returns the keys of
     /// the notes to remove.
     pub(crate) fn advance(&mut self, time_ms: u64) -> Vec<u64> {
-        self.marks.log_time_ms = self.marks.log_time_ms.max(time_ms);
+        let WindowMarks { log_time_ms, last_ms, .. } = self.marks;
+        (self.marks.log_time_ms, self.marks.last_ms) = match time_ms {
+            _ if time_ms >= log_time_ms => (time_ms, time_ms),
+            // They went back; or a version that did not say it has stored the marks.
+            _ if time_ms < last_ms || last_ms == 0 => (log_time_ms, time_ms),
+            _ => {
+                let passed = (time_ms - last_ms).min(LONGEST_PAUSE_MS) / SLOWED;
+                // What is lost in the division counts the next time.
+                (log_time_ms.saturating_add(passed), time_ms - (time_ms - last_ms) % SLOWED)
+            }
+        };
         let limit = self.marks.log_time_ms.saturating_sub(WINDOW_MS);
         let mut gone = Vec::new();
         while let Some((seq, first)) = self.taken.first_key_value() {
@@ -285,6 +302,7 @@ impl Taken {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logic::log_time::LogClock;
     use proptest::prelude::*;
 
     fn id(n: u128) -> OpId {
@@ -339,6 +357,40 @@ mod tests {
         window.advance(1_000_000 + 3_600_000);
         window.advance(1_000_500);
         assert!(is_expired(window.judge(&id(1), Some(999_000), 3)));
+    }
+
+    #[test]
+    fn a_nats_clock_that_was_ahead_for_a_moment_keeps_no_busy_client_from_writing() {
+        let mut window = Window::default();
+        let (begin, hour) = (10_000_000_000u64, 3_600_000);
+        window.advance(begin + hour);
+        let mut clock = LogClock::default();
+        for n in 0..(3 * MAX_IDS as u64) {
+            // A thousand writes a second, by a client that hears what the log says.
+            let (seq, now) = (n + 1, begin + n);
+            let born = clock.at(now);
+            window.advance(now);
+            clock.heard(now, now, window.marks().log_time_ms);
+            // The first one corrects the client's clock.
+            if n > 0 {
+                assert_eq!(window.judge(&id(n.into()), Some(born), seq), Fate::Effective, "write {n}");
+                window.record(seq, &[effect(n.into(), 0, born)]);
+            }
+        }
+        let passed = window.marks().log_time_ms - begin - hour;
+        assert!(passed.abs_diff(3 * MAX_IDS as u64 / SLOWED) < 1_000, "half as fast: {passed}");
+        window.advance(begin + 3 * hour);
+        assert_eq!(window.marks().log_time_ms, begin + 3 * hour, "time has caught up");
+    }
+
+    #[test]
+    fn two_clocks_that_take_turns_do_not_drive_log_time_away() {
+        let mut window = Window::default();
+        for turn in 0..1_000u64 {
+            window.advance(10_000_000_000 + turn * 1_000);
+            window.advance(10_003_600_000 + turn * 1_000);
+        }
+        assert!(window.marks().log_time_ms <= 10_003_600_000 + 1_000_000, "{:?}", window.marks());
     }
 
     #[test]

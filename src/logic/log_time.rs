@@ -4,6 +4,8 @@
 //! agree for that: whoever sends and hears back learns how far its own clock is off. Nothing here makes anything unsafe
 //! (see [`dedup`](super::dedup)): a wrong guess makes operations expire, and the refusal corrects the guess.
 
+use std::time::Duration;
+
 /// Log time minus own wall time, in milliseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct LogClock {
@@ -33,6 +35,44 @@ impl LogClock {
         };
         self.offset_ms = self.offset_ms.saturating_add(off);
         (off.unsigned_abs() >= NOTICEABLE_MS).then_some(off)
+    }
+}
+
+/// The clock of a log, by a monotonic clock, and when it was last heard. Nothing is refused by a guess: a wall clock that is
+/// off, or was set, would refuse all writes that say when they were born, and never hear of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct HeardClock {
+    clock: LogClock,
+    heard_at: Option<Duration>,
+}
+
+/// For so long what was heard is no guess, although the machine may have slept.
+const FRESH: Duration = Duration::from_secs(1);
+
+fn millis(now: Duration) -> u64 {
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl HeardClock {
+    /// The log's time now; as long as it was never heard, that of the wall clock.
+    pub(crate) fn at(&self, now: Duration, wall_ms: u64) -> u64 {
+        if self.is_known() { self.clock.at(millis(now)) } else { wall_ms }
+    }
+
+    /// Whether it was ever heard.
+    pub(crate) fn is_known(&self) -> bool {
+        self.heard_at.is_some()
+    }
+
+    /// Whether it was heard a moment ago.
+    pub(crate) fn is_fresh(&self, now: Duration) -> bool {
+        self.heard_at.is_some_and(|at| now.saturating_sub(at) < FRESH)
+    }
+
+    /// An entry got the time `log_time_ms` somewhen between `sent` and now.
+    pub(crate) fn heard(&mut self, sent: Duration, now: Duration, log_time_ms: u64) {
+        self.clock.heard(millis(sent), millis(now), log_time_ms);
+        self.heard_at = Some(now);
     }
 }
 
@@ -66,5 +106,15 @@ mod tests {
         clock.heard(u64::MAX, 0, 0);
         clock.heard(u64::MAX, u64::MAX, 0);
         clock.at(u64::MAX);
+    }
+
+    #[test]
+    fn what_was_heard_is_no_guess_for_a_moment() {
+        let (mut clock, at) = (HeardClock::default(), Duration::from_millis);
+        assert!(!clock.is_known() && !clock.is_fresh(at(0)));
+        assert_eq!(clock.at(at(5), 77_000), 77_000, "the wall clock's");
+        clock.heard(at(5_000), at(5_010), 90_000_000);
+        assert!(clock.is_known() && clock.is_fresh(at(6_009)) && !clock.is_fresh(at(6_010)));
+        assert_eq!(clock.at(at(5_110), 77_000), 90_000_100, "whatever the wall clock says");
     }
 }

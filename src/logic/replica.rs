@@ -63,6 +63,8 @@ pub(crate) struct Peers {
     pub(crate) held: Vec<(u64, String)>,
     /// One of them holds another entry than the log does.
     pub(crate) differs: bool,
+    /// One of them is away: it has said nothing, and is not waited for where a live one decides.
+    pub(crate) away: bool,
 }
 
 impl Peers {
@@ -74,6 +76,7 @@ impl Peers {
         empty: true,
         held: Vec::new(),
         differs: false,
+        away: false,
     };
 
     /// Takes in one answer about a replica.
@@ -108,6 +111,7 @@ impl Peers {
     /// waited for.
     pub(crate) fn silent(&mut self, live: bool, connected: bool) {
         self.all_have_said &= !live && !connected;
+        self.away = true;
         // Its disk may well have everything.
         self.empty = false;
     }
@@ -302,12 +306,16 @@ pub(crate) fn course_beside(
 /// The same where the log begins after what is here: somebody must have what came before, or nobody ever will. A primary
 /// cuts a log only up to what every holder has on its disk, so then it was cut by hand. Replicas that wait for a copy from each
 /// other would wait for ever; what nobody has applied was not acknowledged. So the log is lost, and is built anew
-/// behind what the most advanced replica has. A holder that is silent may have it: it is waited for.
+/// behind what the most advanced replica has. A holder that is silent may have it, also one that is away for long: it is
+/// waited for until it is back or forgotten. (What is here may be a backup of old times, and the entries between be on that
+/// one's disk.)
 pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
     let known = held.applied.max(peers.applied.unwrap_or(0));
     let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);
     match (course, first) {
-        (Course::Snapshot, Some(first)) if held.applied > 0 && peers.all_have_said && known + 1 < first => {
+        (Course::Snapshot, Some(first))
+            if held.applied > 0 && peers.all_have_said && !peers.away && known + 1 < first =>
+        {
             Course::LogLost(format!("the log begins at {first}, no replica has more than up to {known}"))
         }
         (course, _) => course,
@@ -373,6 +381,9 @@ mod tests {
         assert_eq!(over(log(A, 14, 20), peers(13)), Course::Snapshot, "it can be copied from");
         let silent = Peers { all_have_said: false, ..peers(12) };
         assert_eq!(over(log(A, 14, 20), silent), Course::Snapshot, "it may have it");
+        let mut away = peers(12);
+        away.silent(false, false);
+        assert_eq!(over(log(A, 14, 20), away), Course::Snapshot, "who is away for long may have it, too");
         assert_eq!(over(log(B, 14, 20), peers(12)), Course::Snapshot, "another log");
         assert_eq!(course_over_gap(Course::Follow, &held, log(A, 11, 20), &peers(12)), Course::Follow);
     }

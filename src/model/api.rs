@@ -223,6 +223,12 @@ pub(crate) enum Born {
 }
 
 impl Operation {
+    /// One that nobody has named: its parts are born one by one, when they are first sent, so the whole may take as long as
+    /// it takes.
+    pub(crate) fn unnamed(id: OpId) -> Operation {
+        Operation { id, born: Born::Now }
+    }
+
     /// One whose id was given by a caller of this process.
     pub(crate) fn named(id: OpId) -> Operation {
         Operation { id, born: born_ms(&id).map_or(Born::Now, Born::Here) }

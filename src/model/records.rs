@@ -353,6 +353,11 @@ fn weight_one() -> u32 {
 pub const MAX_WEIGHT: u32 = 1_000_000;
 
 impl NodeRecord {
+    /// Whether its program knows when writes were born: since 0.3.
+    pub(crate) fn dates_writes(&self) -> bool {
+        !self.version.starts_with("0.1.") && !self.version.starts_with("0.2.")
+    }
+
     /// Checks names and numbers, and that the record stands under its own key.
     ///
     /// # Errors

@@ -483,9 +483,12 @@ pub struct SnapshotReply {
 /// What a window of operation ids knows besides the ids.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowMarks {
-    /// The highest time of an entry so far, in milliseconds since 1970.
+    /// The log's time, in milliseconds since 1970.
     #[serde(default)]
     pub log_time_ms: u64,
+    /// The time that JetStream gave to the last entry, to a few milliseconds: less than the log's while its clock is behind what it was once.
+    #[serde(default)]
+    pub last_ms: u64,
     /// Operations that were not born later than this are refused: their ids may have been forgotten.
     #[serde(default)]
     pub forgotten_ms: u64,

@@ -145,7 +145,7 @@ async fn connect(config: &Config) -> Client {
 }
 
 #[allow(clippy::disallowed_methods, reason = "what a client's own clock says")]
-fn wall() -> DateTime<Utc> {
+pub(crate) fn wall() -> DateTime<Utc> {
     Utc::now()
 }
 

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 /// Bytes of one batch, at most: large vectors make small batches.
 const BATCH_BYTES: usize = 4 << 20;
-/// A batch is tried for so long: operation ids are remembered for two minutes.
+/// A batch is tried for so long.
 const TRY_FOR: Duration = Duration::from_secs(105);
 const STOPPING: &str = "stopping …";
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -285,14 +285,16 @@ fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) ->
     Ok(ends)
 }
 
-/// Sends one batch until it is stored, or has failed for good.
+/// Sends one batch until it is stored, or has failed for good. Its copies have one operation id, so it takes effect once,
+/// until they are too old to be known; from then on it is another write of the same rows, and that is said: it is what
+/// whoever starts the import again would do to all rows.
 async fn attempt(
     client: &Client,
     batch: Vec<VectorEntry>,
     bars: &Bars,
     stalled: &AtomicBool,
 ) -> Result<Written> {
-    let op_id = fresh_operation();
+    let mut op_id = fresh_operation();
     let deadline = Instant::now() + TRY_FOR;
     let mut pause = FIRST_PAUSE;
     loop {
@@ -304,6 +306,16 @@ async fn attempt(
             Err(error) if error.is_retryable() && Instant::now() + pause < deadline => error,
             Err(error) => return Err(error),
         };
+        if let Error::Expired { .. } = error {
+            op_id = fresh_operation();
+            bars.aside(|| {
+                note(format!(
+                    "a batch of {} rows had no answer in time and is written anew: what others wrote to them meanwhile is \
+                     overwritten",
+                    batch.len()
+                ));
+            });
+        }
         // Said once for all batches, until one goes through.
         if !stalled.swap(true, Ordering::Relaxed) {
             let seconds = TRY_FOR.as_secs();

@@ -18,8 +18,8 @@ use tracing::{debug, warn};
 
 /// Pause between two looks.
 const LOOK: Duration = Duration::from_secs(1);
-/// Logs of one look.
-const LOGS: u32 = 16;
+/// Logs of one look: two requests to JetStream each.
+const LOGS: u32 = 4;
 /// Streams whose settings are not what they should be, and cannot be set back.
 const KIND: &str = "stream_settings";
 
@@ -45,7 +45,26 @@ pub(super) async fn run(ctx: Arc<Context>, term: Term) {
             look_at_log(&ctx, term, shard, &mut wrong).await;
         }
         ctx.causes.leading().replace(KIND, wrong.values().cloned());
+        say_versions(&ctx);
     }
+}
+
+/// While nodes run a version that does not date writes, nobody does, and that takes something away: see
+/// [`View::dates_writes`](crate::view::View::dates_writes).
+fn say_versions(ctx: &Context) {
+    let view = ctx.view();
+    let old = view.nodes.values().map(|(_, record)| record).filter(|record| !record.dates_writes());
+    let old = old.filter(|record| record.status.is_live()).map(|record| {
+        let text = format!(
+            "{} runs version {}: until all nodes run {} or newer, a copy of a write that comes later than two minutes may take effect \
+             a second time",
+            record.node,
+            record.version,
+            env!("CARGO_PKG_VERSION")
+        );
+        (Subject::Named(record.node.clone()), Severity::Yellow, text)
+    });
+    ctx.causes.leading().replace("mixed_versions", old);
 }
 
 /// One that is missing, or is another log, is for those to judge who know what replicas have.

@@ -4,6 +4,7 @@ use super::apply::{self, Applier};
 use super::{CHECKPOINTS, Repair, Replica, SnapshotAsks, Window, blocking, facts, lock};
 use crate::error::{Error, Result, shortened};
 use crate::failpoint::pause;
+use crate::logic::log_time::NOTICEABLE_MS;
 use crate::logic::replica::{
     Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, course_over_gap,
     is_foreign, is_nowhere, may_go_on, still_has,
@@ -12,6 +13,7 @@ use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest, WindowMarks};
 use crate::nats::bus::Asked;
 use crate::nats::log::{LogReader, Read};
+use crate::node::causes::Severity;
 use crate::node::rate::RateLimit;
 use crate::store::AsideKind;
 use crate::view::View;
@@ -444,6 +446,9 @@ impl Replica {
             drop(known);
             self.checkpointed.send_modify(|n| *n += 1);
         }
+        let marks = applier.window_marks();
+        self.log_time_ms.store(marks.log_time_ms, Ordering::SeqCst);
+        self.say_clock(marks);
         let waiting = lock(&self.waiting);
         if !waiting.is_empty() {
             for (op_id, outcome) in applied.outcomes {
@@ -464,6 +469,26 @@ impl Replica {
         if !self.status.borrow().caught_up && seq >= goal {
             self.change(|status| status.caught_up = true);
         }
+    }
+
+    /// Says that the timestamps of the log are behind what they once were, for as long as they are.
+    fn say_clock(&self, marks: WindowMarks) {
+        let ahead_ms = marks.log_time_ms.saturating_sub(marks.last_ms);
+        let ahead = marks.last_ms > 0 && ahead_ms >= NOTICEABLE_MS;
+        if self.clock_said.swap(ahead, Ordering::SeqCst) == ahead {
+            return;
+        }
+        if !ahead {
+            return self.ctx.causes.withdraw("log_clock_ahead", self.shard);
+        }
+        let text = format!(
+            "the clock of the NATS server that leads the log of shard {} was {:.1} s ahead of what it is now: until it has \
+             caught up, writes that say when they were sent (op_id, sent_at) are refused as expired unless they go by the log's \
+             time; synchronize the clocks of all NATS servers",
+            self.shard,
+            ahead_ms as f64 / 1_000.0
+        );
+        self.ctx.causes.raise("log_clock_ahead", self.shard, Severity::Yellow, text);
     }
 }
 

@@ -17,7 +17,7 @@ pub(crate) use source::stream_snapshot;
 use crate::error::{Error, Result};
 use crate::logic::lag::Lag;
 use crate::logic::lease::PingOutcome;
-use crate::logic::log_time::LogClock;
+use crate::logic::log_time::HeardClock;
 use crate::logic::replica::{Condition, LogFacts};
 use crate::model::events::{Event, ReplicaLoad, ReplicaState};
 use crate::model::wire::{LogOp, PingReply, ReplicaReport, WindowMarks};
@@ -131,8 +131,14 @@ pub(crate) struct Replica {
     repairs: Arc<tokio::sync::Semaphore>,
     writer: LogWriter,
     waiting: Mutex<HashMap<OpId, Vec<mpsc::Sender<Outcome>>>>,
-    /// What the log's clock says.
-    clock: Mutex<LogClock>,
+    /// What the log's clock says, as far as this node knows it.
+    clock: Mutex<HeardClock>,
+    /// Held while the log is asked for its time.
+    asking: tokio::sync::Mutex<()>,
+    /// Whether it was said that the log's timestamps are behind its time.
+    clock_said: AtomicBool,
+    /// The log's time at the last entry that was applied.
+    log_time_ms: AtomicU64,
     checkpoints: Mutex<VecDeque<(Uuid, Digest)>>,
     checkpointed: watch::Sender<u64>,
     /// One comparison with the other holders at a time.
@@ -214,6 +220,9 @@ impl Replica {
             writer,
             waiting: Mutex::default(),
             clock: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
+            log_time_ms: AtomicU64::default(),
+            clock_said: AtomicBool::default(),
             checkpoints: Mutex::default(),
             checkpointed: watch::Sender::new(0),
             compares: tokio::sync::Mutex::default(),

@@ -9,6 +9,7 @@ use super::{Replica, blocking, lock};
 use crate::clock::wall_ms;
 use crate::error::{Error, Result};
 use crate::logic::dedup::{Expiry, expiry};
+use crate::logic::log_time::HeardClock;
 use crate::logic::replica::{Held, Placement, placement, still_has};
 use crate::logic::session::{Look, Verdict, verdict};
 use crate::model::vector::validate_id;
@@ -49,6 +50,8 @@ const SURE: Duration = Duration::from_millis(250);
 const LONGEST: Duration = Duration::from_secs(30);
 /// Oldest that a write may be when it is appended: below what the log allows.
 const OLDEST: Duration = Duration::from_secs(45);
+/// How long the log may take to say its time.
+const ASK_CLOCK: Duration = Duration::from_secs(1);
 /// Copies of one operation that may tell of themselves while one of them is waited for.
 const OUTCOMES: usize = 16;
 
@@ -243,18 +246,22 @@ impl Replica {
             });
         }
         self.counters.writes.fetch_add(1, Ordering::Relaxed);
-        let sent_ms = wall_ms();
-        let (born_ms, left) = self.time_left(&request, sent_ms)?;
+        let (born_ms, left) = self.time_left(&request).await?;
         let deadline = Instant::now() + left;
         let (op_id, bytes) = (request.op_id, op_bytes(&request.op));
         let upsert = matches!(request.op, WriteOp::Upsert(_));
-        let op = LogOp::Write { op_id, op: request.op, born_ms: Some(born_ms) };
+        let op = LogOp::Write {
+            op_id,
+            op: request.op,
+            born_ms: self.ctx.view().dates_writes().then_some(born_ms),
+        };
         if mutant("ack-early") && upsert {
             let writer = self.writer.clone();
             self.ctx.tasks.spawn(async move { writer.append(op, bytes, left).await });
             return Ok(WriteReply { seq: before, ..WriteReply::default() });
         }
         let mut outcomes = self.expect(op_id);
+        let sent = self.ctx.clock.now();
         let placed = self.writer.append(op, bytes, left).await?;
         match placement(placed.seq, placed.duplicate, before) {
             Placement::Fine => {}
@@ -284,7 +291,7 @@ impl Replica {
         };
         let late = || Error::Unavailable("the write is in the log, but was not applied here in time".into());
         let outcome = tokio::time::timeout_at(deadline, applied).await.ok().flatten().ok_or_else(late)?;
-        lock(&self.clock).heard(sent_ms, wall_ms(), outcome.log_time_ms);
+        lock(&self.clock).heard(sent, self.ctx.clock.now(), outcome.log_time_ms);
         let Effected { deleted, repeated } = outcome.result?;
         let log_time_ms = Some(outcome.log_time_ms);
         Ok(WriteReply { seq: placed.seq, deleted: deleted.into(), repeated, log_time_ms })
@@ -292,10 +299,27 @@ impl Replica {
 
     /// When a write was born, and how long its sender still waits for it, counted from then: a request may have waited in a
     /// socket for as long as this process was stopped. It is refused here by the rule by which every replica would refuse its
-    /// entry, with a margin for the time until it is in the log. That is a courtesy, by a clock: safety is with the log.
-    fn time_left(&self, request: &WriteRequest, now_ms: u64) -> Result<(u64, Duration)> {
+    /// entry, with a margin for the time until it is in the log. That is a courtesy; safety is with the log. So no guess
+    /// of the log's time refuses anything: before that the log is asked, once a second at most.
+    async fn time_left(&self, request: &WriteRequest) -> Result<(u64, Duration)> {
+        let (guess, now) = (*lock(&self.clock), self.ctx.clock.now());
+        let sure = match request.born_ms {
+            Some(_) => guess.is_fresh(now),
+            None => guess.is_known(),
+        };
+        match self.time_left_by(request, guess.at(now, wall_ms())) {
+            Ok(left) if sure || request.born_ms.is_some() => Ok(left),
+            Err(error) if sure => Err(error),
+            Ok(_) | Err(_) => {
+                let clock = self.ask_clock(ASK_CLOCK).await?;
+                self.time_left_by(request, clock.at(self.ctx.clock.now(), wall_ms()))
+            }
+        }
+    }
+
+    /// The same by what the log's clock says now.
+    fn time_left_by(&self, request: &WriteRequest, now_ms: u64) -> Result<(u64, Duration)> {
         let timeout = Duration::from_millis(request.timeout_ms);
-        let now_ms = lock(&self.clock).at(now_ms);
         let Some(born_ms) = request.born_ms else {
             // Older clients do not say: as long ago as it may have come.
             let waited = self.ctx.arrivals.waited()?;
@@ -310,6 +334,40 @@ impl Replica {
             return Err(Expiry::Old(age.as_millis() as u64).error(now_ms));
         }
         Ok((born_ms, left))
+    }
+
+    /// Asks the log for its time, by a barrier; whoever else asks meanwhile waits for the same answer.
+    async fn ask_clock(&self, timeout: Duration) -> Result<HeardClock> {
+        let until = Instant::now() + timeout;
+        let late =
+            |_| Error::Unavailable(format!("the log of shard {} does not say its time in time", self.shard));
+        let _one = tokio::time::timeout_at(until, self.asking.lock()).await.map_err(late)?;
+        let known = *lock(&self.clock);
+        if known.is_fresh(self.ctx.clock.now()) {
+            return Ok(known);
+        }
+        let sent = self.ctx.clock.now();
+        let seq = self.barrier(until.saturating_duration_since(Instant::now())).await?;
+        self.wait_applied(seq, until.saturating_duration_since(Instant::now())).await?;
+        let log_time_ms = self.log_time_ms.load(Ordering::SeqCst);
+        let mut clock = lock(&self.clock);
+        clock.heard(sent, self.ctx.clock.now(), log_time_ms);
+        Ok(*clock)
+    }
+
+    /// Puts a barrier into the log: it has been the log's end just then.
+    async fn barrier(&self, timeout: Duration) -> Result<u64> {
+        let (before, log_id) = {
+            let status = self.status.borrow();
+            (status.applied, status.log_id)
+        };
+        let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
+        if placement(placed.seq, false, before) != Placement::Fine {
+            let why = format!("a barrier was put at {}, {before} was applied before", placed.seq);
+            self.condemn_log(log_id, &why).await;
+            return Err(Error::Unavailable(format!("the log of shard {} lost data", self.shard)));
+        }
+        Ok(placed.seq)
     }
 
     /// What to answer for a write that may have gone with its log.
@@ -427,30 +485,22 @@ impl Replica {
                 }
             }
             Consistency::Linearizable => {
-                let (before, log_id, gate) = {
-                    let status = self.status.borrow();
-                    (status.applied, status.log_id, status.gate.clone())
-                };
+                let gate = self.status.borrow().gate.clone();
                 if let Some(error) = gate {
                     return Err(Error::Unavailable(error.to_string()));
                 }
                 seat.wait()?;
                 // Every write acknowledged before now has a lower sequence than this barrier.
                 let until = Instant::now() + timeout;
-                let placed = self.writer.append(LogOp::Barrier, 16, timeout).await?;
-                if placement(placed.seq, false, before) != Placement::Fine {
-                    let why = format!("a barrier was put at {}, {before} was applied before", placed.seq);
-                    self.condemn_log(log_id, &why).await;
-                    return Err(Error::Unavailable(format!("the log of shard {} lost data", self.shard)));
-                }
+                let seq = self.barrier(timeout).await?;
                 // The barrier has just been the log's end. What a session saw before is in the log before it, or
                 // was lost with another log, or was never there.
                 let rebuilt = self.ordered().is_some_and(|ordered| ordered.log_first_seq > 1);
-                if after > placed.seq && !rebuilt {
+                if after > seq && !rebuilt {
                     return Err(self.never_there(after));
                 }
                 let left = until.saturating_duration_since(Instant::now());
-                self.wait_applied(placed.seq, left).await.map(|_| ())
+                self.wait_applied(seq, left).await.map(|_| ())
             }
         }
     }
