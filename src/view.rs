@@ -6,7 +6,7 @@
 //! write changes nothing here. When NATS is away, the last copy goes on being used.
 
 use crate::error::{Error, Result, shortened};
-use crate::logic::fencing::{is_plausible, is_reached, takes_over};
+use crate::logic::fencing::{is_older, is_plausible, is_reached, takes_over};
 use crate::logic::settings::is_same;
 use crate::metrics::Metrics;
 use crate::model::records::{
@@ -19,7 +19,6 @@ use crate::nats::connect::Nats;
 use crate::nats::subjects::Subjects;
 use crate::nats::trouble::{Asking, Reason};
 use futures::StreamExt;
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -104,6 +103,8 @@ pub(crate) struct View {
     pub(crate) lost_keys: BTreeMap<String, u64>,
     /// Keys that no record of ours can stand under, by bucket.
     pub(crate) strangers: BTreeSet<(&'static str, String)>,
+    /// Nodes whose record was deleted by hand while shards name them as holders: their last record stays.
+    deleted_holders: BTreeSet<NodeId>,
     /// Keys of the cluster's bucket that the listing under way has brought.
     listing: BTreeSet<String>,
 }
@@ -190,7 +191,9 @@ impl View {
                 self.lost_keys.insert(key.clone(), *revision);
             }
             Part::Cluster => drop(self.lost_keys.remove(key)),
-            Part::Nodes if outcome.is_ok() => drop(self.lost_nodes.remove(key)),
+            Part::Nodes if outcome.is_ok() && !self.deleted_holders.contains(key) => {
+                self.lost_nodes.remove(key);
+            }
             Part::Nodes => drop(self.lost_nodes.insert(key.clone(), *revision)),
             Part::Shards => {
                 if let Ok(shard) = ShardId::parse(key) {
@@ -206,6 +209,29 @@ impl View {
         outcome
     }
 
+    /// Whether a shard names this node.
+    fn is_holder(&self, node: &str) -> bool {
+        self.shards.values().any(|(_, record)| record.holders().any(|holder| holder == node))
+    }
+
+    /// Ends what is kept of nodes whose record was deleted, once no shard names them any more: they were forgotten, and
+    /// the watch of the nodes was ahead of the one of the shards.
+    fn let_go_of_nodes(&mut self) {
+        for node in std::mem::take(&mut self.deleted_holders) {
+            if self.is_holder(&node) {
+                self.deleted_holders.insert(node);
+            } else {
+                self.nodes.remove(&node);
+                self.lost_nodes.remove(&node);
+            }
+        }
+    }
+
+    /// Records of shards under whose keys the bucket has nothing, or nothing that counts.
+    pub(crate) fn only_here(&self) -> impl Iterator<Item = &ShardRecord> {
+        self.overwritten.iter().filter_map(|shard| self.shard(*shard))
+    }
+
     fn has(&self, shard: ShardId) -> bool {
         self.shards.contains_key(&shard) || self.cluster.as_ref().is_some_and(|c| shard.0 < c.num_shards)
     }
@@ -214,7 +240,10 @@ impl View {
     fn begin(&mut self, part: Part) {
         match part {
             Part::Cluster => self.listing.clear(),
-            Part::Nodes => self.nodes.values_mut().for_each(|(revision, _)| *revision = 0),
+            Part::Nodes => {
+                self.nodes.values_mut().for_each(|(revision, _)| *revision = 0);
+                self.deleted_holders.clear();
+            }
             Part::Shards => {
                 self.shards.values_mut().for_each(|(revision, _)| *revision = 0);
                 self.held_back.clear();
@@ -242,7 +271,11 @@ impl View {
                 }
             }
             Part::Nodes => {
-                let missing = self.nodes.iter().filter(|(_, (revision, _))| *revision == 0);
+                let deleted = &self.deleted_holders;
+                let missing = self
+                    .nodes
+                    .iter()
+                    .filter(|(node, (revision, _))| *revision == 0 && !deleted.contains(*node));
                 self.lost_nodes.extend(missing.map(|(node, _)| (node.clone(), 0)));
             }
             Part::Shards => {
@@ -256,6 +289,17 @@ impl View {
         }
     }
 
+    fn remember(&mut self, records: &[ShardRecord]) {
+        for record in records {
+            self.term = self.term.max(record.term);
+            let newer = |(_, known): &Rev<ShardRecord>| is_older(record, known);
+            if self.shards.get(&record.shard).is_none_or(newer) {
+                self.shards.insert(record.shard, (0, record.clone()));
+                self.overwritten.insert(record.shard);
+            }
+        }
+    }
+
     fn apply(&mut self, part: Part, change: &Change) -> Result<()> {
         let Change { key, revision, value } = change;
         let Some(bytes) = value else {
@@ -264,7 +308,14 @@ impl View {
                 Part::Cluster if key == THROTTLE_KEY => self.throttle = None,
                 // The settings and the lease are never deleted by us; keep what we know.
                 Part::Cluster => {}
-                Part::Nodes => drop(self.nodes.remove(key)),
+                // Nobody forgets a node that shards name (see `leader::forget`): this is no order. The leader writes it again.
+                Part::Nodes if self.nodes.contains_key(key) && self.is_holder(key) => {
+                    self.deleted_holders.insert(key.clone());
+                }
+                Part::Nodes => {
+                    self.nodes.remove(key);
+                    self.deleted_holders.remove(key);
+                }
                 // A shard cannot be deleted either: a missing record is a wiped bucket.
                 Part::Shards => {}
                 Part::Migrations => drop(self.migrations.remove(key)),
@@ -297,6 +348,7 @@ impl View {
                 self.held_back = later;
                 self.overwritten.retain(|shard| !BTreeMap::contains_key(&now, shard));
                 self.shards.extend(now);
+                self.let_go_of_nodes();
             }
             Part::Cluster if key == REBALANCE_KEY => self.rebalance = Some(parse(bytes)?),
             Part::Cluster if key == THROTTLE_KEY => {
@@ -308,6 +360,7 @@ impl View {
             Part::Nodes => {
                 let record: NodeRecord = parse(bytes)?;
                 record.check(key)?;
+                self.deleted_holders.remove(key);
                 self.nodes.insert(key.clone(), (rev, record));
             }
             Part::Shards => {
@@ -329,12 +382,20 @@ impl View {
                             record.term, known.term
                         )));
                     }
+                    // Of the same term, and not brought by the watch that has brought ours: it may be an earlier one.
+                    Some((0, known)) if is_older(known, &record) => {
+                        return Err(Error::Fenced(format!(
+                            "it was signed at {}, one of {} has been seen",
+                            record.updated_at, known.updated_at
+                        )));
+                    }
                     Some((_, known)) if !is_reached(self.lease_term, known.term, record.term) => {
                         self.held_back.insert(record.shard, (rev, record));
                     }
                     _ => {
                         self.believe(record.term)?;
                         self.shards.insert(record.shard, (rev, record));
+                        self.let_go_of_nodes();
                     }
                 }
             }
@@ -479,18 +540,9 @@ impl Views {
         !records.is_empty()
     }
 
-    /// Fills in what is known from before, where the bucket has nothing.
+    /// Fills in what is known from before, where the bucket has nothing, or something older.
     pub(crate) fn remember(&self, records: &[ShardRecord]) {
-        self.view.send_modify(|view| {
-            let view = Arc::make_mut(view);
-            for record in records {
-                view.term = view.term.max(record.term);
-                if let Entry::Vacant(free) = view.shards.entry(record.shard) {
-                    free.insert((0, record.clone()));
-                    view.overwritten.insert(record.shard);
-                }
-            }
-        });
+        self.view.send_modify(|view| Arc::make_mut(view).remember(records));
     }
 
     /// As [`note_shard`](Self::note_shard), for a node's record.
@@ -501,6 +553,7 @@ impl Views {
                 let view = Arc::make_mut(view);
                 view.nodes.insert(record.node.clone(), (revision, record.clone()));
                 view.lost_nodes.remove(&record.node);
+                view.deleted_holders.remove(&record.node);
             }
             newer
         });
@@ -515,6 +568,7 @@ impl Views {
             view.shards.insert(record.shard, (revision, record.clone()));
             view.overwritten.remove(&record.shard);
             view.held_back.remove(&record.shard);
+            view.let_go_of_nodes();
         });
     }
 
@@ -528,6 +582,7 @@ impl Views {
                 view.shards.insert(record.shard, (revision, record.clone()));
                 view.overwritten.remove(&record.shard);
                 view.held_back.remove(&record.shard);
+                view.let_go_of_nodes();
             }
             newer
         });
@@ -735,6 +790,79 @@ mod tests {
         view.apply(Part::Shards, &change(1, 5, "new")).unwrap();
         assert!(matches!(view.apply(Part::Shards, &change(1, 4, "old")), Err(Error::Fenced(_))));
         assert_eq!(view.shard(ShardId(1)).unwrap().primary, "new");
+    }
+
+    fn at(seconds: i64, primary: &str) -> ShardRecord {
+        let change = change(1, 5, primary);
+        let record: ShardRecord = parse(change.value.as_ref().unwrap()).unwrap();
+        ShardRecord { updated_at: DateTime::from_timestamp(seconds, 0).unwrap(), ..record }
+    }
+
+    fn brought(revision: u64, record: &ShardRecord) -> Change {
+        let value = serde_json::to_vec(record).unwrap();
+        Change { key: record.shard.token(), revision, value: Some(value.into()) }
+    }
+
+    #[test]
+    fn an_older_record_of_the_same_term_does_not_replace_what_a_data_folder_remembers() {
+        let (early, late) = (at(100, "c"), at(200, "d"));
+        let mut view = View::default();
+        view.remember(std::slice::from_ref(&late));
+        view.begin(Part::Shards);
+        assert!(matches!(view.take(Part::Shards, &brought(7, &early)), Err(Error::Fenced(_))));
+        view.listed(Part::Shards);
+        assert_eq!(view.shard(ShardId(1)).unwrap().primary, "d");
+        assert_eq!(view.only_here().collect::<Vec<_>>(), [&late], "it is written back");
+        // The watch may have been faster than the data folder.
+        let mut view = View::default();
+        view.take(Part::Shards, &brought(7, &early)).unwrap();
+        view.remember(std::slice::from_ref(&late));
+        assert_eq!(view.only_here().collect::<Vec<_>>(), [&late]);
+        // What the bucket has is the same, or newer.
+        for there in [late.clone(), at(300, "e"), ShardRecord { term: 6, ..early.clone() }] {
+            let mut view = View::default();
+            view.remember(std::slice::from_ref(&late));
+            view.take(Part::Shards, &brought(8, &there)).unwrap();
+            assert_eq!(view.shard(ShardId(1)), Some(&there));
+            assert_eq!(view.only_here().count(), 0);
+        }
+        // One watch brings records in their order, whatever the leader's clock says.
+        let mut view = View::default();
+        view.take(Part::Shards, &brought(8, &late)).unwrap();
+        view.take(Part::Shards, &brought(9, &early)).unwrap();
+        assert_eq!(view.shard(ShardId(1)), Some(&early));
+    }
+
+    fn node(key: &str, revision: u64, there: bool) -> Change {
+        let record = serde_json::json!({
+            "node": key, "instance": uuid::Uuid::from_u128(7), "addr": "127.0.0.1:1", "rack": "r", "weight": 100,
+            "status": "down", "since": "2026-01-01T00:00:00Z", "version": "1", "draining": false,
+        });
+        let value = there.then(|| record.to_string().into());
+        Change { key: key.into(), revision, value }
+    }
+
+    #[test]
+    fn the_deleted_record_of_a_node_that_shards_name_is_lost_and_of_another_one_gone() {
+        let mut view = View::default();
+        view.take(Part::Shards, &change(1, 5, "n2")).unwrap();
+        for key in ["n2", "n3"] {
+            view.take(Part::Nodes, &node(key, 3, true)).unwrap();
+            view.take(Part::Nodes, &node(key, 4, false)).unwrap();
+        }
+        assert!(view.node("n2").is_some() && view.node("n3").is_none());
+        assert_eq!(view.lost_nodes, BTreeMap::from([("n2".to_owned(), 4)]), "written again over its mark");
+        // The same from a watch that has begun anew.
+        view.begin(Part::Nodes);
+        view.take(Part::Nodes, &node("n2", 4, false)).unwrap();
+        view.listed(Part::Nodes);
+        assert_eq!(view.lost_nodes, BTreeMap::from([("n2".to_owned(), 4)]));
+        let mut again = view.clone();
+        again.take(Part::Nodes, &node("n2", 5, true)).unwrap();
+        assert!(again.lost_nodes.is_empty());
+        // It was forgotten, and the watch of the shards is behind.
+        view.take(Part::Shards, &Change { revision: 60, ..change(1, 6, "n1") }).unwrap();
+        assert!(view.node("n2").is_none() && view.lost_nodes.is_empty());
     }
 
     #[test]

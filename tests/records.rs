@@ -451,3 +451,91 @@ async fn a_record_of_a_higher_term_that_was_forged_around_a_change_of_leader_hea
         all_vectors_are_there(&cluster).await;
     }
 }
+
+/// Every node is killed, the map is deleted, and a node that has never seen it is there first. Half of the logs were cut, as
+/// by any cluster that has lived, the others are gone: neither brings back what the old nodes' disks have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_node_that_leads_first_does_not_make_the_map_anew_over_what_the_others_remember() {
+    let mut cluster = TestCluster::start(Setup::default()).await;
+    fill(&cluster).await;
+    let hand = cluster.by_hand();
+    let before = hand.record("shards", "00003").await.unwrap().unwrap();
+    eventually("everything is on every disk", || async {
+        for node in ["n1", "n2", "n3"] {
+            for shard in 0..8 {
+                let report = cluster.report(node, shard).await?.ok_or("no replica")?;
+                if report.durable < report.applied {
+                    return Err(format!("{report:?}"));
+                }
+            }
+        }
+        Ok(())
+    })
+    .await;
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+    }
+    hand.delete_stream(&bucket_stream("shards")).await.unwrap();
+    for shard in 0..4 {
+        hand.stream(&log_stream(shard)).await.unwrap().purge().sequence(5).await.unwrap();
+        hand.delete_stream(&log_stream(shard + 4)).await.unwrap();
+    }
+    cluster.add_node();
+    eventually("the new node leads, and says what it waits for", || async {
+        let status = cluster.status().await?;
+        let said = status["warnings"].to_string();
+        let good = status["leader"] == "n4" && said.contains("n1, n2, n3") && said.contains("nodes drain");
+        if good { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let placed = hand.keys("shards").await.unwrap_or_default();
+    assert!(placed.is_empty(), "it knows nothing of these shards: {placed:?}");
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+    eventually("the map is what the old nodes remember", || async {
+        let now = hand.record("shards", "00003").await?.ok_or("there is none")?;
+        let first = now["replicas"].as_array().is_some_and(|r| r.iter().any(|n| *n == before["primary"]));
+        if first && now["log_id"] == before["log_id"] { Ok(()) } else { Err(now.to_string()) }
+    })
+    .await;
+    all_vectors_are_there(&cluster).await;
+    green(&cluster).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_away_for_a_moment_is_not_thrown_out_because_its_record_was_deleted() {
+    let mut cluster = TestCluster::start(Setup::default()).await;
+    fill(&cluster).await;
+    let hand = cluster.by_hand();
+    let down = |what: &'static str, before: Option<Value>| {
+        let hand = hand.clone();
+        within(HEALED, what, move || {
+            let (hand, before) = (hand.clone(), before.clone());
+            async move {
+                let now = hand.record("nodes", "n2").await?.ok_or("there is no record")?;
+                let same = before.is_none_or(|before| before == now);
+                if same && now["status"] == "down" { Ok(now) } else { Err(now.to_string()) }
+            }
+        })
+    };
+    cluster.node("n2").kill().await.unwrap();
+    let before = down("it is down", None).await;
+    for purge in [false, true] {
+        match purge {
+            true => hand.purge("nodes", "n2").await.unwrap(),
+            false => hand.delete("nodes", "n2").await.unwrap(),
+        }
+        down("its record is as it was", Some(before.clone())).await;
+    }
+    // Longer than the leader takes to look at placement.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    for shard in 0..8 {
+        let record = hand.record("shards", &format!("{shard:05}")).await.unwrap().unwrap();
+        assert_eq!(names(&record), ["n1", "n2", "n3"], "{record}");
+    }
+    cluster.node("n2").restart().unwrap();
+    all_vectors_are_there(&cluster).await;
+    green(&cluster).await;
+}

@@ -6,6 +6,7 @@
 use crate::model::Term;
 use crate::model::records::{MAX_TERM, ShardRecord};
 use crate::mutant::mutant;
+use chrono::{DateTime, TimeDelta, Utc};
 
 /// Whether somebody who acts in term `ours` has been replaced by whoever wrote `found`.
 pub(crate) fn is_over(ours: Term, found: Term) -> bool {
@@ -29,6 +30,18 @@ pub(crate) fn takes_over(known: Term, found: Term) -> bool {
     !is_over(found, known)
 }
 
+/// Whether `found` is older than what is `known` of its shard. A term has one writer, which signs each record later than the
+/// one before, so within a term its own times tell which came last: a bucket that went back in time, or an earlier value
+/// that was put there by hand, has the same term. Times of two terms are never compared.
+pub(crate) fn is_older(known: &ShardRecord, found: &ShardRecord) -> bool {
+    !takes_over(known.term, found.term) || (known.term == found.term && found.updated_at < known.updated_at)
+}
+
+/// When a record is signed that follows one of `before`: later than that, whatever the clock says. See [`is_older`].
+pub(crate) fn signed_at(before: DateTime<Utc>, now: DateTime<Utc>) -> DateTime<Utc> {
+    now.max(before.checked_add_signed(TimeDelta::milliseconds(1)).unwrap_or(before))
+}
+
 /// Whether somebody can have written in term `found`, when `lease` is the highest term that the lease was seen to have (0:
 /// not seen yet) and `known` that of the record before. Who leads takes the lease first: a record that is ahead of it
 /// comes from a watch that is ahead of the other, for a moment, or from nobody who leads.
@@ -50,7 +63,7 @@ pub(crate) fn is_forged(replaced: Option<Term>, known: Term, found: Term) -> boo
 /// the bucket has nothing good.
 pub(crate) fn newest(stored: Option<ShardRecord>, ours: Option<ShardRecord>) -> Option<ShardRecord> {
     match (stored, ours) {
-        (Some(stored), Some(ours)) if ours.term > stored.term => Some(ours),
+        (Some(stored), Some(ours)) if is_older(&ours, &stored) => Some(ours),
         (Some(stored), _) => Some(stored),
         (None, ours) => ours,
     }
@@ -102,6 +115,28 @@ mod tests {
         assert_eq!(newest(Some(old.clone()), Some(new.clone())), Some(new.clone()));
         assert_eq!(newest(Some(new.clone()), Some(old.clone())), Some(new));
         assert_eq!(newest(None, Some(old.clone())), Some(old));
+    }
+
+    #[test]
+    fn of_one_term_the_record_that_was_signed_last_counts_and_of_two_the_higher() {
+        let at = |term, seconds| ShardRecord {
+            updated_at: DateTime::from_timestamp(seconds, 0).unwrap(),
+            ..shard_record(term, &["a"])
+        };
+        let (early, late) = (at(3, 100), at(3, 200));
+        assert_eq!(newest(Some(early.clone()), Some(late.clone())), Some(late.clone()));
+        assert_eq!(newest(Some(late.clone()), Some(early.clone())), Some(late.clone()));
+        assert!(!is_older(&late, &late) && is_older(&late, &early) && !is_older(&early, &late));
+        // The clock of the next leader may be behind.
+        assert!(!is_older(&late, &at(4, 50)) && is_older(&at(4, 50), &late));
+    }
+
+    #[test]
+    fn a_leader_whose_clock_goes_back_signs_each_record_later_than_the_one_before() {
+        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
+        assert_eq!(signed_at(at(100), at(200)), at(200));
+        assert!(signed_at(at(100), at(40)) > at(100));
+        assert_eq!(signed_at(DateTime::<Utc>::MAX_UTC, at(40)), DateTime::<Utc>::MAX_UTC);
     }
 
     #[test]

@@ -20,12 +20,16 @@ pub(crate) struct Gone {
     pub(crate) away: Duration,
     /// An operator has promised that it comes back.
     pub(crate) promised: bool,
+    /// Every shard has a record that is known: until then, nobody knows what a node holds.
+    pub(crate) map_is_known: bool,
 }
 
 /// Why a node is not forgotten.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kept {
     Lives(NodeStatus),
+    /// Records of shards are missing, or are being read again.
+    Unknown,
     /// It may have the only copy of these.
     OnlyCopy(Vec<ShardId>),
     /// It still counts as a holder of these.
@@ -50,6 +54,10 @@ impl Kept {
             Kept::Lives(status) => {
                 format!("node {node} is {status}: only a node that is gone can be forgotten; stop it first")
             }
+            Kept::Unknown => format!(
+                "the records of some shards are not known to the leader: nobody can say yet what node {node} holds. Try again \
+                 when status shows every shard"
+            ),
             Kept::OnlyCopy(shards) => format!(
                 "node {node} has the only copy of {}: start it again, or bring its disk back",
                 named(shards)
@@ -67,6 +75,8 @@ impl Kept {
 pub(crate) fn may_be_forgotten(node: &Gone) -> Result<(), Kept> {
     if node.status.is_live() {
         Err(Kept::Lives(node.status))
+    } else if !node.map_is_known {
+        Err(Kept::Unknown)
     } else if !node.only.is_empty() {
         Err(Kept::OnlyCopy(node.only.clone()))
     } else if !node.holds.is_empty() {
@@ -88,7 +98,14 @@ mod tests {
     const DAY: Duration = Duration::from_secs(86_400);
 
     fn gone() -> Gone {
-        Gone { status: NodeStatus::Down, holds: vec![], only: vec![], away: DAY * 2, promised: false }
+        Gone {
+            status: NodeStatus::Down,
+            holds: vec![],
+            only: vec![],
+            away: DAY * 2,
+            promised: false,
+            map_is_known: true,
+        }
     }
 
     #[test]
@@ -103,6 +120,14 @@ mod tests {
         assert!(kept.sentence("n4").contains("a holder of shards 1, 2"), "{}", kept.sentence("n4"));
         let kept = may_be_forgotten(&Gone { only: vec![ShardId(2)], ..holds }).unwrap_err();
         assert!(kept.sentence("n4").contains("the only copy of shard 2"), "{}", kept.sentence("n4"));
+    }
+
+    #[test]
+    fn nobody_is_forgotten_while_records_of_shards_are_missing() {
+        let unknown = Gone { map_is_known: false, ..gone() };
+        assert_eq!(may_be_forgotten(&unknown), Err(Kept::Unknown));
+        assert!(!ends_by_itself(&unknown, DAY));
+        assert!(Kept::Unknown.sentence("n4").contains("what node n4 holds"));
     }
 
     #[test]

@@ -19,6 +19,10 @@
 //!   within its validity, which makes a record of it again. Anybody else has to watch R unchanged for a whole ttl, and
 //!   claims by compare-and-set at that very R: of the two only one can apply. Each renewal that the holder counts from
 //!   landed before R came to be, so it has stopped acting by then; nothing of what it sent at older revisions applies.
+//! - The record is purged from below, or its bucket is lost, while somebody else holds it: whoever saw that holder's record
+//!   waits for a whole ttl from then on. The holder finds nothing at its next renewal, and begins a new term at once; should it
+//!   not, each renewal that it counts from was sent before, and it has stopped acting by then. Who has never seen a record
+//!   takes the lease at once: there was none, or its holder's next renewal fails within a quarter of the ttl.
 //! - It lands late, after we have given up: it renews a lease that nobody uses, and costs one ttl. If it was sent again
 //!   meanwhile, at the same revision, nobody can tell which of the two has landed: validity counts from the first.
 
@@ -331,6 +335,13 @@ impl Lease {
     fn seen(&mut self, now: Duration, found: Option<(u64, LeaderRecord)>, out: &mut Vec<Action>) {
         let Some((revision, record)) = found else {
             // The record never goes away by itself: the bucket is new, or it was wiped.
+            let ours = Some(self.settings.instance);
+            let held = |seen: &&Observed| {
+                seen.record.as_ref().is_none_or(|record| record.instance.is_some() && record.instance != ours)
+            };
+            if let Some(seen) = self.observed.as_ref().filter(held) {
+                self.not_before = self.not_before.max(now + seen.ttl.max(self.settings.ttl));
+            }
             self.observed = None;
             if matches!(self.role, Role::Leader { .. }) && self.pending.is_none() {
                 self.step_down("the lease record is gone", out);
@@ -768,6 +779,28 @@ mod tests {
     fn terms_go_on_when_the_record_was_wiped() {
         let mut b = follower();
         b.on_event(ms(100), Event::TermSeen(40));
-        assert_eq!(b.on_event(ms(200), Event::Seen(None)), [acquire(0, 41)]);
+        b.on_event(ms(200), Event::Seen(None));
+        assert_eq!(b.on_event(ms(200) + TTL, Event::Tick), [acquire(0, 41)]);
+    }
+
+    /// `nats stream purge` leaves no mark, and the holder acts until it notices.
+    #[test]
+    fn a_record_that_was_purged_is_no_free_lease_for_who_saw_another_hold_it() {
+        let mut b = follower();
+        let out = b.on_event(ms(2_000), Event::Seen(None));
+        assert!(!out.iter().any(|x| matches!(x, Action::Cas { .. })), "{out:?}");
+        let out = b.on_event(ms(11_900), Event::Tick);
+        assert!(!out.iter().any(|x| matches!(x, Action::Cas { .. })), "{out:?}");
+        b.on_event(ms(11_950), Event::Seen(None));
+        assert_eq!(b.on_event(ms(12_000), Event::Tick), [acquire(0, 5)]);
+    }
+
+    #[test]
+    fn a_holder_whose_record_was_purged_begins_a_new_term_at_once() {
+        let mut a = leader();
+        a.on_event(ms(2_501), Event::Tick);
+        assert_eq!(a.on_event(ms(2_510), Event::Cas(CasOutcome::Lost)), [Action::Read]);
+        let out = a.on_event(ms(2_520), Event::Seen(None));
+        assert_eq!(out.last(), Some(&acquire(0, 2)), "{out:?}");
     }
 }

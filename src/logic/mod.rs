@@ -34,6 +34,7 @@ pub(crate) mod log_time;
 pub(crate) mod membership;
 pub(crate) mod merge;
 pub(crate) mod migration;
+pub(crate) mod placing;
 pub(crate) mod planner;
 pub(crate) mod replica;
 pub(crate) mod routing;

@@ -221,11 +221,10 @@ fn yielded(ctx: &Context, other: &ClusterRecord) -> Error {
 
 /// This node is none of the cluster whose nodes go on: what it wrote must not look like one that is down.
 async fn leave_record(ctx: &Context) {
-    let found = ctx.buckets.nodes.get(&ctx.node).await.ok().flatten();
-    let ours = found.and_then(|found| parse::<NodeRecord>(&found.value).ok());
-    if ours.is_some_and(|record| record.instance == ctx.instance)
-        && let Err(error) = ctx.buckets.nodes.delete(&ctx.node).await
-    {
+    let Ok(Some(found)) = ctx.buckets.nodes.get(&ctx.node).await else { return };
+    let ours = parse::<NodeRecord>(&found.value).is_ok_and(|record| record.instance == ctx.instance);
+    // At this very revision: a process of our name in that cluster may be writing its own.
+    if ours && let Cas::Unknown(error) = ctx.buckets.nodes.delete_at(&ctx.node, found.revision).await {
         debug!("{error}");
     }
 }

@@ -7,6 +7,7 @@ use super::causes::Causes;
 use super::context::Context;
 use super::data_dir::{DataDir, keep_shard_map};
 use super::founding::Founding;
+use super::memory;
 use super::rate::RateLimit;
 use super::replica::blocking;
 use super::requests::subscribe_ping;
@@ -158,7 +159,13 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         tasks,
         config,
     });
-    match patiently(|| take_name(&ctx)).await {
+    // Before anybody hears of us: see `memory`.
+    let remembered = patiently(|| memory::write_back(&ctx)).await;
+    let named = match remembered {
+        Ok(()) => patiently(|| take_name(&ctx)).await,
+        Err(error) => Err(error),
+    };
+    match named {
         Ok(pings) => Ok(Joined { ctx, stores, data_dir, pings, client }),
         Err(error) => {
             ctx.stop.cancel();

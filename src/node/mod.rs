@@ -13,6 +13,7 @@ mod join;
 mod lag;
 mod leader;
 mod lease;
+mod memory;
 mod migration;
 mod places;
 mod pulse;
@@ -96,6 +97,7 @@ impl Node {
             ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));
         }
         ctx.tasks.spawn(guard::run(ctx.clone(), fatal.clone()));
+        ctx.tasks.spawn(memory::run(ctx.clone()));
         let lease = tokio::spawn(lease::run(ctx.clone(), orders, resign, lease_stop.clone()));
 
         for (name, nats) in ctx.connections() {

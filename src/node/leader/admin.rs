@@ -218,8 +218,12 @@ impl Leader {
         if recovering > 0 {
             warnings.push(format!("{recovering} replicas do not serve yet"));
         }
-        let lost =
-            self.loads.values().flat_map(|l| &l.shards).filter(|l| l.state == ReplicaState::LogLost).count();
+        let lost = self
+            .loads
+            .values()
+            .flat_map(|l| l.shards.values())
+            .filter(|l| l.state == ReplicaState::LogLost)
+            .count();
         if lost > 0 {
             warnings.push(format!("{lost} replicas report that JetStream lost entries of their log"));
         }

@@ -46,6 +46,7 @@ impl Leader {
             // By the clock of whoever wrote it: a record that goes a little early or late harms nobody.
             away: (wall() - record.since).to_std().unwrap_or_default(),
             promised: record.maintenance.as_ref().is_some_and(|m| wall() < m.until),
+            map_is_known: self.shards.len() >= self.ctx.cluster.num_shards as usize && self.unsure.is_empty(),
         }
     }
 
@@ -87,13 +88,11 @@ impl Leader {
             return Ok(());
         }
         self.next_forgetting = now + LOOK;
-        // Until every shard is known, nobody knows what a node holds.
-        if self.shards.len() < self.ctx.cluster.num_shards as usize || !self.unsure.is_empty() {
-            return Ok(());
-        }
         let after = self.ctx.config.forget_after;
         let view = self.ctx.view();
-        let old = |record: &&NodeRecord| ends_by_itself(&self.gone(record), after);
+        // Most nodes live, and what they hold takes a walk over the whole map.
+        let old =
+            |record: &&NodeRecord| !record.status.is_live() && ends_by_itself(&self.gone(record), after);
         let old: Vec<NodeRecord> =
             view.nodes.values().map(|(_, record)| record).filter(old).cloned().collect();
         for record in old {

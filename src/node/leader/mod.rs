@@ -26,7 +26,7 @@ use crate::logic::log_loss::Suspicion;
 use crate::logic::membership::{Action, Membership};
 use crate::logic::serving::{self, Heard, Known};
 use crate::model::causes::{Cause, MOST_CAUSES};
-use crate::model::events::{Event, Heartbeat, LoadReport};
+use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaLoad, ReplicaState};
 use crate::model::records::{NodeRecord, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::wire::PingRequest;
 use crate::model::{InstanceId, NodeId, ShardId, Term};
@@ -51,6 +51,8 @@ use tracing::warn;
 const TICK: Duration = Duration::from_millis(200);
 /// Heartbeats that are taken before nodes are judged, at most: a flood of them does not end.
 const WAITING: usize = 4_096;
+/// How long what depends on time alone may be late: the statuses of shards, and which replicas do not work.
+const STATUSES: Duration = Duration::from_secs(1);
 /// A ping of a suspect.
 const PING: Duration = Duration::from_millis(500);
 
@@ -102,9 +104,17 @@ pub(crate) async fn run(ctx: Arc<Context>, term: Term, before: Before) -> Result
     }
 }
 
+/// What a node said of its replicas last.
+struct Loads {
+    instance: InstanceId,
+    shards: BTreeMap<ShardId, ReplicaLoad>,
+}
+
 struct Leader {
     ctx: Arc<Context>,
     term: Term,
+    /// When it began to lead.
+    began: Duration,
     membership: Membership,
     /// The map as we have written it: nobody else may.
     shards: BTreeMap<ShardId, Rev<ShardRecord>>,
@@ -113,7 +123,7 @@ struct Leader {
     /// What was sent and never answered.
     sent: BTreeMap<ShardId, ShardRecord>,
     heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
-    loads: BTreeMap<NodeId, LoadReport>,
+    loads: BTreeMap<NodeId, Loads>,
     /// What the other nodes' last heartbeats gave as causes.
     causes: BTreeMap<NodeId, Vec<Cause>>,
     /// Since when live nodes have sent no report to this leader.
@@ -141,6 +151,8 @@ struct Leader {
     log_suspects: BTreeMap<ShardId, Suspicion>,
     next_log_check: Duration,
     next_forgetting: Duration,
+    /// When statuses are due; at once when something has changed that they depend on.
+    next_statuses: Duration,
     last_tick: Duration,
     last_gc: Duration,
     pinged: mpsc::Sender<(NodeId, PingOutcome)>,
@@ -154,6 +166,7 @@ impl Leader {
         Leader {
             ctx,
             term,
+            began: now,
             membership,
             shards: BTreeMap::new(),
             unsure: BTreeSet::new(),
@@ -176,6 +189,7 @@ impl Leader {
             log_suspects: BTreeMap::new(),
             next_log_check: now,
             next_forgetting: now,
+            next_statuses: now,
             last_tick: now,
             last_gc: now,
             pinged,
@@ -248,7 +262,9 @@ impl Leader {
                 if self.ctx.view().node(&report.node).is_some_and(|n| n.instance == report.instance) =>
             {
                 self.on_heat(&report);
-                self.loads.insert(report.node.clone(), report);
+                let shards = report.shards.into_iter().map(|load| (load.shard, load)).collect();
+                self.loads.insert(report.node, Loads { instance: report.instance, shards });
+                self.next_statuses = Duration::ZERO;
             }
             Ok(report) => {
                 let error =
@@ -294,10 +310,12 @@ impl Leader {
             self.present = present;
         }
         self.placement.look();
-        // Somebody wrote under a key that is ours, or it is gone. Revisions are compared for being the same, never for
-        // being higher: a bucket that was made anew counts from 1. Those that the watch has still to bring are 0.
+        self.next_statuses = Duration::ZERO;
+        // Somebody wrote under a key that is ours, or it is gone; or a node remembers a record that we do not know, and has
+        // written it back. Revisions are compared for being the same, never for being higher: a bucket that was made anew
+        // counts from 1. Those that the watch has still to bring are 0.
         let other = |shard: &ShardId, revision: u64| {
-            self.shards.get(shard).is_some_and(|(known, _)| revision > 0 && revision != *known)
+            revision > 0 && self.shards.get(shard).is_none_or(|(known, _)| revision != *known)
         };
         let written = view.shards.iter().filter(|(shard, (revision, _))| other(shard, *revision));
         let spoilt = view.overwritten.iter().chain(view.held_back.keys());
@@ -386,8 +404,12 @@ impl Leader {
             self.membership.forgive(now);
         }
         self.last_tick = now;
-        self.note_silence();
-        self.note_broken();
+        let statuses = now >= self.next_statuses;
+        if statuses {
+            self.next_statuses = now + STATUSES;
+            self.note_silence();
+            self.note_broken();
+        }
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
         self.resolve_unsure().await?;
@@ -400,7 +422,10 @@ impl Leader {
         } else {
             self.promote_only().await?;
         }
-        self.refresh_statuses().await?;
+        // What has changed in this very tick is looked at in the next one.
+        if statuses {
+            self.refresh_statuses().await?;
+        }
         self.forget_gone().await
     }
 
@@ -427,8 +452,8 @@ impl Leader {
     }
 
     /// What a replica said of itself last.
-    fn reported(&self, node: &str, shard: ShardId) -> Option<&crate::model::events::ReplicaLoad> {
-        self.loads.get(node)?.shards.iter().find(|load| load.shard == shard)
+    fn reported(&self, node: &str, shard: ShardId) -> Option<&ReplicaLoad> {
+        self.loads.get(node)?.shards.get(&shard)
     }
 
     /// Full: all holders say that they serve, and they are as many as the nodes allow.
@@ -472,9 +497,7 @@ impl Leader {
         let now = self.ctx.clock.now();
         let mut broken = BTreeMap::new();
         for (node, report) in self.loads.iter().filter(|(node, _)| self.is_live(node)) {
-            for load in
-                report.shards.iter().filter(|load| load.state == crate::model::events::ReplicaState::Failed)
-            {
+            for load in report.shards.values().filter(|load| load.state == ReplicaState::Failed) {
                 let key = (node.clone(), load.shard);
                 let since = self.broken_since.get(&key).copied().unwrap_or(now);
                 broken.insert(key, since);

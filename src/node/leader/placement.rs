@@ -9,6 +9,7 @@ use super::Leader;
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it, may_even_out};
+use crate::logic::placing::{Unplaced, WaitFor, waits};
 use crate::logic::planner::{
     Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, even_primaries, plan,
 };
@@ -17,6 +18,7 @@ use crate::model::plan::{Move, RebalancePlan};
 use crate::model::records::{MigrationPhase, NodeRecord, NodeStatus, RebalanceRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
+use crate::node::causes::{Severity, Subject};
 use crate::node::replica::blocking;
 use crate::view::REBALANCE_KEY;
 use chrono::{DateTime, TimeDelta, Utc};
@@ -26,6 +28,8 @@ use tracing::debug;
 
 /// Without a change, placement is still looked at so often: time passes for who is away.
 const LOOK: Duration = Duration::from_secs(1);
+/// Shards have no record, and somebody may remember one.
+const UNKNOWN: &str = "shard_map_unknown";
 /// Plans of dry runs that `apply` may name.
 const PLANS: usize = 8;
 /// Why an operator's move was made, in its record.
@@ -223,15 +227,56 @@ impl Leader {
         Ok(())
     }
 
-    /// Creates shards that were never placed.
+    fn unplaced(&self) -> Unplaced {
+        let view = self.ctx.view();
+        let waited_for = |record: &&NodeRecord| {
+            !self.heartbeats.contains_key(&record.node) && self.role(record) != Role::Gone
+        };
+        let unheard = view.nodes.values().map(|(_, record)| record).filter(waited_for);
+        let now = self.ctx.clock.now();
+        Unplaced {
+            term: self.term,
+            unheard: unheard.map(|record| record.node.clone()).collect(),
+            no_map: self.shards.is_empty(),
+            age: (wall() - self.ctx.cluster.created_at).to_std().unwrap_or_default(),
+            leading: now.saturating_sub(self.began),
+            patience: self.ctx.config.rereplicate_after,
+        }
+    }
+
+    fn waiting_text(&self, shards: usize, whom: &WaitFor) -> String {
+        let patience = self.ctx.config.rereplicate_after;
+        match whom {
+            WaitFor::Nodes(nodes) => format!(
+                "NATS has no record of {shards} shards, and nodes that may remember where they are have not been heard since \
+                 {} leads: {}. Start them with their data folders: they write the records back. Each is waited for as long \
+                 as it may be away ({patience:?}); one that is gone for good is not after nodes drain",
+                self.ctx.node,
+                nodes.join(", ")
+            ),
+            WaitFor::Anybody => format!(
+                "NATS has no record of any shard or of any other node, though the cluster is not new: start nodes with the data \
+                 folders of this cluster, which remember them. Shards are placed anew after {patience:?}"
+            ),
+        }
+    }
+
+    /// Creates shards that were never placed, unless somebody may remember that they were.
     async fn first_placements(&mut self, plan: &RebalancePlan) -> Result<bool> {
         let mut fresh: BTreeMap<ShardId, Vec<NodeId>> = BTreeMap::new();
         for step in plan.moves.iter().filter(|step| !self.shards.contains_key(&step.shard)) {
             fresh.entry(step.shard).or_default().push(step.to.clone());
         }
         if fresh.is_empty() {
+            self.ctx.causes.leading().withdraw(UNKNOWN, Subject::Node);
             return Ok(false);
         }
+        if let Some(whom) = waits(self.unplaced()) {
+            let text = self.waiting_text(fresh.len(), &whom);
+            self.ctx.causes.leading().retry(UNKNOWN, Subject::Node, Severity::Red, text);
+            return Ok(true);
+        }
+        self.ctx.causes.leading().withdraw(UNKNOWN, Subject::Node);
         self.assign(fresh.into_iter().collect()).await?;
         self.placement.look();
         Ok(true)

@@ -3,7 +3,9 @@
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::fencing::{ReadBack, is_forged, is_over, is_plausible, newest, read_back, takes_over};
+use crate::logic::fencing::{
+    ReadBack, is_forged, is_older, is_over, is_plausible, newest, read_back, signed_at,
+};
 use crate::logic::log_loss::{Suspicion, Verdict, close, is_of, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -119,8 +121,8 @@ impl Leader {
     async fn fence_one(&self, mut record: ShardRecord, revision: Option<u64>) -> Result<(u64, ShardRecord)> {
         let (key, bucket) = (record.shard.token(), &self.ctx.buckets.shards);
         let mut revision = revision;
-        // Whose decision it is that we write under our term.
-        let mut decided = record.term;
+        // The decision that we write under our term.
+        let mut decided = record.clone();
         let mut sent: Vec<ShardRecord> = Vec::new();
         for _ in 0..5 {
             self.check_lease()?;
@@ -146,8 +148,8 @@ impl Leader {
                 }
                 // What is of an older term is no news, whoever has put it there meanwhile; and of what is of ours, only
                 // what we have sent.
-                if takes_over(decided, now.term) && now.term < self.term {
-                    decided = now.term;
+                if !is_older(&decided, &now) && now.term < self.term {
+                    decided = now.clone();
                     record = now;
                 }
             }
@@ -159,7 +161,7 @@ impl Leader {
     fn sign(&self, record: &mut ShardRecord) {
         record.term = self.term;
         record.cluster_id = Some(self.ctx.cluster.cluster_id);
-        record.updated_at = wall();
+        record.updated_at = signed_at(record.updated_at, wall());
     }
 
     /// Writes a changed record; nobody else does, so a lost compare-and-set means garbage or a newer term.
@@ -240,14 +242,16 @@ impl Leader {
             let text = "its record in NATS is not what nodes go by, and cannot be written again";
             self.ctx.causes.leading().retry(DIFFERS, shard, Severity::Yellow, text);
             let mut good = found.as_ref().and_then(|found| self.good(&key, &found.value));
-            if let Some(record) = good.as_ref().filter(|record| is_over(self.term, record.term)) {
+            // Of a shard that we have no record of, a node has written what it remembers.
+            let known = self.shards.contains_key(&shard);
+            if let Some(record) = good.as_ref().filter(|record| known && is_over(self.term, record.term)) {
                 match self.lease_is_ours().await {
                     Ok(true) => (ahead, good) = (record.term.max(ahead), None),
                     Ok(false) => {}
                     Err(error) => return self.soft(DIFFERS, shard, error),
                 }
             }
-            let good = good.filter(|record| record.term != self.term || self.wrote(record));
+            let good = good.filter(|record| !known || record.term != self.term || self.wrote(record));
             let revision = found.map(|f| f.revision);
             let ours = self.shards.get(&shard).map(|(_, ours)| ours);
             match (read_back(self.term, good, revision.is_some(), ours), revision) {
@@ -262,13 +266,19 @@ impl Leader {
                         Err(error) => self.soft("shard_record", shard, error)?,
                     }
                 }
-                (ReadBack::Remove, _) => {
-                    let deleted = self.ctx.buckets.shards.delete(&key).await;
-                    deleted.or_else(|e| self.soft(DIFFERS, shard, e))?;
-                    self.ctx.causes.leading().withdraw(DIFFERS, shard);
-                    self.unsure.remove(&shard);
+                (ReadBack::Remove, Some(revision)) => {
+                    self.check_lease()?;
+                    match self.ctx.buckets.shards.delete_at(&key, revision).await {
+                        Cas::Applied(_) => {
+                            self.ctx.causes.leading().withdraw(DIFFERS, shard);
+                            self.unsure.remove(&shard);
+                        }
+                        // It has changed meanwhile: read again.
+                        Cas::Lost => {}
+                        Cas::Unknown(error) => self.soft(DIFFERS, shard, error)?,
+                    }
                 }
-                (ReadBack::Nothing, _) => {
+                (ReadBack::Remove | ReadBack::Nothing, _) => {
                     self.ctx.causes.leading().withdraw(DIFFERS, shard);
                     self.unsure.remove(&shard);
                 }
@@ -313,8 +323,8 @@ impl Leader {
     }
 
     /// Writes again what NATS has lost besides shard records, or has garbage for: records of nodes, and the orders of
-    /// operators, as we saw them last. Nothing over a deletion: that is an order. (The settings and the node itself are
-    /// put right by every node, the lease by whoever holds it.)
+    /// operators, as we saw them last. Nothing over a deletion: that is an order, unless it is of a node that shards name.
+    /// (The settings and the node itself are put right by every node, the lease by whoever holds it.)
     pub(super) async fn write_back(&mut self) -> Result<()> {
         let view = self.ctx.view();
         let mut restored = Vec::new();
@@ -378,7 +388,8 @@ impl Leader {
     }
 
     /// First placement. The stream first, then the record that names it: whoever dies in between leaves
-    /// a stream that the next leader takes over.
+    /// a stream that the next leader takes over. One that does not reach back to its beginning is the log of a shard that
+    /// has lived, whose record is lost: a new one would name nobody who has what came before.
     pub(super) async fn assign(&mut self, fresh: Vec<(ShardId, Vec<NodeId>)>) -> Result<()> {
         self.check_lease()?;
         let ctx = self.ctx.clone();
@@ -392,10 +403,13 @@ impl Leader {
                                 Error::Unavailable(format!("the log of shard {shard} vanished"))
                             })?;
                             let (whose, created) = (info.cluster, info.created);
-                            if is_of(&ctx.cluster, whose, created, info.last_seq) {
-                                Ok(info)
+                            let stream = ctx.subjects.log_stream(shard);
+                            if !is_of(&ctx.cluster, whose, created, info.last_seq) {
+                                Err(left_over(&stream))
+                            } else if info.first_seq > 1 {
+                                Err(without_its_beginning(&stream, info.first_seq))
                             } else {
-                                Err(left_over(&ctx.subjects.log_stream(shard)))
+                                Ok(info)
                             }
                         }),
                         other => other,
@@ -498,7 +512,7 @@ impl Leader {
             return Ok(());
         }
         self.next_log_check = now + LOG_CHECKS;
-        let reported = self.loads.values().flat_map(|report| &report.shards);
+        let reported = self.loads.values().flat_map(|report| report.shards.values());
         let lost = reported.filter(|load| load.state == ReplicaState::LogLost).map(|load| load.shard);
         // Whoever led before may have died between writing a record and creating its log. Replicas that have nothing
         // do not miss the log's stream, they wait for it. These take turns.
@@ -649,6 +663,14 @@ impl Leader {
             other => other.map(drop),
         }
     }
+}
+
+fn without_its_beginning(stream: &str, first: u64) -> Error {
+    Error::Invalid(format!(
+        "the record of the shard is lost, and its log {stream} begins at {first}: what came before is on the disks of its \
+         nodes alone. Start one of them with its data folder: it remembers the record. Only if none is left, delete the stream \
+         (nats stream rm {stream}): the shard then begins with nothing"
+    ))
 }
 
 fn left_over(stream: &str) -> Error {

@@ -37,7 +37,7 @@ pub(super) async fn run(ctx: Arc<Context>, term: Term) {
         let buckets = ["cluster", "nodes", "shards", "migrations"].map(|name| ctx.subjects.bucket(name));
         let streams = buckets.iter().map(|bucket| bucket_settings(bucket, replicas));
         for wanted in streams.chain([event_settings(&ctx.subjects, replicas)]) {
-            look(&ctx, term, &wanted, &mut wrong).await;
+            look(&ctx, term, &wanted, &mut wrong, false).await;
         }
         for _ in 0..LOGS.min(ctx.cluster.num_shards) {
             let shard = ShardId(next % ctx.cluster.num_shards);
@@ -75,11 +75,11 @@ async fn look_at_log(ctx: &Context, term: Term, shard: ShardId, wrong: &mut Wron
         && info.id == record.log_id
     {
         let wanted = ctx.logs.settings(shard, record.log_id, record.log_first_seq, &ctx.cluster);
-        look(ctx, term, &wanted, wrong).await;
+        look(ctx, term, &wanted, wrong, true).await;
     }
 }
 
-async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong) {
+async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, is_log: bool) {
     if ctx.leads() != Some(term) {
         return;
     }
@@ -99,6 +99,8 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong) {
             );
             wrong.insert(name.clone(), (Subject::Named(name), Severity::Yellow, text));
         }
+        // Of a log: between two questions. Nobody makes one here.
+        Err(Error::NotFound(_)) if is_log => drop(wrong.remove(&name)),
         Err(Error::NotFound(_)) => {
             wrong.remove(&name);
             warn!("NATS has lost {name}: creating it again");

@@ -1,0 +1,90 @@
+//! Whether shards that have no record may be placed as if they had never been placed.
+//!
+//! Does no IO. A shard without a record is a new one, or one whose record was lost while no node ran that knew it: then its
+//! copies are on disks of nodes that remember the record, and write it back before they are heard (see `node::memory`). A
+//! record that is made anew instead names nobody of them, and is newer than what they remember. So whoever may remember
+//! is waited for, for as long as a node that is away is waited for anyway.
+
+use crate::model::{NodeId, Term};
+use std::time::Duration;
+
+/// A cluster is being set up for so long, and may have no map yet.
+const YOUNG: Duration = Duration::from_secs(300);
+
+/// What a leader knows of a map that is not complete.
+#[derive(Debug, Clone)]
+pub(crate) struct Unplaced {
+    /// Its term. Nobody has placed anything before the first one.
+    pub(crate) term: Term,
+    /// Nodes that this leader has never heard, and that are still waited for.
+    pub(crate) unheard: Vec<NodeId>,
+    /// No shard at all has a record.
+    pub(crate) no_map: bool,
+    /// How old the cluster is, by the clocks of two nodes: if they differ, it waits needlessly, or not in a case that takes
+    /// the loss of all nodes' records besides.
+    pub(crate) age: Duration,
+    /// How long it has led.
+    pub(crate) leading: Duration,
+    /// How long a node that is away is waited for.
+    pub(crate) patience: Duration,
+}
+
+/// Whom it waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum WaitFor {
+    /// These may remember the map.
+    Nodes(Vec<NodeId>),
+    /// There is nothing at all, though the cluster has lived: whoever it had may come.
+    Anybody,
+}
+
+/// Whether first placements wait.
+pub(crate) fn waits(unplaced: Unplaced) -> Option<WaitFor> {
+    if unplaced.term <= 1 {
+        return None;
+    }
+    if !unplaced.unheard.is_empty() {
+        return Some(WaitFor::Nodes(unplaced.unheard));
+    }
+    let lost = unplaced.no_map && unplaced.age > YOUNG && unplaced.leading < unplaced.patience;
+    lost.then_some(WaitFor::Anybody)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unplaced() -> Unplaced {
+        Unplaced {
+            term: 4,
+            unheard: vec![],
+            no_map: true,
+            age: Duration::from_secs(60),
+            leading: Duration::from_secs(1),
+            patience: Duration::from_secs(300),
+        }
+    }
+
+    #[test]
+    fn who_may_remember_the_map_is_waited_for() {
+        let unheard = Unplaced { unheard: vec!["n1".into()], no_map: false, ..unplaced() };
+        assert_eq!(waits(unheard.clone()), Some(WaitFor::Nodes(vec!["n1".into()])));
+        // Its caller leaves out who is not waited for any more.
+        assert_eq!(waits(Unplaced { unheard: vec![], ..unheard }), None);
+    }
+
+    #[test]
+    fn the_first_leader_of_a_cluster_waits_for_nobody() {
+        let first = Unplaced { term: 1, unheard: vec!["n2".into()], ..unplaced() };
+        assert_eq!(waits(Unplaced { age: YOUNG * 2, ..first }), None);
+        assert_eq!(waits(unplaced()), None, "a later one, while it is being set up");
+    }
+
+    #[test]
+    fn an_old_cluster_without_a_map_and_nodes_waits_as_long_as_for_a_node() {
+        let old = Unplaced { age: YOUNG * 2, ..unplaced() };
+        assert_eq!(waits(old.clone()), Some(WaitFor::Anybody));
+        assert_eq!(waits(Unplaced { leading: old.patience, ..old.clone() }), None);
+        assert_eq!(waits(Unplaced { no_map: false, ..old }), None);
+    }
+}
