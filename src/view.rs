@@ -326,6 +326,10 @@ impl View {
         match part {
             Part::Cluster if key == CONFIG_KEY => {
                 let record: ClusterRecord = parse(bytes)?;
+                // A newer program's are left to newer programs: they need not make sense here.
+                if self.own.as_ref().is_some_and(|own| **own != record && is_same(own, &record)) {
+                    return Ok(());
+                }
                 record.check()?;
                 if let Some(own) = &self.own
                     && !is_same(own, &record)
@@ -863,6 +867,24 @@ mod tests {
         // It was forgotten, and the watch of the shards is behind.
         view.take(Part::Shards, &Change { revision: 60, ..change(1, 6, "n1") }).unwrap();
         assert!(view.node("n2").is_none() && view.lost_nodes.is_empty());
+    }
+
+    #[test]
+    fn settings_of_a_newer_program_are_no_garbage_and_change_nothing() {
+        let own = crate::sim::records::cluster();
+        let mut view =
+            View { cluster: Some(own.clone()), own: Some(Arc::new(own.clone())), ..View::default() };
+        let put = |record: &ClusterRecord, revision| Change {
+            key: CONFIG_KEY.into(),
+            revision,
+            value: Some(serde_json::to_vec(record).unwrap().into()),
+        };
+        let newer = ClusterRecord { format_version: 99, num_shards: own.num_shards + 1, ..own.clone() };
+        view.take(Part::Cluster, &put(&newer, 2)).unwrap();
+        assert!(view.lost_keys.is_empty() && view.cluster == Some(own.clone()));
+        let changed = ClusterRecord { num_shards: own.num_shards + 1, ..own };
+        assert!(view.take(Part::Cluster, &put(&changed, 3)).is_err());
+        assert!(view.lost_keys.contains_key(CONFIG_KEY));
     }
 
     #[test]

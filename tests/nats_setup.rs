@@ -251,6 +251,41 @@ async fn without_a_jetstream_majority_everybody_says_so_and_eventual_reads_go_on
     assert!(text.starts_with("HTTP/1.1 200"), "{text}");
 }
 
+/// All nodes of a new cluster measure what NATS has room for, and one that was killed has left what it measured with.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_founders_at_once_do_not_take_each_others_measuring_for_a_full_disk() {
+    let mut cluster = TestCluster::start_nats(Setup::default()).await;
+    let config = r#"
+        jetstream { store_dir: "./js", max_file_store: 8GB }
+        http: "127.0.0.1:0"
+        accounts { A { jetstream: { max_mem: 10MB, max_file: 2GB }, users: [{ user: a, password: a }] } }
+        no_auth_user: a
+    "#;
+    let nats = server(&cluster.dir().join("small"), config).await;
+    let raw = async_nats::connect(nats.url()).await.unwrap();
+    let context = async_nats::jetstream::new(raw.clone());
+    let left_over = async_nats::jetstream::stream::Config {
+        name: "ruvector_room".into(),
+        subjects: vec!["ruvector.room".into()],
+        max_bytes: 1_700 << 20,
+        max_consumers: 1,
+        ..Default::default()
+    };
+    context.create_stream(left_over).await.unwrap();
+    for id in ["n1", "n2", "n3"] {
+        let mut options = cluster.node_options(id);
+        options.nats = nats.url();
+        cluster.nodes.push(NodeProcess::start(options).unwrap());
+    }
+    cluster.raw = raw;
+    cluster.wait_green().await;
+    let settings = cluster.by_hand().record("cluster", "config").await.unwrap().unwrap();
+    // What two gigabytes leave, less the buckets and what is spared, among eight.
+    let bytes = settings["log_max_bytes"].as_u64().unwrap();
+    assert!((170 << 20..220 << 20).contains(&bytes), "{bytes}");
+    assert!(context.get_stream("ruvector_room").await.is_err(), "what was tried is gone");
+}
+
 /// An account with less room than default logs reserve, which wants every stream to have a bound: logs are as large as fits.
 /// What can never fit is told before anything is made, and so is a message size that is too small.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -537,5 +537,34 @@ async fn a_node_that_is_away_for_a_moment_is_not_thrown_out_because_its_record_w
     }
     cluster.node("n2").restart().unwrap();
     all_vectors_are_there(&cluster).await;
+}
+
+/// While nobody runs, the settings are changed so that keys would go to other shards, and who comes first knows no better.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn settings_that_are_changed_while_nobody_runs_come_back_from_the_data_folders() {
+    let mut cluster = TestCluster::start(Setup::default()).await;
+    fill(&cluster).await;
+    let hand = ByHand::new(&cluster.raw);
+    let settings = hand.record("cluster", "config").await.unwrap().unwrap();
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+    }
+    hand.edit("cluster", "config", |record| record["num_shards"] = 2.into()).await.unwrap();
+    let mut options = cluster.node_options("n4");
+    let at = options.args.iter().position(|arg| arg == "--num-shards").unwrap();
+    options.args.drain(at..at + 2);
+    let node = NodeProcess::start(options).unwrap();
+    let log = node.log_file().to_owned();
+    cluster.nodes.push(node);
+    eventually("a node without a folder does not take them", || async {
+        let text = std::fs::read_to_string(&log).map_err(|e| e.to_string())?;
+        if text.contains("do not fit their cluster_id") { Ok(()) } else { Err(text) }
+    })
+    .await;
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+    all_vectors_are_there(&cluster).await;
+    assert_eq!(hand.record("cluster", "config").await.unwrap().unwrap(), settings);
     green(&cluster).await;
 }

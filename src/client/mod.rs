@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::logic::hash::KeyRouter;
 use crate::metrics::Metrics;
 use crate::model::api::Operation;
-use crate::model::records::ClusterRecord;
+use crate::model::records::{ClusterRecord, FORMAT_VERSION};
 use crate::model::vector::validate_id;
 use crate::model::wire::{ReadReply, ReadRequest, WriteOp};
 use crate::model::{Consistency, OpId, SearchQuery, SearchResult, ShardId, VectorEntry};
@@ -167,8 +167,7 @@ impl Client {
                 }
             },
         };
-        let cluster: ClusterRecord = parse(&found.value)?;
-        cluster.check()?;
+        let cluster = settings(&found.value)?;
         let router = KeyRouter::of(&cluster)?;
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new()?);
@@ -467,5 +466,20 @@ impl Client {
         }
         let reply: ReadReply = asked?;
         Ok(Found { entry: reply.entry, shard, seq: reply.seq })
+    }
+}
+
+/// The settings as they were found. A node that runs writes them again where they are damaged, and one that founds a cluster
+/// is about to.
+fn settings(value: &[u8]) -> Result<ClusterRecord> {
+    let unusable = |e: Error| {
+        Error::Unavailable(format!(
+            "the cluster's settings are damaged, or not written yet ({e}): try again in a moment"
+        ))
+    };
+    let cluster: ClusterRecord = parse(value).map_err(unusable)?;
+    match cluster.check() {
+        Err(error) if cluster.format_version <= FORMAT_VERSION => Err(unusable(error)),
+        checked => checked.map(|()| cluster),
     }
 }

@@ -7,6 +7,7 @@ use super::{DistanceMetric, InstanceId, MigrationId, NodeId, ShardId, Term, ids:
 use crate::error::{Error, Result};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use siphasher::sip::SipHasher24;
 use std::net::SocketAddr;
 use uuid::Uuid;
 
@@ -163,6 +164,48 @@ pub const MAX_SHARDS: u32 = 65_536;
 pub const MAX_REPLICATION_FACTOR: u32 = 7;
 
 impl ClusterRecord {
+    /// Gives settings of a new cluster their identity: random bits, and a digest of all that never changes. Settings that are
+    /// changed by hand do not fit it any more, which whoever reads them sees, also who knows nothing of the cluster.
+    pub(crate) fn sealed(mut self, random: Uuid) -> ClusterRecord {
+        self.cluster_id = uuid::Builder::from_custom_bytes(*random.as_bytes()).into_uuid();
+        let mut bytes = *self.cluster_id.as_bytes();
+        bytes[8..].copy_from_slice(&self.seal());
+        self.cluster_id = Uuid::from_bytes(bytes);
+        self
+    }
+
+    /// Whether the identity tells what the settings are; those that versions before 0.3 have made do not.
+    pub(crate) fn is_sealed(&self) -> bool {
+        self.cluster_id.get_version_num() == 8
+    }
+
+    /// The half of the identity that is a digest: of these fields and the other half, in this form, for good. The secret is
+    /// its key, as the identity is no secret.
+    fn seal(&self) -> [u8; 8] {
+        let text = format!(
+            "{} {} {} {} {} {} {} {} {}.{:09}",
+            self.num_shards,
+            self.replication_factor,
+            self.hash,
+            self.placement,
+            self.dimensions,
+            self.metric,
+            self.log_replicas,
+            self.log_max_bytes,
+            self.created_at.timestamp(),
+            self.created_at.timestamp_subsec_nanos()
+        );
+        let half = &self.cluster_id.as_bytes()[..8];
+        let key = self.hash_secret.as_ref().map_or([0; 16], |secret| *secret.bytes());
+        let digest = SipHasher24::new_with_key(&key).hash(&[half, text.as_bytes()].concat());
+        let mut bytes = [0; 16];
+        bytes[8..].copy_from_slice(&digest.to_be_bytes());
+        // An identity has two fixed bits there.
+        let mut seal = [0; 8];
+        seal.copy_from_slice(&uuid::Builder::from_custom_bytes(bytes).into_uuid().as_bytes()[8..]);
+        seal
+    }
+
     /// Checks the numbers.
     ///
     /// # Errors
@@ -195,6 +238,13 @@ impl ClusterRecord {
             return Err(Error::Invalid(format!(
                 "the cluster's format_version is {}, this program knows up to {FORMAT_VERSION}: upgrade it",
                 self.format_version
+            )));
+        }
+        if self.is_sealed() && self.seal() != self.cluster_id.as_bytes()[8..] {
+            return Err(Error::Invalid(format!(
+                "the settings do not fit their cluster_id, {}: they were changed by hand, and are not the ones that the \
+                 cluster was created with",
+                self.cluster_id
             )));
         }
         Ok(())
@@ -686,6 +736,47 @@ pub(crate) mod tests {
         for wrong in [cluster(KeyHash::Xxh3, Some(secret)), cluster(KeyHash::Sip24, None)] {
             assert!(wrong.check().unwrap_err().to_string().contains("hash_secret"));
         }
+    }
+
+    #[test]
+    fn settings_that_were_changed_by_hand_do_not_fit_their_identity() {
+        let random = Uuid::from_u128(0x0123_4567_89ab_4def_8123_4567_89ab_cdef);
+        let secret = HashSecret::new([7; 16]);
+        for (hash, secret) in [(KeyHash::Xxh3, None), (KeyHash::Sip24, Some(secret))] {
+            let good = cluster(hash, secret).sealed(random);
+            good.check().unwrap();
+            assert_eq!(good.cluster_id.get_variant(), uuid::Variant::RFC4122);
+            let json = serde_json::to_value(&good).unwrap();
+            let again: ClusterRecord = serde_json::from_value(json.clone()).unwrap();
+            assert_eq!((again.check(), &again), (Ok(()), &good));
+            let other_secret = "ffffffffffffffffffffffffffffffff";
+            for (field, value) in [
+                ("num_shards", serde_json::json!(8)),
+                ("replication_factor", 2.into()),
+                ("placement", "ketama".into()),
+                ("dimensions", 3.into()),
+                ("metric", "euclidean".into()),
+                ("log_replicas", 3.into()),
+                ("log_max_bytes", (1 << 29).into()),
+                ("created_at", "2001-01-01T00:00:00Z".into()),
+                ("hash_secret", other_secret.into()),
+            ] {
+                let mut json = json.clone();
+                json[field] = value;
+                let changed: ClusterRecord = serde_json::from_value(json).unwrap();
+                assert!(changed.check().is_err(), "{field}");
+            }
+            // Which fields and which form: this holds for good.
+            let wanted = match hash {
+                KeyHash::Xxh3 => "01234567-89ab-8def-a466-6b25b28d0713",
+                KeyHash::Sip24 => "01234567-89ab-8def-9ef4-18ff7bca65e5",
+            };
+            assert_eq!(good.cluster_id.to_string(), wanted);
+        }
+        // Another cluster's, and one of a version before: nothing is known of them.
+        cluster(KeyHash::Xxh3, None).check().unwrap();
+        let newer = ClusterRecord { format_version: 9, ..cluster(KeyHash::Xxh3, None).sealed(random) };
+        assert!(newer.check().unwrap_err().to_string().contains("upgrade"));
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub(crate) enum Cas {
 pub(crate) struct Versioned {
     pub(crate) revision: u64,
     pub(crate) value: Bytes,
+    /// When it was written, by the clock of NATS; a listing does not say.
+    pub(crate) written: Option<DateTime>,
 }
 
 /// What stands under a key.
@@ -250,7 +252,11 @@ impl Bucket {
             |_| Error::Unavailable(format!("reading {key:?} of bucket {}: no answer in time", self.name));
         match asked.map_err(late)? {
             Ok(message) if message.headers.get("KV-Operation").is_some() => Ok(None),
-            Ok(message) => Ok(Some(Versioned { revision: message.sequence, value: message.payload })),
+            Ok(message) => Ok(Some(Versioned {
+                revision: message.sequence,
+                value: message.payload,
+                written: Some(message.time),
+            })),
             Err(error) if matches!(error.kind(), jetstream::stream::DirectGetErrorKind::NotFound) => Ok(None),
             Err(error) => Err(unavailable(format!("reading {key:?} of bucket {}", self.name), error)),
         }
@@ -286,11 +292,11 @@ impl Bucket {
                 let operation = message.headers.get("KV-Operation").map(|value| value.as_str().to_owned());
                 let deleted = matches!(operation.as_deref(), Some("DEL" | "PURGE"))
                     || message.headers.get("Nats-Marker-Reason").is_some();
-                let (revision, value) = (message.sequence, message.payload);
+                let (revision, value, written) = (message.sequence, message.payload, Some(message.time));
                 Ok(if deleted {
                     Found::Deleted(revision)
                 } else {
-                    Found::Value(Versioned { revision, value })
+                    Found::Value(Versioned { revision, value, written })
                 })
             }
             Err(error)
@@ -394,7 +400,8 @@ impl Bucket {
         let mut watch = match self.watch().await {
             Err(Error::Busy(_)) => {
                 let present = |change: Change| {
-                    Some((change.key, Versioned { revision: change.revision, value: change.value? }))
+                    let Change { key, revision, value } = change;
+                    Some((key, Versioned { revision, value: value?, written: None }))
                 };
                 return Ok(self.list_by_subject().await?.into_values().filter_map(present).collect());
             }
@@ -405,7 +412,7 @@ impl Bucket {
             let change =
                 next.map_err(|_| Error::Unavailable(format!("listing bucket {} took too long", self.name)))??;
             if let Some(Change { key, revision, value: Some(value) }) = change {
-                all.insert(key, Versioned { revision, value });
+                all.insert(key, Versioned { revision, value, written: None });
             }
         }
         Ok(all)

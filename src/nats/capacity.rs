@@ -7,13 +7,19 @@ use crate::error::{Error, Result};
 use crate::logic::capacity::Room;
 use async_nats::jetstream::account::{Account, Limits};
 use async_nats::jetstream::stream::{Config, StorageType};
+use std::collections::HashMap;
 use std::time::Duration;
+use tokio::time::Instant;
 use tracing::{debug, info};
+use uuid::Uuid;
 
 /// Creating a stream on three servers may take seconds.
 const CREATE: Duration = Duration::from_secs(10);
-/// Halvings of a size, at most.
+/// Halvings of a size, at most, and for so long: with the last of them it takes less than a claim to found lasts.
 const HALVINGS: usize = 16;
+const MEASURING: Duration = Duration::from_secs(10);
+/// JetStream: a stream of this name has other settings.
+const NAME_IN_USE: u64 = 10_058;
 
 fn positive(limit: Option<i64>) -> Option<u64> {
     limit.and_then(|limit| u64::try_from(limit).ok())
@@ -47,12 +53,51 @@ impl Nats {
     }
 
     /// How much of `bytes` the servers have room for, by halves: a stream of that size is made and deleted again,
-    /// since no server tells its limit to those who may only use it. Safe to repeat, and when two do it at once: the
-    /// stream takes no messages, has one name, and whoever finds one left over deletes it. An answer that says
+    /// since no server tells its limit to those who may only use it. The stream takes no messages. An answer that says
     /// nothing of room ends it; then the size is tried when the logs are made.
-    pub(crate) async fn try_room(&self, name: &str, subject: &str, replicas: usize, bytes: u64) -> u64 {
+    ///
+    /// One founder at a time may do this (see [`turn`](crate::logic::settings::turn)), as it reserves what others would
+    /// measure. One that slept over its claim, and goes on with it, is told by its stream: `founder` says whose it is, and
+    /// two of one name cannot be. What one that dies leaves is deleted by the next founder before it asks anything, and by
+    /// whoever leads the cluster.
+    ///
+    /// # Errors
+    /// `Unavailable` when nothing can be said: it may be tried again.
+    pub(crate) async fn try_room(
+        &self,
+        (name, subject): (&str, &str),
+        founder: Uuid,
+        replicas: usize,
+        bytes: u64,
+    ) -> Result<u64> {
+        let tried = self.halve((name, subject), founder, replicas, bytes).await;
+        if !matches!(tried, Err(Error::Conflict(_))) {
+            self.delete_stream(name).await?;
+        }
+        match tried {
+            Err(Error::Conflict(text)) => Err(Error::Unavailable(text)),
+            Ok(size) if size < bytes => {
+                info!(bytes, size, "NATS has room for less than the logs would reserve");
+                Ok(size)
+            }
+            tried => tried,
+        }
+    }
+
+    async fn halve(
+        &self,
+        (name, subject): (&str, &str),
+        founder: Uuid,
+        replicas: usize,
+        bytes: u64,
+    ) -> Result<u64> {
+        let late = || Error::Unavailable("NATS does not say in time what it has room for".into());
+        let until = Instant::now() + MEASURING;
         let mut size = bytes;
         for _ in 0..HALVINGS {
+            if Instant::now() > until {
+                return Err(late());
+            }
             let config = Config {
                 name: name.to_owned(),
                 subjects: vec![subject.to_owned()],
@@ -60,30 +105,26 @@ impl Nats {
                 max_consumers: 1,
                 storage: StorageType::File,
                 num_replicas: replicas,
+                metadata: HashMap::from([("ruvector-founder".to_owned(), founder.to_string())]),
                 ..Default::default()
             };
             let made = tokio::time::timeout(CREATE, self.jetstream.create_stream(config)).await;
-            let error = match made {
-                Ok(Ok(_)) => break,
-                Ok(Err(error)) => error,
-                Err(_) => break,
-            };
+            let Err(error) = made.map_err(|_| late())? else { break };
             let no_room = Reason::of(&error) == Reason::NoSpace
                 || matches!(api_code(&error), Some(10_002 | 10_122))
                 || (api_code(&error) == Some(10_005) && error.to_string().contains("storage"));
             debug!(size, "trying what NATS has room for: {error}");
+            if api_code(&error) == Some(NAME_IN_USE) {
+                return Err(Error::Conflict(format!(
+                    "another founder measures with stream {name} right now"
+                )));
+            }
             if !no_room {
                 break;
             }
             size /= 2;
         }
-        if let Err(error) = self.jetstream.delete_stream(name).await {
-            debug!("deleting {name}: {error}");
-        }
-        if size < bytes {
-            info!(bytes, size, "NATS has room for less than the logs would reserve");
-        }
-        size
+        Ok(size)
     }
 }
 

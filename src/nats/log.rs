@@ -116,13 +116,12 @@ pub(crate) fn event_settings(subjects: &Subjects, replicas: usize) -> Settings {
 
 /// Names of all log streams in the namespace, of whichever cluster.
 pub(crate) async fn log_streams(nats: &Nats, subjects: &Subjects) -> Result<Vec<String>> {
-    let prefix = subjects.log_streams();
     let listing = async {
         let mut names = nats.jetstream.stream_names();
         let mut found = Vec::new();
         while let Some(name) = names.next().await {
             let name = name.map_err(|e| unavailable("listing streams", e))?;
-            if name.starts_with(&prefix) {
+            if subjects.is_log_stream(&name) {
                 found.push(name);
             }
         }

@@ -80,9 +80,11 @@ impl Subjects {
         format!("{}_log_{}", self.namespace, shard.token())
     }
 
-    /// How the names of all logs' streams begin.
-    pub(crate) fn log_streams(&self) -> String {
-        format!("{}_log_", self.namespace)
+    /// Whether a stream of this name is a log of this namespace, of whichever cluster: those of namespace `prod_log` begin
+    /// as those of `prod` do, and people have streams of their own.
+    pub(crate) fn is_log_stream(&self, name: &str) -> bool {
+        let rest = name.strip_prefix(&self.namespace).and_then(|rest| rest.strip_prefix("_log_"));
+        rest.is_some_and(|rest| ShardId::parse(rest).is_ok_and(|shard| shard.token() == rest))
     }
 
     /// Stream of the events.
@@ -108,6 +110,18 @@ impl Subjects {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn streams_of_another_namespace_that_begin_alike_are_no_logs_of_ours() {
+        let prod = Subjects::new("prod").unwrap();
+        assert!(prod.is_log_stream(&prod.log_stream(ShardId(0))) && prod.is_log_stream("prod_log_65535"));
+        let other = Subjects::new("prod_log").unwrap();
+        let theirs = [other.log_stream(ShardId(0)), other.event_stream(), other.room_stream()];
+        for name in theirs.iter().map(String::as_str).chain(["prod_log_audit", "prod_log_1", "prod_log_"]) {
+            assert!(!prod.is_log_stream(name), "{name}");
+        }
+        assert!(other.is_log_stream(&theirs[0]));
+    }
 
     #[test]
     fn names_are_those_of_the_contract() {

@@ -1,6 +1,8 @@
 //! The data folder: one process at a time, one node, one cluster.
 
 use crate::error::{Error, Result};
+use crate::logic::fencing::is_plausible;
+use crate::logic::settings::is_same;
 use crate::model::NodeId;
 use crate::model::records::{ClusterRecord, ShardRecord};
 use crate::node::founding::of_another_cluster;
@@ -8,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use tracing::warn;
 
 const IDENTITY: &str = "node.json";
 const LOCK: &str = "lock";
@@ -94,10 +97,13 @@ impl DataDir {
                 found.namespace
             )));
         }
+        // They are believed more than what NATS has, and a newer program may have written them.
+        found.cluster.check().map_err(|e| e.context(format!("{}", self.path.join(IDENTITY).display())))?;
         Ok(Some(found.cluster))
     }
 
-    /// Checks that the folder belongs to this node and cluster, and writes it down if it is new.
+    /// Checks that the folder belongs to this node and cluster, and writes it down if it is new. What it knows of the
+    /// settings it keeps.
     ///
     /// # Errors
     /// `Invalid` for a folder of another node or cluster.
@@ -111,15 +117,35 @@ impl DataDir {
             if found == *cluster {
                 return Ok(());
             }
+            if !is_same(&found, cluster) {
+                return Err(Error::Invalid(format!(
+                    "data folder {} knows other settings of this cluster than NATS has: these were changed by hand",
+                    self.path.display()
+                )));
+            }
         }
         write_whole(&self.path, IDENTITY, &wanted)
     }
 
-    /// The shard map as this node saw it last. Should NATS lose it while no node runs, it is not lost.
-    pub(crate) fn shard_map(&self) -> Vec<ShardRecord> {
+    /// The shard map as this node saw it last. Should NATS lose it while no node runs, it is not lost. Files can be exchanged:
+    /// a map of another cluster, or of terms that nobody can have reached, is none.
+    pub(crate) fn shard_map(&self, cluster: &ClusterRecord) -> Vec<ShardRecord> {
         let bytes = std::fs::read(self.path.join(MAP)).unwrap_or_default();
         let records: Vec<ShardRecord> = serde_json::from_slice(&bytes).unwrap_or_default();
-        records.into_iter().filter(|record| record.check(&record.shard.token()).is_ok()).collect()
+        let good = |record: &ShardRecord| {
+            let ours = !record.is_of_another(cluster.cluster_id) && record.shard.0 < cluster.num_shards;
+            ours && is_plausible(0, record.term) && record.check(&record.shard.token()).is_ok()
+        };
+        let all = records.len();
+        let records: Vec<ShardRecord> = records.into_iter().filter(good).collect();
+        if records.len() < all {
+            warn!(
+                "{}: {} of {all} records are not of this cluster, or damaged, and are left out",
+                self.path.join(MAP).display(),
+                all - records.len()
+            );
+        }
+        records
     }
 
     /// Where [`shard_map`](Self::shard_map) is kept.
@@ -182,6 +208,42 @@ mod tests {
         assert!(error.contains("another cluster"), "{error}");
         drop(open);
         assert_eq!(DataDir::open(dir.path()).unwrap().identity().unwrap().unwrap().node, "a");
+    }
+
+    #[test]
+    fn a_folder_does_not_forget_what_it_knows_for_settings_that_were_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = DataDir::open(dir.path()).unwrap();
+        open.claim("a", "rv", &cluster(1)).unwrap();
+        let changed = ClusterRecord { num_shards: 2, ..cluster(1) };
+        assert!(open.claim("a", "rv", &changed).unwrap_err().to_string().contains("changed by hand"));
+        assert_eq!(open.settings("a", "rv").unwrap(), Some(cluster(1)));
+        // Nor are settings believed that do not fit their identity.
+        let damaged = ClusterRecord { num_shards: 2, ..cluster(1).sealed(Uuid::from_u128(7)) };
+        let wrong = Identity { node: "a".into(), namespace: "rv".into(), cluster: damaged };
+        write_whole(dir.path(), IDENTITY, &wrong).unwrap();
+        assert!(open.settings("a", "rv").unwrap_err().to_string().contains("do not fit"));
+    }
+
+    #[test]
+    fn a_map_of_another_cluster_or_of_impossible_terms_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = DataDir::open(dir.path()).unwrap();
+        let ours = cluster(1);
+        let record = |shard, term, whose: Option<u128>| {
+            let cluster_id = whose.map(Uuid::from_u128);
+            let shard = crate::model::ShardId(shard);
+            ShardRecord { shard, term, cluster_id, ..crate::sim::records::shard_record(term, &["a"]) }
+        };
+        let good = [record(0, 5, Some(1)), record(1, 4, None)];
+        let bad = [
+            record(2, 500, Some(2)),
+            record(3, crate::model::records::MAX_TERM, Some(1)),
+            record(4, 5, Some(1)),
+        ];
+        let all: Vec<&ShardRecord> = good.iter().chain(&bad).collect();
+        keep_shard_map(dir.path(), &all).unwrap();
+        assert_eq!(open.shard_map(&ours), good);
     }
 
     #[test]

@@ -6,14 +6,17 @@
 //! must not take its logs for its own. Should all of this miss one another (the old nodes were out of reach for longer),
 //! the older cluster stays: see [`crate::logic::settings`].
 //!
-//! Two that found at once: one compare-and-set wins, the other reads what it says. One that dies at any place leaves
-//! settings that hold, or none.
+//! Two that found at once: a founder claims the place of the settings first, by compare-and-set, then looks how large logs
+//! can be, which reserves what others would measure, and writes the settings at the revision of its claim. The others wait
+//! for them. One that dies at any place leaves settings that hold, a claim that the next one takes over once it has seen it
+//! for long enough, or none; one that sleeps over its claim writes nothing any more.
 
 use super::guard::Beat;
-use crate::clock::{fresh_id, fresh_secret, wall};
+use crate::clock::{fresh_id, fresh_secret};
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
 use crate::logic::capacity::{EVENT_BYTES, Need, log_bytes};
+use crate::logic::settings::{Place, Start, Turn, at_start, turn};
 use crate::model::ShardId;
 use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash};
 use crate::nats::bucket::{Cas, Found};
@@ -23,9 +26,10 @@ use crate::nats::log::{log_streams, whose};
 use crate::nats::subjects::Subjects;
 use crate::view::{Buckets, CONFIG_KEY, REBALANCE_KEY, THROTTLE_KEY, parse};
 use futures::StreamExt;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 /// Dimensions of a cluster whose creator did not say.
@@ -34,6 +38,8 @@ const DEFAULT_DIMENSIONS: usize = 384;
 const BUCKETS: u64 = 4;
 /// How often the settings are looked for, while listening.
 const LOOK: Duration = Duration::from_millis(100);
+/// For how long settings are waited for: longer than for a claim to be old.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where and how a node joins.
 pub(crate) struct Founding<'a> {
@@ -45,6 +51,14 @@ pub(crate) struct Founding<'a> {
     pub(crate) replicas: usize,
     /// The settings that the data folder remembers.
     pub(crate) known: Option<ClusterRecord>,
+    /// Who claims to found a cluster, if there is none.
+    pub(crate) founder: Uuid,
+}
+
+/// Stands where the settings will be while one node founds the cluster.
+#[derive(Debug, Serialize, Deserialize)]
+struct Claim {
+    founder: Uuid,
 }
 
 /// What came of listening.
@@ -60,65 +74,146 @@ enum Listened {
 impl Founding<'_> {
     /// The settings of the cluster: found, written back from what the data folder remembers, or created.
     pub(crate) async fn agree(&self) -> Result<ClusterRecord> {
-        for _ in 0..5 {
+        let until = Instant::now() + PATIENCE;
+        // What there was instead of settings, and since when.
+        let mut seen = (0, Instant::now());
+        while Instant::now() < until {
             let found = self.buckets.cluster.look(CONFIG_KEY).await?;
             if let Some(record) = self.read(&found)? {
-                self.check_whose(&record).await?;
-                compare(self.config, &record)?;
-                return Ok(record);
-            }
-            match self.listen().await? {
-                Listened::Settings => continue,
-                Listened::Silence => {}
-                Listened::Beat(beat) => return Err(self.somebody_runs(&beat)),
-            }
-            let wanted = match &self.known {
-                Some(known) => {
-                    info!(
-                        "the settings are gone from NATS, or damaged: writing those that the data folder remembers"
-                    );
-                    known.clone()
+                match at_start(self.known.as_ref(), &record) {
+                    Start::Join => {
+                        self.check_logs(&record).await?;
+                        if self.stay(&record, &found).await? {
+                            compare(self.config, &record)?;
+                            return Ok(record);
+                        }
+                    }
+                    Start::WriteBack(known) => self.write_back(known, &found, Some(&record)).await?,
+                    Start::Another(known) => return Err(self.another(known, &record).await?),
                 }
-                None if found.value().is_some() => return Err(damaged()),
-                None => match self.clear_the_ground().await? {
-                    true => self.new_cluster().await?,
-                    false => continue,
-                },
-            };
-            compare(self.config, &wanted)?;
-            let value = serde_json::to_vec(&wanted).map_err(|e| Error::Internal(e.to_string()))?;
-            // Whatever became of it: the next look says what the settings are.
-            if let Cas::Unknown(error) = self.buckets.cluster.cas(CONFIG_KEY, value, found.revision()).await {
-                warn!("creating the cluster: {error}");
+                continue;
+            }
+            if found.revision() != seen.0 {
+                seen = (found.revision(), Instant::now());
+            }
+            let place = place(&found);
+            let mine = place == Place::Claimed(self.founder);
+            if !mine {
+                match self.listen().await? {
+                    Listened::Settings => continue,
+                    Listened::Silence => {}
+                    Listened::Beat(beat) => return Err(self.somebody_runs(&beat)),
+                }
+            }
+            if let Some(known) = &self.known {
+                self.write_back(known, &found, None).await?;
+                continue;
+            }
+            match turn(self.founder, place, seen.1.elapsed()) {
+                Turn::Claim => self.claim(&found).await?,
+                Turn::Wait => debug!("another node founds the cluster: waiting for its settings"),
+                Turn::Found => self.found(&found).await?,
+                Turn::Damaged => return Err(damaged(&found)),
             }
         }
         Err(Error::Unavailable("the settings of the cluster can be neither read nor created".into()))
     }
 
+    /// Writes what the data folder knows where NATS has nothing, or something else. Where nodes run they do that, and who
+    /// does not see it the same way as they do finds out by waiting for it.
+    async fn write_back(
+        &self,
+        known: &ClusterRecord,
+        found: &Found,
+        other: Option<&ClusterRecord>,
+    ) -> Result<()> {
+        if other.is_some() && self.own_beat().await? {
+            return Err(Error::Unavailable(format!(
+                "NATS has other settings of this cluster than data folder {} knows; nodes of it run, and will write back what \
+                 they go by",
+                self.config.data_dir().display()
+            )));
+        }
+        let what = if other.is_some() { "were changed in NATS" } else { "are gone from NATS, or damaged" };
+        warn!("the settings {what}: writing those that the data folder remembers");
+        compare(self.config, known)?;
+        self.write(known, found, "writing the settings back").await
+    }
+
+    /// Whatever became of it: the next look says what the settings are.
+    async fn write(&self, value: &impl Serialize, found: &Found, what: &str) -> Result<()> {
+        let value = serde_json::to_vec(value).map_err(|e| Error::Internal(e.to_string()))?;
+        if let Cas::Unknown(error) = self.buckets.cluster.cas(CONFIG_KEY, value, found.revision()).await {
+            warn!("{what}: {error}");
+        }
+        Ok(())
+    }
+
+    async fn claim(&self, found: &Found) -> Result<()> {
+        if !self.config.start_clean {
+            let (logs, records) = self.leftovers().await?;
+            // Those of a cluster that another has founded meanwhile are none.
+            let left = !logs.is_empty() || records > 0;
+            if left && !self.has_settings().await? {
+                return Err(self.refused(&logs, records));
+            }
+        }
+        self.write(&Claim { founder: self.founder }, found, "claiming the place of the settings").await
+    }
+
+    /// Founds the cluster in the place that is claimed, or lets go of the place.
+    async fn found(&self, claim: &Found) -> Result<()> {
+        let made = async {
+            self.clear_the_ground(claim.revision()).await?;
+            let record = self.new_cluster(claim).await?;
+            compare(self.config, &record)?;
+            self.write(&record, claim, "creating the cluster").await
+        };
+        let made = made.await;
+        if made.is_err()
+            && let Cas::Unknown(error) = self.buckets.cluster.delete_at(CONFIG_KEY, claim.revision()).await
+        {
+            debug!("others wait until this claim is old: {error}");
+        }
+        made
+    }
+
     /// Settings may have been overwritten by hand a moment ago, and nodes that run are about to write theirs back: whoever
     /// took these for its own would found another cluster beside them.
-    async fn check_whose(&self, record: &ClusterRecord) -> Result<()> {
-        let Some(known) = &self.known else {
-            let stream = self.subjects.log_stream(ShardId(0));
-            return match whose(self.nats, &stream).await? {
-                Some(whose) if whose != record.cluster_id => Err(Error::Unavailable(format!(
-                    "the settings in NATS are of cluster {}, but stream {stream} is a log of cluster {whose}: a node of \
-                     the right one writes its settings back, or deletes the stream",
-                    record.cluster_id
-                ))),
-                Some(_) | None => Ok(()),
-            };
-        };
-        if known.cluster_id == record.cluster_id {
+    async fn check_logs(&self, record: &ClusterRecord) -> Result<()> {
+        if self.known.is_some() {
             return Ok(());
         }
+        let stream = self.subjects.log_stream(ShardId(0));
+        match whose(self.nats, &stream).await? {
+            Some(whose) if whose != record.cluster_id => Err(Error::Unavailable(format!(
+                "the settings in NATS are of cluster {}, but stream {stream} is a log of cluster {whose}: a node of \
+                 the right one writes its settings back, or deletes the stream",
+                record.cluster_id
+            ))),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Whether a node that knows nothing may go by these settings. Those of a version before 0.3 do not tell whether somebody
+    /// has changed them: nodes that run would have written theirs back after a moment.
+    async fn stay(&self, record: &ClusterRecord, found: &Found) -> Result<bool> {
+        if self.known.is_some() || record.is_sealed() {
+            return Ok(true);
+        }
+        tokio::time::sleep(self.window()).await;
+        Ok(self.buckets.cluster.look(CONFIG_KEY).await?.revision() == found.revision())
+    }
+
+    /// Why a node cannot start where the settings are another cluster's than its data folder's.
+    async fn another(&self, known: &ClusterRecord, record: &ClusterRecord) -> Result<Error> {
         if self.own_beat().await? {
-            return Err(Error::Unavailable(format!(
+            return Ok(Error::Unavailable(format!(
                 "NATS has the settings of another cluster, {}; nodes of this folder's, {}, run and will write theirs back",
                 record.cluster_id, known.cluster_id
             )));
         }
-        Err(of_another_cluster(&self.config.data_dir().display().to_string(), known, record))
+        Ok(of_another_cluster(&self.config.data_dir().display().to_string(), known, record))
     }
 
     /// Whether a node of the cluster that the data folder remembers is heard.
@@ -168,7 +263,9 @@ impl Founding<'_> {
         let until = Instant::now() + self.window();
         let mut look = tokio::time::interval(LOOK);
         loop {
+            // In this order: a process that was paused has beats to read that came meanwhile, and time that is over.
             tokio::select! {
+                biased;
                 message = beats.next() => {
                     let message = message.ok_or_else(|| Error::Unavailable("listening for heartbeats: it ended".into()))?;
                     let Ok(beat) = parse::<Beat>(&message.payload) else { continue };
@@ -219,14 +316,21 @@ impl Founding<'_> {
         })
     }
 
-    async fn new_cluster(&self) -> Result<ClusterRecord> {
+    /// Only for who has the claim.
+    async fn new_cluster(&self, claim: &Found) -> Result<ClusterRecord> {
         let config = self.config;
+        // What a founder that died has left reserves nearly everything.
+        self.nats.delete_stream(&self.subjects.room_stream()).await?;
         let log_max_bytes = match config.log_max_bytes {
             0 => self.log_bytes().await?,
             bytes => bytes,
         };
-        Ok(ClusterRecord {
-            cluster_id: fresh_id(),
+        let written = match claim {
+            Found::Value(found) => found.written,
+            Found::Nothing | Found::Deleted(_) => None,
+        };
+        let record = ClusterRecord {
+            cluster_id: Uuid::nil(),
             num_shards: config.num_shards as u32,
             replication_factor: config.replication_factor as u32,
             hash: config.hash.unwrap_or_default(),
@@ -240,8 +344,11 @@ impl Founding<'_> {
             log_replicas: self.replicas,
             log_max_bytes: log_max_bytes as i64,
             format_version: FORMAT_VERSION,
-            created_at: wall(),
-        })
+            // By the clock of NATS: of two clusters the younger gives way, and the clocks of two machines may be years apart.
+            created_at: written
+                .ok_or_else(|| Error::Unavailable("NATS does not say when the claim was written".into()))?,
+        };
+        Ok(record.sealed(fresh_id()))
     }
 
     /// How large logs can be here: what the account has left, and what the servers have.
@@ -253,7 +360,7 @@ impl Founding<'_> {
         let (name, subject) = (self.subjects.room_stream(), self.subjects.room());
         // A stream of that size may not be allowed, though all logs together are.
         if room.stream_bytes.is_none_or(|most| most >= all) {
-            let there = self.nats.try_room(&name, &subject, self.replicas, all).await;
+            let there = self.nats.try_room((&name, &subject), self.founder, self.replicas, all).await?;
             if there < all {
                 room.bytes = Some(there);
             }
@@ -263,37 +370,38 @@ impl Founding<'_> {
         Ok(bytes)
     }
 
-    /// Looks for what an earlier cluster has left, and deletes it if that was asked for. `false`: there are settings after
-    /// all, or somebody else is at it: look again.
-    async fn clear_the_ground(&self) -> Result<bool> {
-        let (logs, records) = self.leftovers().await?;
-        if self.has_settings().await? {
-            return Ok(false);
-        }
-        if logs.is_empty() && records == 0 {
-            return Ok(true);
-        }
+    /// Deletes what an earlier cluster has left, if that was asked for, while the claim stands. A founder that sleeps between
+    /// a look and what it deletes then may take a log or a bucket from a cluster that another has founded meanwhile: that one
+    /// has nothing older than its founding, and its nodes make those anew from what they hold.
+    async fn clear_the_ground(&self, claim: u64) -> Result<()> {
         if !self.config.start_clean {
-            return Err(self.refused(&logs, records));
+            return Ok(());
+        }
+        let (logs, records) = self.leftovers().await?;
+        if logs.is_empty() && records == 0 {
+            return Ok(());
         }
         warn!("deleting what an earlier cluster has left: {} log streams, {records} records", logs.len());
         for log in &logs {
-            // Another may have founded a cluster meanwhile: these would be its own.
-            if self.has_settings().await? {
-                return Ok(false);
-            }
+            self.still_claimed(claim).await?;
             self.nats.delete_stream(log).await?;
         }
         for bucket in [&self.buckets.shards, &self.buckets.migrations, &self.buckets.nodes] {
-            if self.has_settings().await? {
-                return Ok(false);
-            }
+            self.still_claimed(claim).await?;
             bucket.clear().await?;
         }
         for key in [REBALANCE_KEY, THROTTLE_KEY] {
+            self.still_claimed(claim).await?;
             self.buckets.cluster.delete(key).await?;
         }
-        Ok(true)
+        Ok(())
+    }
+
+    async fn still_claimed(&self, claim: u64) -> Result<()> {
+        match self.buckets.cluster.look(CONFIG_KEY).await?.revision() == claim {
+            true => Ok(()),
+            false => Err(Error::Unavailable("another has taken over the founding of the cluster".into())),
+        }
     }
 
     async fn leftovers(&self) -> Result<(Vec<String>, usize)> {
@@ -324,10 +432,21 @@ impl Founding<'_> {
     }
 }
 
-fn damaged() -> Error {
+/// What is under the key of the settings, when these are none.
+fn place(found: &Found) -> Place {
+    match found.value().map(|value| parse::<Claim>(value)) {
+        None => Place::Free,
+        Some(Ok(claim)) => Place::Claimed(claim.founder),
+        Some(Err(_)) => Place::Garbage,
+    }
+}
+
+fn damaged(found: &Found) -> Error {
+    let record = found.value().map(|value| parse::<ClusterRecord>(value).and_then(|record| record.check()));
+    let why = record.and_then(Result::err).map_or(String::new(), |error| format!(" ({error})"));
     Error::Unavailable(format!(
-        "the settings of the cluster (key {CONFIG_KEY:?} of its bucket) are damaged, and this node does not know them: a node \
-         that runs, or is started with its data folder, writes them again"
+        "the settings of the cluster (key {CONFIG_KEY:?} of its bucket) are damaged{why}, and this node does not know them: a \
+         node that runs, or is started with its data folder, writes them again"
     ))
 }
 

@@ -13,9 +13,9 @@ use crate::model::records::{ClusterRecord, NodeRecord, NodeStatus};
 use crate::model::wire::{PingReply, PingRequest};
 use crate::model::{InstanceId, NodeId};
 use crate::nats::bucket::{Cas, Found};
-use crate::nats::bus::Subscriber;
+use crate::nats::bus::{Message, Subscriber};
 use crate::view::{CONFIG_KEY, View, parse};
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,6 +27,8 @@ use uuid::Uuid;
 
 /// The settings in NATS are another cluster's.
 const FOREIGN: &str = "settings_differ";
+/// A newer program has written them.
+const NEWER: &str = "settings_newer";
 /// Clusters that are remembered by their heartbeats.
 const CLUSTERS: usize = 16;
 /// Pause after a look that a change has caused: a change may come with each heartbeat.
@@ -38,6 +40,8 @@ pub(crate) struct Beat {
     pub(crate) node: NodeId,
     #[serde(default)]
     pub(crate) cluster_id: Option<Uuid>,
+    #[serde(default)]
+    instance: Option<InstanceId>,
 }
 
 /// Who else runs in this namespace.
@@ -45,40 +49,69 @@ pub(crate) struct Beat {
 struct Heard {
     /// When a node of each cluster was heard last.
     clusters: BTreeMap<Uuid, Duration>,
+    /// When a node was heard last that does not say of which cluster it is, as versions before 0.3 do not, and that none of
+    /// the records here is of.
+    nameless: Option<Duration>,
+    /// When somebody read what was heard.
+    read: Duration,
     /// The connection on which is listened, and since when.
     listening: (u64, Duration),
 }
 
 impl Heard {
-    fn beat(&mut self, beat: &Beat, now: Duration, lately: Duration) {
-        let Some(cluster) = beat.cluster_id else { return };
+    /// Called whenever somebody reads on: after a pause of the process it reads what has come meanwhile bit by bit, so to have
+    /// heard nobody means nothing until it has listened anew.
+    fn read(&mut self, now: Duration, surely_read_within: Duration) {
+        if now.saturating_sub(self.read) > surely_read_within {
+            self.listening.1 = now;
+        }
+        self.read = now;
+    }
+
+    /// `recorded`: a record of a node says that this process is one of ours.
+    fn beat(&mut self, beat: &Beat, recorded: bool, now: Duration, lately: Duration) {
+        let Some(cluster) = beat.cluster_id else {
+            if !recorded {
+                self.nameless = Some(now);
+            }
+            return;
+        };
         self.clusters.retain(|_, last| now.saturating_sub(*last) < lately);
         if self.clusters.len() < CLUSTERS || self.clusters.contains_key(&cluster) {
             self.clusters.insert(cluster, now);
         }
     }
 
-    fn others(&self, ctx: &Context, cluster: Uuid) -> Others {
-        let (now, surely) = (ctx.clock.now(), ctx.config.failure_timeout);
-        let last = self.clusters.get(&cluster);
+    /// What is known of nodes of the cluster whose settings were found.
+    fn others(&self, cluster: Uuid, now: Duration, soon: Duration, surely: Duration) -> Others {
+        let last = self.clusters.get(&cluster).copied().max(self.nameless);
         Others {
-            beat: last.is_some_and(|last| now.saturating_sub(*last) < surely),
+            beat: last.is_some_and(|last| now.saturating_sub(last) < surely),
             listened: now.saturating_sub(self.listening.1),
-            soon: ctx.config.heartbeat_interval * 2,
+            soon,
             surely,
         }
+    }
+
+    fn take(&mut self, ctx: &Context, message: &Message) {
+        let Ok(beat) = parse::<Beat>(&message.payload) else { return };
+        let view = ctx.view();
+        let recorded = view.nodes.values().any(|(_, record)| Some(record.instance) == beat.instance);
+        self.beat(&beat, recorded, ctx.clock.now(), ctx.config.failure_timeout);
     }
 }
 
 /// Runs until the node stops, or must stop because its name or its namespace is another's.
 pub(crate) async fn run(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) {
-    let mut tick = tokio::time::interval((ctx.config.heartbeat_interval * 3).max(Duration::from_secs(1)));
+    let every = (ctx.config.heartbeat_interval * 3).max(Duration::from_secs(1));
+    let mut tick = tokio::time::interval(every);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     tick.tick().await;
     let mut views = ctx.views.subscribe();
     let (mut heard, mut own) = (Heard::default(), None);
     let mut beats: Option<Subscriber> = None;
     loop {
+        heard.read(ctx.clock.now(), every + ctx.config.heartbeat_interval * 2);
         let connection = ctx.control.nats.connection();
         if heard.listening.0 != connection {
             heard.listening = (connection, ctx.clock.now());
@@ -97,9 +130,7 @@ pub(crate) async fn run(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) 
             () = ctx.stop.cancelled() => return,
             message = next => {
                 match message {
-                    Some(message) => if let Ok(beat) = parse::<Beat>(&message.payload) {
-                        heard.beat(&beat, ctx.clock.now(), ctx.config.failure_timeout);
-                    },
+                    Some(message) => heard.take(&ctx, &message),
                     None => beats = None,
                 }
                 continue;
@@ -117,6 +148,10 @@ pub(crate) async fn run(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) 
                 }
                 tokio::time::sleep(PAUSE).await;
             }
+        }
+        // Whatever has come is read before it is judged by.
+        while let Some(Some(message)) = beats.as_mut().and_then(|beats| beats.next().now_or_never()) {
+            heard.take(&ctx, &message);
         }
         let looked = async {
             if let Some(error) = look_at_settings(&ctx, &heard).await? {
@@ -161,10 +196,19 @@ async fn look_at_settings(ctx: &Context, heard: &Heard) -> Result<Option<Error>>
     let record = found.value().and_then(|value| parse::<ClusterRecord>(value).ok());
     let newer = |record: &ClusterRecord| record.format_version > ctx.cluster.format_version;
     let record = record.filter(|record| newer(record) || record.check().is_ok());
-    let others = heard.others(ctx, record.as_ref().map(|record| record.cluster_id).unwrap_or_default());
+    let cluster = record.as_ref().map(|record| record.cluster_id).unwrap_or_default();
+    let (soon, surely) = (ctx.config.heartbeat_interval * 2, ctx.config.failure_timeout);
+    let others = heard.others(cluster, ctx.clock.now(), soon, surely);
     match judge(&ctx.cluster, record.as_ref(), others) {
         Verdict::Ours => {
             ctx.causes.withdraw(FOREIGN, Subject::Node);
+            ctx.causes.withdraw(NEWER, Subject::Node);
+            Ok(None)
+        }
+        Verdict::Newer => {
+            let text = "the settings in NATS were written by a newer program: this node goes on by those that it knows, and \
+                        will not start again with them; upgrade it, or put the settings back if nobody has upgraded any";
+            ctx.causes.raise(NEWER, Subject::Node, Severity::Yellow, text);
             Ok(None)
         }
         Verdict::Wait => {
@@ -318,4 +362,43 @@ pub(crate) async fn set_own_status(ctx: &Context, status: NodeStatus) -> Result<
 
 fn replaced(ctx: &Context, other: InstanceId) -> String {
     format!("another process, instance {other}, has taken the name {}", ctx.node)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CLUSTER: Uuid = Uuid::from_u128(7);
+
+    fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn others(heard: &Heard, now: u64) -> Others {
+        heard.others(CLUSTER, s(now), s(2), s(10))
+    }
+
+    #[test]
+    fn a_process_that_was_paused_has_not_listened_meanwhile() {
+        let mut heard = Heard::default();
+        for second in 1..=20 {
+            heard.read(s(second), s(5));
+        }
+        assert_eq!(others(&heard, 20).listened, s(20));
+        heard.read(s(50), s(5));
+        heard.read(s(51), s(5));
+        assert_eq!(others(&heard, 51).listened, s(1));
+    }
+
+    #[test]
+    fn a_node_of_an_older_version_that_is_not_ours_is_of_the_cluster_of_the_settings() {
+        let beat = Beat { node: "n1".into(), cluster_id: None, instance: Some(Uuid::from_u128(1)) };
+        let mut heard = Heard::default();
+        heard.beat(&beat, true, s(5), s(10));
+        assert!(!others(&heard, 6).beat, "one of ours that is not upgraded yet");
+        heard.beat(&beat, false, s(5), s(10));
+        assert!(others(&heard, 6).beat && !others(&heard, 15).beat);
+        heard.beat(&Beat { cluster_id: Some(CLUSTER), ..beat }, false, s(20), s(10));
+        assert!(others(&heard, 21).beat);
+    }
 }

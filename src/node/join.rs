@@ -90,6 +90,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         config: &config,
         replicas,
         known: known.clone(),
+        founder: fresh_id(),
     };
     let cluster = patiently(|| Box::pin(founding.agree())).await?;
     check_payload(&control, &cluster)?;
@@ -105,7 +106,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     let scope = Scope::Node(Arc::new(cluster.clone()), look);
     let views = Views::start(&buckets, &control, scope, &metrics, &stop, &tasks);
     if let Some(dir) = &data_dir {
-        views.remember(&dir.shard_map());
+        views.remember(&dir.shard_map(&cluster));
     }
     if let Err(error) = patiently(|| views.synced(SYNC)).await {
         stop.cancel();

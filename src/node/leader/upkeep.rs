@@ -20,6 +20,9 @@ use tracing::{debug, warn};
 const LOOK: Duration = Duration::from_secs(1);
 /// Logs of one look: two requests to JetStream each.
 const LOGS: u32 = 4;
+/// At the first look, and then once in so many: a founder that died, or slept, while it measured what NATS has room for may
+/// have left a stream that reserves what the logs need. Nobody else makes one of that name.
+const LEFT_OVER: u32 = 60;
 /// Streams whose settings are not what they should be, and cannot be set back.
 const KIND: &str = "stream_settings";
 
@@ -30,7 +33,7 @@ type Wrong = BTreeMap<String, (Subject, Severity, String)>;
 pub(super) async fn run(ctx: Arc<Context>, term: Term) {
     let mut tick = tokio::time::interval(LOOK.max(ctx.config.heartbeat_interval));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut wrong, mut next) = (Wrong::new(), 0);
+    let (mut wrong, mut next, mut looks) = (Wrong::new(), 0, 0_u32);
     loop {
         tick.tick().await;
         let replicas = ctx.cluster.log_replicas;
@@ -44,6 +47,13 @@ pub(super) async fn run(ctx: Arc<Context>, term: Term) {
             next = shard.0 + 1;
             look_at_log(&ctx, term, shard, &mut wrong).await;
         }
+        if looks.is_multiple_of(LEFT_OVER)
+            && ctx.leads() == Some(term)
+            && let Err(error) = ctx.control.nats.delete_stream(&ctx.subjects.room_stream()).await
+        {
+            debug!("{error}");
+        }
+        looks = looks.wrapping_add(1);
         ctx.causes.leading().replace(KIND, wrong.values().cloned());
         say_versions(&ctx);
     }
