@@ -195,7 +195,8 @@ async fn a_replica_stops_before_an_entry_of_a_newer_version_and_says_so() {
     let said = eventually("the cluster is not green and says why", async || {
         let status = cluster.admin("status", json!({})).await?;
         let text = status.to_string();
-        let said = text.contains("newer version") && text.contains("upgrade");
+        let said =
+            text.contains("newer version") && text.contains("upgrade") && text.contains("replica_stuck");
         if status["status"] != "green" && said { Ok(text) } else { Err(text) }
     })
     .await;

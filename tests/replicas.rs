@@ -4,10 +4,12 @@ mod harness;
 
 use harness::map::truncate;
 use harness::{Setup, TestCluster, eventually, tamper, within};
-use ruvector_cluster::model::wire::{ReadReply, ReadRequest, Reply, decode, encode};
+use ruvector_cluster::model::wire::{
+    ReadReply, ReadRequest, Reply, WriteOp, WriteReply, WriteRequest, decode, encode,
+};
 use ruvector_cluster::playground::NodeProcess;
 use ruvector_cluster::store::{Batch, Mutation, RedbOptions, RedbStores, StoreFactory, StoreSpec};
-use ruvector_cluster::{Consistency, DistanceMetric, ShardId, VectorEntry};
+use ruvector_cluster::{Client, Consistency, DistanceMetric, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -72,6 +74,73 @@ async fn read_at(
     match decode::<Reply<ReadReply>>(&reply.payload).unwrap() {
         Reply::Ok(reply) => Ok(reply.entry.map(|entry| entry.vector[3])),
         Reply::Error(error) => Err(format!("{error:?}")),
+    }
+}
+
+/// Writes to shard 0 once, as a client that does not ask anybody else.
+async fn write_once(client: async_nats::Client, subject: &'static str) -> Result<u64, String> {
+    let request = WriteRequest {
+        shard: ShardId(0),
+        op_id: Client::operation_id(),
+        op: WriteOp::Upsert(vec![VectorEntry::new("w", vec![1.0, 2.0, 3.0, 4.0])]),
+        timeout_ms: 10_000,
+        born_ms: None,
+    };
+    let asked = async_nats::Request::new().payload(encode(&request).unwrap().into());
+    let asked = asked.timeout(Some(Duration::from_secs(10)));
+    let reply = client.send_request(subject, asked).await.map_err(|e| e.to_string())?;
+    match decode::<Reply<WriteReply>>(&reply.payload).unwrap() {
+        Reply::Ok(reply) => Ok(reply.seq),
+        Reply::Error(error) => Err(format!("{error:?}")),
+    }
+}
+
+/// A write is answered when it is applied: by a loop that must neither wait for other things nor end too soon.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_in_hand_are_answered_while_jetstream_hangs_and_when_their_replica_retires() {
+    let (mut cluster, pauses) = pair(1).await;
+    let reached = |place: &str| {
+        let file = pauses.join(format!("{place}.reached"));
+        eventually("n2 comes there", move || {
+            std::future::ready(if file.exists() { Ok(()) } else { Err(format!("no {}", file.display())) })
+        })
+    };
+    let by_name = "ruvector.node.n2.write";
+    std::fs::write(pauses.join("log-look"), "").unwrap();
+    reached("log-look").await;
+    let began = Instant::now();
+    write_once(cluster.raw.clone(), by_name).await.expect("applied while the look at the log hangs");
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    std::fs::remove_file(pauses.join("log-look")).unwrap();
+
+    std::fs::write(pauses.join("applying"), "").unwrap();
+    let in_hand = tokio::spawn(write_once(cluster.raw.clone(), by_name));
+    let writers: Vec<_> = (0..8)
+        .map(|_| {
+            let raw = cluster.raw.clone();
+            tokio::spawn(async move {
+                let (began, mut written) = (Instant::now(), 0);
+                while began.elapsed() < Duration::from_secs(4) {
+                    write_once(raw.clone(), "ruvector.shard.00000.write").await?;
+                    written += 1;
+                }
+                Ok::<u32, String>(written)
+            })
+        })
+        .collect();
+    reached("applying").await;
+    cluster.signal("n2", "TERM");
+    eventually("n2 retires its replica", || async {
+        match read_at(&cluster.raw, "n2", 0, "w").await {
+            Err(error) if !error.contains("behind") => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    std::fs::remove_file(pauses.join("applying")).unwrap();
+    in_hand.await.unwrap().expect("the write in hand was answered");
+    for writer in writers {
+        assert!(writer.await.unwrap().expect("every write was answered") > 0);
     }
 }
 

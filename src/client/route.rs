@@ -129,13 +129,58 @@ impl Client {
                     }
                     next = Instant::now() + hedge;
                 }
-                () = tokio::time::sleep_until(deadline) => return Err(match last {
-                    Error::Busy(text) if !writes || (!unknown && under_way.is_empty()) => Error::Busy(text),
-                    Error::Full(text) if !unknown && under_way.is_empty() => Error::Full(text),
-                    Error::Corrupt(text) => Error::Corrupt(text),
-                    other => Error::Unavailable(format!("shard {shard}: {other} ({tries} tries)")),
-                }),
+                () = tokio::time::sleep_until(deadline) => {
+                    let unknown = unknown || !under_way.is_empty();
+                    return Err(at_deadline(shard, last, writes, unknown, tries));
+                }
             }
         }
+    }
+}
+
+/// What to say when the time is over. `unknown`: nobody has said what became of one of the copies, so that nothing may be
+/// said that is true of the others only.
+fn at_deadline(shard: ShardId, last: Error, writes: bool, unknown: bool, tries: usize) -> Error {
+    match last {
+        Error::Busy(text) if !writes || !unknown => Error::Busy(text),
+        Error::Full(text) if !unknown => Error::Full(text),
+        Error::Corrupt(text) => Error::Corrupt(text),
+        Error::Expired { .. } => Error::Unavailable(format!(
+            "shard {shard}: one copy of the write was refused as too old, and of another nobody knows what became: read \
+             before you write again ({tries} tries)"
+        )),
+        other => Error::Unavailable(format!("shard {shard}: {other} ({tries} tries)")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn expired() -> Error {
+        Error::Expired {
+            message: "45 s old: this copy changed nothing; use a new operation id".into(),
+            log_time_ms: 7,
+        }
+    }
+
+    /// Whoever follows that advice writes twice, or undoes what is newer.
+    #[test]
+    fn a_write_of_which_a_copy_is_unknown_is_not_said_to_have_changed_nothing() {
+        let error = at_deadline(ShardId(3), expired(), true, true, 2);
+        let Error::Unavailable(text) = &error else { panic!("{error:?}") };
+        assert!(text.contains("read before you write again"), "{text}");
+        assert!(!text.contains("changed nothing") && !text.contains("operation id"), "{text}");
+    }
+
+    #[test]
+    fn what_was_said_of_all_copies_keeps_its_kind() {
+        let busy = || Error::Busy("slow down".into());
+        assert_eq!(at_deadline(ShardId(3), busy(), true, false, 2), busy());
+        assert_eq!(at_deadline(ShardId(3), busy(), false, true, 2), busy());
+        assert!(matches!(at_deadline(ShardId(3), busy(), true, true, 2), Error::Unavailable(_)));
+        let full = || Error::Full("no space".into());
+        assert_eq!(at_deadline(ShardId(3), full(), true, false, 2), full());
+        assert!(matches!(at_deadline(ShardId(3), full(), true, true, 2), Error::Unavailable(_)));
     }
 }

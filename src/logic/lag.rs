@@ -36,7 +36,7 @@ pub(crate) struct Lag {
     applied: u64,
     /// Sequences that are not applied, ascending, and when each was first known of.
     marks: VecDeque<(u64, Duration)>,
-    /// What other holders have said that they have applied.
+    /// What other holders that can serve have said that they have applied.
     others: BTreeMap<NodeId, u64>,
     doubt: Option<Doubt>,
     /// It is too far behind to answer.
@@ -82,8 +82,12 @@ impl Lag {
         }
     }
 
-    /// Another holder says that it has applied `seq`.
+    /// Another holder says that it has applied `seq`; 0: whatever it has, it cannot serve it.
     pub(crate) fn heard(&mut self, now: Duration, node: &str, seq: u64) {
+        if seq == 0 {
+            self.others.remove(node);
+            return;
+        }
         self.knows(now, seq);
         match self.others.get_mut(node) {
             Some(known) => *known = seq,
@@ -140,9 +144,9 @@ impl Lag {
         self.marks.back().map_or(0, |(seq, _)| seq.saturating_sub(self.applied))
     }
 
-    /// Whether the replica is too old to answer: it is behind by more than `bound`, and a holder that is `live` is not; or
-    /// it stood still, a live holder may have gone on meanwhile, and has not said yet that it has not. The most advanced
-    /// live holder always may, so somebody answers. Once too old, it comes back when it is within half of the bound.
+    /// Whether the replica is too old to answer: it is behind by more than `bound`, and a holder that is `live`, and that can
+    /// serve, is not; or it stood still, a live holder may have gone on meanwhile, and has not said yet that it has not. The
+    /// most advanced of those always may, so somebody answers. Once too old, it comes back when it is within half of the bound.
     pub(crate) fn is_late(&mut self, now: Duration, bound: Duration, live: impl Fn(&str) -> bool) -> bool {
         let bound = if self.late { bound / 2 } else { bound };
         let front = self.marks.front().filter(|(_, at)| now.saturating_sub(*at) > bound);
@@ -224,6 +228,22 @@ mod tests {
         assert!(lag.is_late(ms(3_001), BOUND, |_| true));
         lag.applied(ms(3_100), 12);
         assert!(!lag.is_late(ms(3_100), BOUND, |_| true));
+    }
+
+    #[test]
+    fn one_that_is_ahead_and_cannot_serve_keeps_nobody_from_answering() {
+        let mut lag = following(10);
+        lag.heard(ms(1_000), "n2", 12);
+        assert!(lag.is_late(ms(4_000), BOUND, |_| true));
+        lag.heard(ms(4_500), "n2", 0); // its store has broken
+        assert!(!lag.is_late(ms(5_000), BOUND, |_| true));
+        assert_eq!(
+            (lag.time(ms(5_000)), lag.entries()),
+            (ms(4_000), 2),
+            "that it is behind is known all the same"
+        );
+        lag.heard(ms(5_500), "n2", 12); // it works again
+        assert!(lag.is_late(ms(5_500), BOUND, |_| true));
     }
 
     #[test]

@@ -31,6 +31,11 @@ impl Condition {
         (self.caught_up || broken!(ServeWhileRebuilding)) && self.may_serve && !self.failed && !self.late
     }
 
+    /// It could, if nobody were ahead of it.
+    pub(crate) fn could_serve(&self) -> bool {
+        Condition { late: false, ..*self }.serves()
+    }
+
     /// The same in one word.
     pub(crate) fn state(&self) -> ReplicaState {
         if self.failed {

@@ -353,7 +353,7 @@ impl ReplicaReport {
 pub struct AppliedNote {
     /// Who tells it.
     pub node: NodeId,
-    /// Highest sequence applied, by shard.
+    /// Highest sequence applied, by shard; 0 while this node could not serve it even if it were behind nobody.
     pub applied: Vec<(ShardId, u64)>,
 }
 

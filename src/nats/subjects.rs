@@ -35,10 +35,6 @@ impl Subjects {
         format!("{}.applied.{node}", self.namespace)
     }
 
-    pub(crate) fn all_applied(&self) -> String {
-        self.applied("*")
-    }
-
     pub(crate) fn event(&self, event: &str) -> String {
         format!("{}.event.{event}", self.namespace)
     }

@@ -143,9 +143,9 @@ impl Causes {
     }
 
     /// An error of a request to this shard, with the reason that this node knows for it. Only errors that may go away
-    /// by themselves have one.
+    /// by themselves have one. It stays of its kind: what `busy` says of the outcome is true whatever the reason.
     pub(crate) fn explain(&self, shard: ShardId, error: Error) -> Error {
-        // Whoever waits behind a log that takes nothing is told that, not to slow down.
+        // Whoever waits behind a log that takes nothing is told so.
         let (busy, text) = match &error {
             Error::Unavailable(text) => (false, text),
             Error::Busy(text) => (true, text),
@@ -157,9 +157,7 @@ impl Causes {
             false => cause.severity == Severity::Red || cause.shard.is_some(),
         });
         match cause {
-            Some(cause) if !text.contains(&cause.text) => {
-                Error::Unavailable(format!("{}: {text}", cause.text))
-            }
+            Some(cause) if !text.contains(&cause.text) => error.context(cause.text),
             _ => error,
         }
     }
@@ -191,5 +189,22 @@ pub(crate) async fn announce(ctx: Arc<Context>) {
             let shards: Vec<u32> = cause.shards.iter().map(|shard| shard.0).collect();
             ctx.event(if shards.is_empty() { event } else { event.with("shards", shards) }).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_does_not_make_an_unknown_outcome_of_a_refusal() {
+        let (causes, shard) = (Causes::new("n1", Clock::start()), ShardId(3));
+        causes.raise("log_full", shard, Severity::Red, "the log is full");
+        let busy = causes.explain(shard, Error::Busy("too many writes wait".into()));
+        assert_eq!(busy, Error::Busy("the log is full: too many writes wait".into()));
+        let twice = causes.explain(shard, busy.clone());
+        assert_eq!(twice, busy);
+        let unknown = causes.explain(shard, Error::Unavailable("no answer".into()));
+        assert_eq!(unknown, Error::Unavailable("the log is full: no answer".into()));
     }
 }

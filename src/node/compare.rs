@@ -292,8 +292,9 @@ async fn replay(ctx: &Context, record: &ShardRecord, checkpoint: Uuid) -> Result
         .await?;
         let mut reader = ctx.logs.read(shard, 1).await?;
         loop {
-            let reads =
-                tokio::time::timeout(REPLAY_STANDS, reader.next(512, 8 << 20)).await.map_err(late)??;
+            // A reader that is not polled for long is given up by NATS, and the replay would never end.
+            let next = reader.next(512, ctx.rate.portion(8 << 20));
+            let reads = tokio::time::timeout(REPLAY_STANDS, next).await.map_err(late)??;
             ctx.rate.take(reads.iter().map(|read| read.bytes).sum()).await;
             let (back, applied) = blocking(move || {
                 let applied = applier.apply(reads)?;

@@ -1,10 +1,10 @@
 //! Tells the other holders what is applied here, hears what is applied there, and finds replicas that fall behind.
 //!
 //! What it costs, for one node, however many shards it holds: four small messages a second while something is written
-//! (the sequences that have changed, in one message), none while nothing is; and at most [`LOOKS`] looks at logs per step
-//! for shards on which nothing arrives, the longest unseen first. A poll of every quiet log each second would be as
-//! many requests to JetStream as there are replicas. A reader that has died matters once there is something to read: then
-//! whoever has applied it says so.
+//! (the sequences that have changed, in one message), none while nothing is; as many from each node that shares a shard with
+//! it, and from no other; and one look per [`LOOKS`] at a log on which nothing arrives, the longest unseen first. A poll of
+//! every quiet log each second would be as many requests to JetStream as there are replicas. A reader that has died
+//! matters once there is something to read: then whoever has written or applied it says so.
 //!
 //! Nothing here has to arrive. A message that is lost is made up for by the next ones (a sequence is told [`TIMES`]
 //! times), by the looks, and by the look at a log that each replica takes by itself. What is told is a hint; a replica
@@ -21,14 +21,17 @@ use super::replicas::Replicas;
 use crate::error::{Error, Result};
 use crate::model::wire::{AppliedNote, PingReply, PingRequest, ReplicaReport, decode};
 use crate::model::{NodeId, ShardId};
-use crate::nats::bus::{Message, Subscriber, sender};
+use crate::nats::bus::{Message, sender};
 use crate::nats::unavailable;
+use crate::view::View;
 use futures::StreamExt;
+use futures::stream::{BoxStream, SelectAll};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::debug;
 
 const STEP: Duration = Duration::from_millis(250);
@@ -36,8 +39,8 @@ const STEP: Duration = Duration::from_millis(250);
 const TIMES: u8 = 3;
 /// Shards of one message, so that it fits.
 const PART: usize = 8_192;
-/// Looks at logs on which nothing arrives, per step.
-const LOOKS: usize = 2;
+/// Pause between two looks at logs on which nothing arrives: for those of which nobody has said anything.
+const LOOKS: Duration = Duration::from_secs(1);
 /// Shards on which something has arrived, or that were looked at, within this time are left alone.
 const QUIET: Duration = Duration::from_secs(2);
 /// Looks under way at a time.
@@ -71,31 +74,68 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut watch = Watch {
         looks: Arc::new(Semaphore::new(UNDER_WAY)),
+        looked: ctx.clock.now(),
         told: BTreeMap::new(),
         ctx: ctx.clone(),
         replicas,
     };
-    let mut notes: Option<Subscriber> = None;
+    let (mut notes, mut views) = (Notes::default(), ctx.views.subscribe());
+    views.mark_changed();
     ctx.awake_at.store(ctx.clock.now().as_millis() as u64, Ordering::Relaxed);
     loop {
-        if notes.is_none() {
-            let subscribed = ctx.control.nats.client.subscribe(ctx.subjects.all_applied()).await;
-            notes = subscribed.map_err(|e| debug!("{}", unavailable("subscribing", e))).ok();
-        }
-        let heard = async {
-            match &mut notes {
-                Some(notes) => notes.next().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             () = ctx.stop.cancelled() => return,
-            message = heard => match message {
-                Some(message) => watch.hear(&message),
-                None => notes = None,
-            },
-            _ = tick.tick() => watch.step().await,
+            Some(message) = notes.all.next() => watch.hear(&message),
+            _ = tick.tick() => {
+                if views.has_changed().unwrap_or(false) {
+                    let view = views.borrow_and_update().clone();
+                    if !notes.listen(&ctx, sharing(&view, &ctx.node)).await {
+                        views.mark_changed();
+                    }
+                }
+                watch.step().await;
+            }
         }
+    }
+}
+
+/// Whose notes concern this node: the other holders of the shards that it holds or is to hold. In a large cluster those
+/// are few, and everybody hears everybody otherwise.
+fn sharing(view: &View, me: &str) -> BTreeSet<NodeId> {
+    let mine = view.shards.values().filter(|(_, record)| record.holders().any(|node| node == me));
+    let holders = mine.flat_map(|(_, record)| &record.replicas);
+    holders.filter(|node| *node != me).cloned().collect()
+}
+
+/// What comes from the nodes that are listened to.
+#[derive(Default)]
+struct Notes {
+    all: SelectAll<BoxStream<'static, Message>>,
+    /// Dropped, it ends the subscription.
+    from: BTreeMap<NodeId, DropGuard>,
+}
+
+impl Notes {
+    /// Listens to these and no others. Returns whether that worked: else it is to be tried again.
+    async fn listen(&mut self, ctx: &Context, nodes: BTreeSet<NodeId>) -> bool {
+        self.from.retain(|node, _| nodes.contains(node));
+        for node in nodes {
+            if self.from.contains_key(&node) {
+                continue;
+            }
+            match ctx.control.nats.client.subscribe(ctx.subjects.applied(&node)).await {
+                Ok(notes) => {
+                    let end = CancellationToken::new();
+                    self.all.push(notes.take_until(end.clone().cancelled_owned()).boxed());
+                    self.from.insert(node, end.drop_guard());
+                }
+                Err(error) => {
+                    debug!("{}", unavailable("subscribing", error));
+                    return false;
+                }
+            }
+        }
+        true
     }
 }
 
@@ -103,6 +143,8 @@ struct Watch {
     ctx: Arc<Context>,
     replicas: Arc<Replicas>,
     looks: Arc<Semaphore>,
+    /// When a log was looked at on which nothing arrives.
+    looked: Duration,
     /// What was told of each shard last, and how often.
     told: BTreeMap<ShardId, (u64, u8)>,
 }
@@ -136,9 +178,9 @@ impl Watch {
                 all.iter()
                     .filter(|r| !self.live_others(r.shard).is_empty())
                     .for_each(|r| r.lag().doubts(now));
+                // Before requests are let in again, so that those that wait find the doubt.
+                all.iter().for_each(|replica| replica.judge_lag(now));
             }
-            // Before requests are let in again, so that those that wait find the doubt.
-            all.iter().for_each(|replica| replica.judge_lag(now));
             ctx.awake_at.store(now.as_millis() as u64, Ordering::Relaxed);
         }
         for (shard, seq) in ctx.logs.take_acknowledged() {
@@ -193,8 +235,8 @@ impl Watch {
     }
 
     /// Looks at the logs of replicas that miss something, and at some of those that hear nothing.
-    fn look(&self, all: &[Arc<Replica>], now: Duration) {
-        let mut quiet: Vec<(Duration, &Arc<Replica>)> = Vec::new();
+    fn look(&mut self, all: &[Arc<Replica>], now: Duration) {
+        let mut longest: Option<(Duration, &Arc<Replica>)> = None;
         for replica in all.iter().filter(|replica| replica.is_following()) {
             let (missing, since) = {
                 let lag = replica.lag();
@@ -202,12 +244,18 @@ impl Watch {
             };
             match since {
                 _ if missing => self.begin_look(replica),
-                Some(since) => quiet.push((since, replica)),
-                None => {}
+                Some(since) if longest.is_none_or(|(most, _)| since > most) => {
+                    longest = Some((since, replica))
+                }
+                _ => {}
             }
         }
-        quiet.sort_by_key(|(since, replica)| (std::cmp::Reverse(*since), replica.shard));
-        quiet.into_iter().take(LOOKS).for_each(|(_, replica)| self.begin_look(replica));
+        if let Some((_, replica)) = longest
+            && now.saturating_sub(self.looked) >= LOOKS
+        {
+            self.looked = now;
+            self.begin_look(replica);
+        }
     }
 
     fn begin_look(&self, replica: &Arc<Replica>) {
@@ -224,22 +272,10 @@ impl Watch {
     }
 
     async fn tell(&mut self, all: &[Arc<Replica>]) {
-        self.told.retain(|shard, _| all.iter().any(|replica| replica.shard == *shard));
-        let mut news = Vec::new();
-        for replica in all {
-            let applied = replica.status().applied;
-            if applied == 0 {
-                continue;
-            }
-            let told = self.told.entry(replica.shard).or_default();
-            if told.0 != applied {
-                *told = (applied, 0);
-            }
-            if told.1 < TIMES {
-                told.1 += 1;
-                news.push((replica.shard, applied));
-            }
-        }
+        // Who cannot be opened keeps nobody from answering either, whatever it said before.
+        let failing = self.replicas.failing().into_keys().map(|shard| (shard, 0));
+        let now = all.iter().map(|replica| (replica.shard, replica.told())).chain(failing).collect();
+        let news = news(&mut self.told, &now);
         for part in news.chunks(PART) {
             if !self.ctx.control.nats.is_connected() {
                 return;
@@ -249,6 +285,78 @@ impl Watch {
             if let Err(error) = self.ctx.control.publish_checked(subject, &note).await {
                 debug!("what is applied was not told: {error}");
             }
+        }
+    }
+}
+
+/// What is to be said, and counted as said: each sequence [`TIMES`] times, and nothing of what is as it was.
+fn news(told: &mut BTreeMap<ShardId, (u64, u8)>, now: &BTreeMap<ShardId, u64>) -> Vec<(ShardId, u64)> {
+    told.retain(|shard, _| now.contains_key(shard));
+    let mut news = Vec::new();
+    for (shard, seq) in now {
+        let (said, times) = told.entry(*shard).or_insert((*seq, 0));
+        if *said != *seq {
+            (*said, *times) = (*seq, 0);
+        }
+        if *times < TIMES {
+            *times += 1;
+            news.push((*shard, *seq));
+        }
+    }
+    news
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::records::{ShardRecord, ShardStatus};
+
+    fn view(shards: &[(&[&str], &[&str])]) -> View {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let mut view = View::default();
+        for (shard, (replicas, joining)) in (0..).map(ShardId).zip(shards) {
+            let record = ShardRecord {
+                shard,
+                primary: replicas[0].into(),
+                replicas: names(replicas),
+                joining: names(joining),
+                status: ShardStatus::Full,
+                term: 1,
+                migration: None,
+                log_id: uuid::Uuid::nil(),
+                log_first_seq: 1,
+                log_base: None,
+                log_before: None,
+                cluster_id: None,
+                updated_at: chrono::DateTime::UNIX_EPOCH,
+            };
+            view.shards.insert(shard, (1, record));
+        }
+        view
+    }
+
+    #[test]
+    fn a_node_listens_to_those_alone_that_share_a_shard_with_it() {
+        let view = view(&[
+            (&["n1", "n2"], &[]),
+            (&["n3", "n4"], &["n1"]),
+            (&["n5", "n6"], &[]),
+            (&["n1", "n2"], &["n7"]),
+        ]);
+        assert_eq!(sharing(&view, "n1").into_iter().collect::<Vec<_>>(), ["n2", "n3", "n4"]);
+        assert_eq!(sharing(&view, "n7").into_iter().collect::<Vec<_>>(), ["n1", "n2"]);
+        assert!(sharing(&view, "n8").is_empty());
+    }
+
+    #[test]
+    fn what_cannot_serve_any_more_is_said_as_often_as_what_is_applied() {
+        let (mut told, shard) = (BTreeMap::new(), ShardId(3));
+        let mut say = |seq| news(&mut told, &BTreeMap::from([(shard, seq)]));
+        for seq in [0, 1_000, 0, 1_000] {
+            for _ in 0..TIMES {
+                assert_eq!(say(seq), [(shard, seq)]);
+            }
+            assert_eq!(say(seq), []);
         }
     }
 }

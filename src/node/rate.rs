@@ -30,6 +30,12 @@ impl RateLimit {
         self.lock().bytes_per_s
     }
 
+    /// How much to read at a time, at most, so that paying for it does not keep the source waiting: as with chunks, what
+    /// may be sent in a quarter of a second.
+    pub(crate) fn portion(&self, most: usize) -> usize {
+        self.get().map_or(most, |rate| most.min((rate / 4) as usize).max(1))
+    }
+
     /// Another rate from now on; who waits under the old one is let go.
     pub(crate) fn set(&self, bytes_per_s: Option<u64>) {
         let now = self.clock.now();

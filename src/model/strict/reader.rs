@@ -10,7 +10,7 @@ use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor,
 };
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 
 /// A map with one field takes a whole node of the tree that it is held in.
@@ -27,8 +27,9 @@ pub(super) struct Reading {
     place: Vec<Step>,
     /// About the memory that has been taken.
     pub(super) memory: usize,
-    /// Floats that stand for integers of another value: see `numbers`.
-    changed: Vec<(f64, String)>,
+    /// Floats that stand for numbers of another value, by their bits: see `numbers`. There may be as many as a request has
+    /// room for, and each float of a payload is looked up.
+    changed: HashMap<u64, String>,
 }
 
 #[derive(Debug)]
@@ -39,6 +40,7 @@ enum Step {
 
 impl Reading {
     pub(super) fn new(changed: Vec<(f64, String)>) -> Self {
+        let changed = changed.into_iter().map(|(float, text)| (float.to_bits(), text)).collect();
         Reading { changed, ..Reading::default() }
     }
 
@@ -248,7 +250,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Look<'_, V> {
         }
         let reading = self.reading.borrow();
         if let Kind::Any = self.kind
-            && let Some((_, text)) = reading.changed.iter().find(|(float, _)| *float == value)
+            && let Some(text) = reading.changed.get(&value.to_bits())
         {
             // A large one has all its digits only so.
             let held = if value.fract() == 0.0 { format!("{value:.0}") } else { value.to_string() };

@@ -204,3 +204,20 @@ fn nested_requests_leave_some_of_a_small_stack() {
     // Half of what threads of the runtime have.
     std::thread::Builder::new().stack_size(1 << 20).spawn(reads).unwrap().join().unwrap();
 }
+
+/// A key that is written with an escape hides a vector from the look for numbers that cannot be held, and each float of a
+/// payload is looked up among what was found.
+#[test]
+fn the_time_of_a_request_does_not_grow_with_the_product_of_its_numbers() {
+    let time = |number: &str| {
+        let vector = vec![number; 8_000].join(",");
+        let payload = vec!["0.5"; 30_000].join(",");
+        let body =
+            format!(r#"{{"entries":[{{"id":"a","vect\u006fr":[{vector}],"payload":{{"x":[{payload}]}}}}]}}"#);
+        let began = tokio::time::Instant::now();
+        read::<UpsertRequest>(Format::Json, body.as_bytes()).unwrap();
+        began.elapsed()
+    };
+    let (held, lost) = (time("0.12345678901234568"), time("0.12345678901234567891"));
+    assert!(lost < held * 5, "{lost:?}, with numbers that are held {held:?}");
+}

@@ -18,6 +18,7 @@ use crate::node::rate::RateLimit;
 use crate::store::AsideKind;
 use crate::view::View;
 use futures::FutureExt;
+use futures::future::BoxFuture;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -283,6 +284,9 @@ impl Replica {
         let offset = Duration::from_millis(u64::from(self.shard.0) * 467 % LOOK.as_millis() as u64);
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK / 2 + offset, LOOK);
         let mut looked_at = applier.held.applied;
+        // Writes are answered when they are applied, so nothing that JetStream has to answer is waited for here: its answers
+        // can take seconds while the log itself goes on. Each is dropped with the reader that it was for.
+        let (mut looking, mut reading) = (Beside::default(), Beside::default());
         let mut condemned = false;
         self.change(|status| {
             // Meanwhile, by a request: whoever does so closes the gate after this, or is seen here.
@@ -302,7 +306,9 @@ impl Replica {
         if condemned {
             return Ok(());
         }
-        self.ctx.causes.withdraw("replica_stuck", self.shard);
+        if applier.held.applied >= goal {
+            self.ctx.causes.withdraw("replica_stuck", self.shard);
+        }
         loop {
             tokio::select! {
                 biased;
@@ -324,14 +330,30 @@ impl Replica {
                     if !self.knows_itself(&self.status.borrow()) {
                         return Ok(());
                     }
-                    let (log, logged) = self.look_at_log(&applier.held).await?;
+                    let held = applier.held.clone();
+                    looking.begin(async move {
+                        pause("log-look").await;
+                        (self.look_at_log(&held).await, held)
+                    });
+                }
+                (looked, then) = looking.done() => {
+                    let (log, logged) = match looked {
+                        Ok(looked) => looked,
+                        // That nobody answers says nothing of the log. It is looked at again.
+                        Err(error @ Error::Unavailable(_)) => {
+                            debug!(shard = %self.shard, "the log was not looked at: {error}");
+                            continue;
+                        }
+                        Err(error) => return Err(error),
+                    };
                     let applied = applier.held.applied;
                     let last = log.map(|log| log.last_seq);
                     let lag = last.unwrap_or(0).saturating_sub(applied);
                     self.status.send_modify(|status| status.lag = lag);
-                    // A log that is not the one, ends early, or has another entry is looked at by the next round.
+                    // A log that is not the one, ends before what was applied when the look began, or has another entry
+                    // there is looked at by the next round.
                     let stalled = lag > 0 && applied == looked_at;
-                    if !still_has(&applier.held, log, logged.as_deref()) || stalled {
+                    if !still_has(&then, log, logged.as_deref()) || stalled {
                         debug!(shard = %self.shard, ?last, applied, "the reader may have stalled");
                         return Ok(());
                     }
@@ -344,7 +366,12 @@ impl Replica {
                     return Ok(());
                 }
                 () = self.reread.notified() => {
-                    match self.ctx.logs.read(self.shard, applier.held.applied + 1).await {
+                    let from = applier.held.applied + 1;
+                    reading.begin(async move { self.ctx.logs.read(self.shard, from).await });
+                }
+                read = reading.done() => {
+                    match read {
+                        // What the old one has brought meanwhile is skipped.
                         Ok(anew) => reader = anew,
                         // The old one may still deliver, and it is tried again.
                         Err(error) => debug!(shard = %self.shard, "reading the log anew: {error}"),
@@ -459,6 +486,10 @@ impl Replica {
             }
         }
         drop(waiting);
+        // Not before: what keeps it from following may be the next entry.
+        if applied.entries > 0 {
+            self.ctx.causes.withdraw("replica_stuck", self.shard);
+        }
         let seq = applier.held.applied;
         self.lag().applied(self.ctx.clock.now(), seq);
         self.status.send_modify(|status| {
@@ -492,6 +523,30 @@ impl Replica {
     }
 }
 
+/// Something that is waited for beside other things; one at a time.
+struct Beside<'a, T>(Option<BoxFuture<'a, T>>);
+
+impl<T> Default for Beside<'_, T> {
+    fn default() -> Self {
+        Beside(None)
+    }
+}
+
+impl<'a, T> Beside<'a, T> {
+    /// Begins, unless one is under way.
+    fn begin(&mut self, what: impl Future<Output = T> + Send + 'a) {
+        self.0.get_or_insert_with(|| what.boxed());
+    }
+
+    /// What came of it; nothing ever while none is under way. May be dropped at any time: it goes on with the next call.
+    async fn done(&mut self) -> T {
+        let Some(under_way) = &mut self.0 else { return std::future::pending().await };
+        let done = under_way.await;
+        self.0 = None;
+        done
+    }
+}
+
 /// A replica that is built from its log alone: that is a copy like any other, and goes as fast as copies may.
 #[derive(Debug, Default)]
 struct Copying {
@@ -507,8 +562,7 @@ async fn hear(reader: &mut LogReader, rate: &RateLimit, copying: &mut Copying) -
     pause("log-reader").await;
     let mut most = APPLY_BYTES;
     if copying.on {
-        // As with chunks: a quarter of a second of the rate at a time.
-        most = rate.get().map_or(most, |rate| most.min((rate / 4) as usize).max(1));
+        most = rate.portion(most);
         if copying.owed > 0 {
             rate.take(copying.owed).await;
             copying.owed = 0;

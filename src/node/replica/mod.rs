@@ -36,12 +36,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{debug, warn};
 use uuid::Uuid;
 use writer::LogWriter;
 
 /// How often what is applied is made durable.
 const FLUSH: Duration = Duration::from_secs(1);
+/// How often it is looked whether anything is to be made durable, if nothing tells so.
+const FLUSH_ANYWAY: Duration = Duration::from_secs(10);
+/// How long a replica that is being closed still works on what it has in hand.
+const FINISH: Duration = Duration::from_secs(5);
 /// Digests of this many checkpoints are remembered.
 const CHECKPOINTS: usize = 16;
 
@@ -65,6 +70,8 @@ pub(crate) struct Status {
     pub(crate) caught_up: bool,
     /// It may answer requests.
     pub(crate) serving: bool,
+    /// It might, if nobody were ahead of it.
+    could_serve: bool,
     /// The log that was found to have lost entries, until it is the log no more.
     lost: Option<Uuid>,
     /// The store does not work.
@@ -146,7 +153,12 @@ pub(crate) struct Replica {
     /// The window of operation ids, for snapshots; `(applied, notes)` asked from the loop.
     snapshots: mpsc::Sender<oneshot::Sender<Window>>,
     pub(crate) counters: Counters,
+    /// It takes nothing more, and finishes what it has in hand: for that it goes on to append and to apply.
+    retiring: CancellationToken,
+    /// It appends and applies nothing more.
     stop: CancellationToken,
+    /// What serves: the requests in hand, and whoever takes them.
+    serving: TaskTracker,
     tasks: TaskTracker,
 }
 
@@ -176,8 +188,8 @@ impl Replica {
         let _permit = ctx.opens.acquire().await.map_err(|_| Error::Unavailable("stopping".into()))?;
         let factory = stores.clone();
         let store = blocking(move || factory.open(&spec)).await?;
-        let stop = ctx.stop.child_token();
-        let tasks = TaskTracker::new();
+        let (retiring, stop) = (ctx.stop.child_token(), ctx.stop.child_token());
+        let (serving, tasks) = (TaskTracker::new(), TaskTracker::new());
         let (snapshots, asks) = mpsc::channel(4);
         let status = Status {
             state: ReplicaState::Recovering,
@@ -190,6 +202,7 @@ impl Replica {
             following: false,
             caught_up: false,
             serving: false,
+            could_serve: false,
             lost: None,
             failed: false,
             late: false,
@@ -228,19 +241,36 @@ impl Replica {
             compares: tokio::sync::Mutex::default(),
             snapshots,
             counters: Counters::default(),
+            retiring,
             stop,
+            serving,
             tasks,
         });
         replica.tasks.spawn(writing);
         replica.tasks.spawn(replica.clone().run(asks));
         replica.tasks.spawn(replica.clone().flush_often());
-        replica.tasks.spawn(replica.clone().serve());
+        replica.serving.spawn(replica.clone().serve());
         replica.tasks.close();
         Ok(replica)
     }
 
-    /// Stops serving (what is in hand is finished), makes everything durable and closes the store.
+    /// Stops serving, finishes what is in hand, makes everything durable and closes the store.
+    ///
+    /// A write is answered when it is applied here, so the loop that applies ends last. Who waits longer than this
+    /// replica does is told that the outcome is unknown, and asks another holder with the same operation id; that is also
+    /// what becomes of everything in hand if this process dies or is stopped here.
     pub(crate) async fn close(self: Arc<Self>) {
+        self.retiring.cancel();
+        self.serving.close();
+        let mut status = self.status.subscribe();
+        tokio::select! {
+            () = self.serving.wait() => {}
+            // Nothing will be applied any more.
+            _ = status.wait_for(|status| status.failed) => {}
+            () = tokio::time::sleep(FINISH) => {
+                debug!(shard = %self.shard, "closing while {} requests are in hand", self.serving.len());
+            }
+        }
         self.stop.cancel();
         self.tasks.wait().await;
         let store = self.store.clone();
@@ -283,6 +313,12 @@ impl Replica {
     /// What is known of the log's end. Held for a moment only.
     pub(crate) fn lag(&self) -> std::sync::MutexGuard<'_, Lag> {
         lock(&self.lag)
+    }
+
+    /// What the other holders are told that it has applied: 0 if it could not answer for it.
+    pub(crate) fn told(&self) -> u64 {
+        let status = self.status.borrow();
+        if status.could_serve { status.applied } else { 0 }
     }
 
     /// It applies what its log brings.
@@ -354,7 +390,7 @@ impl Replica {
                 lost: status.lost,
                 log_id: status.log_id,
             };
-            status.serving = condition.serves();
+            (status.serving, status.could_serve) = (condition.serves(), condition.could_serve());
             status.state = condition.state();
         });
     }
@@ -422,7 +458,12 @@ impl Replica {
     pub(crate) async fn wait_applied(&self, seq: u64, timeout: Duration) -> Result<u64> {
         let mut status = self.status.subscribe();
         let reached = status.wait_for(|status| status.applied >= seq);
-        match tokio::time::timeout(timeout, reached).await {
+        let reached = tokio::select! {
+            biased;
+            reached = tokio::time::timeout(timeout, reached) => reached,
+            () = self.stop.cancelled() => return Err(self.stopping()),
+        };
+        match reached {
             Ok(Ok(status)) => Ok(status.applied),
             Ok(Err(_)) => Err(self.stopping()),
             Err(_) => Err(Error::Unavailable(format!(
@@ -435,7 +476,12 @@ impl Replica {
 
     /// Resolves when the replica is being closed: whoever holds it lets go.
     pub(crate) async fn closing(&self) {
-        self.stop.cancelled().await;
+        self.retiring.cancelled().await;
+    }
+
+    /// A request in hand: the replica goes on to append and apply until this is dropped.
+    fn in_hand(&self) -> TaskTrackerToken {
+        self.serving.token()
     }
 
     fn stopping(&self) -> Error {
@@ -510,16 +556,23 @@ impl Replica {
         blocking(move || store.flush()).await
     }
 
-    /// Makes what is applied durable, beside the applying.
+    /// Makes what is applied durable, beside the applying. While nothing is, it sleeps: a node has many replicas, of which
+    /// most are quiet. What the status does not tell of is seen a little later.
     async fn flush_often(self: Arc<Self>) {
-        let mut tick = tokio::time::interval(FLUSH);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut status = self.status.subscribe();
         loop {
+            let due = self.store.durable() < self.store.applied();
+            let changed = async {
+                match due {
+                    true => tokio::time::sleep(FLUSH).await,
+                    false => drop(tokio::time::timeout(FLUSH_ANYWAY, status.changed()).await),
+                }
+            };
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                _ = tick.tick() => {}
+                () = changed => {}
             }
-            if self.store.durable() >= self.store.applied() {
+            if !due {
                 continue;
             }
             if let Err(error) = self.make_durable().await {
@@ -573,7 +626,8 @@ impl Replica {
         match mended.await {
             Ok(true) => {
                 let text = format!(
-                    "the copy of shard {shard} on {} was damaged on the disk, and was written anew from memory; what was                      there is kept beside it: {why}",
+                    "the copy of shard {shard} on {} was damaged on the disk, and was written anew from memory; what was \
+                     there is kept beside it: {why}",
                     self.ctx.node
                 );
                 self.ctx.metrics.copies_set_aside.with_label_values(&["damaged"]).inc();

@@ -1,11 +1,11 @@
 //! Answers reads and writes of one shard.
 //!
 //! A replica that serves is in the shard's queue group, so NATS sends it a share of the requests, and
-//! stops doing so the moment that its connection is gone. When it retires it leaves the group first and
-//! then finishes what it has in hand.
+//! stops doing so the moment that its connection is gone. When it retires it leaves the group first, then finishes
+//! what it has in hand, and only then stops appending and applying: see [`Replica::close`].
 
 use super::apply::{Effected, Outcome};
-use super::{Replica, blocking, lock};
+use super::{FINISH, Replica, blocking, lock};
 use crate::clock::wall_ms;
 use crate::error::{Error, Result};
 use crate::logic::dedup::{Expiry, expiry};
@@ -89,7 +89,8 @@ impl Replica {
         ];
         loop {
             tokio::select! {
-                () = self.stop.cancelled() => return,
+                biased;
+                () = self.retiring.cancelled() => return,
                 ready = status.wait_for(|s| s.serving) => if ready.is_err() { return },
             }
             match self.subscribe().await {
@@ -128,7 +129,7 @@ impl Replica {
             let (verb, message, taken) = tokio::select! {
                 message = writes.next() => (Verb::Write, message, &mut written),
                 message = reads.next() => (Verb::Read, message, &mut read),
-                () = self.stop.cancelled() => break,
+                () = self.retiring.cancelled() => break,
                 _ = status.wait_for(|s| !s.serving) => break,
             };
             let Some(message) = message else { break };
@@ -147,7 +148,7 @@ impl Replica {
                 places.free().await;
             }
         };
-        let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
+        let _ = tokio::time::timeout(FINISH, rest).await;
     }
 
     async fn take(self: &Arc<Self>, verb: Verb, message: Message, [writes, reads]: &[Arc<Places>; 2]) {
@@ -172,7 +173,7 @@ impl Replica {
     }
 
     pub(crate) async fn answer_write(&self, message: &Message) {
-        let started = Instant::now();
+        let (_in_hand, started) = (self.in_hand(), Instant::now());
         let result = match decode::<WriteRequest>(&message.payload) {
             Ok(request) => {
                 let written = self.write(request).await;
@@ -188,7 +189,7 @@ impl Replica {
     }
 
     pub(crate) async fn answer_read(&self, message: &Message, seat: &Seat) {
-        let started = Instant::now();
+        let (_in_hand, started) = (self.in_hand(), Instant::now());
         let result = match decode::<ReadRequest>(&message.payload) {
             Ok(request) => self.read(request, seat).await,
             Err(error) => {
@@ -290,7 +291,13 @@ impl Replica {
             }
         };
         let late = || Error::Unavailable("the write is in the log, but was not applied here in time".into());
-        let outcome = tokio::time::timeout_at(deadline, applied).await.ok().flatten().ok_or_else(late)?;
+        let outcome = tokio::select! {
+            biased;
+            outcome = tokio::time::timeout_at(deadline, applied) => outcome.ok().flatten().ok_or_else(late)?,
+            () = self.stop.cancelled() => {
+                return Err(self.stopping().context("the write is in the log, but was not applied here"));
+            }
+        };
         lock(&self.clock).heard(sent, self.ctx.clock.now(), outcome.log_time_ms);
         let Effected { deleted, repeated } = outcome.result?;
         let log_time_ms = Some(outcome.log_time_ms);
@@ -571,6 +578,7 @@ impl Replica {
         seat: &Seat,
     ) -> Result<(ShardHits, ShardAnswer)> {
         let Wanted { query, consistency, timeout, limit } = wanted;
+        let _in_hand = self.in_hand();
         self.check_serving()?;
         self.counters.searches.fetch_add(1, Ordering::Relaxed);
         self.freshen(consistency, cut.after, timeout, seat).await?;

@@ -20,6 +20,7 @@ use crate::nats::log::{Appended, Logs, MAX_JOINED_BYTES};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -69,7 +70,7 @@ impl LogWriter {
     ) -> (Self, impl Future<Output = ()>) {
         let (jobs, queue) = mpsc::channel(QUEUE);
         let writer = LogWriter { jobs, room: Arc::new(Semaphore::new(QUEUE_BYTES)), shard };
-        (writer, run(Target { shard, logs, status }, queue, stop))
+        (writer, run(Target { shard, logs, status, stop }, queue))
     }
 
     /// Appends `op` and returns its place.
@@ -87,9 +88,19 @@ impl LogWriter {
         let (now, timeout) = (Instant::now(), timeout.min(LONGEST));
         let (deadline, begin) = (now + timeout, now + patience(timeout));
         let job = Job { op, bytes, deadline, begin, reply, _room: room };
-        self.jobs.try_send(job).map_err(|_| busy())?;
         let stopped = || Error::Unavailable(format!("the replica of shard {} is stopping", self.shard));
-        answer.await.map_err(|_| stopped())?
+        self.jobs.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => busy(),
+            TrySendError::Closed(_) => stopped(),
+        })?;
+        // What travels with it may be waited for longer.
+        match tokio::time::timeout_at(deadline, answer).await {
+            Ok(answer) => answer.map_err(|_| stopped())?,
+            Err(_) => {
+                let text = format!("the log of shard {} has not acknowledged the write in time", self.shard);
+                Err(Error::Unavailable(text))
+            }
+        }
     }
 }
 
@@ -98,6 +109,7 @@ struct Target {
     shard: ShardId,
     logs: Logs,
     status: watch::Receiver<Status>,
+    stop: CancellationToken,
 }
 
 impl Target {
@@ -118,7 +130,7 @@ impl Target {
     }
 }
 
-async fn run(target: Target, mut queue: mpsc::Receiver<Job>, stop: CancellationToken) {
+async fn run(target: Target, mut queue: mpsc::Receiver<Job>) {
     let mut next: Option<Job> = None;
     loop {
         let first = match next.take() {
@@ -126,7 +138,7 @@ async fn run(target: Target, mut queue: mpsc::Receiver<Job>, stop: CancellationT
             None => tokio::select! {
                 job = queue.recv() => match job { Some(job) => job, None => return },
                 // What is in the queue is still written: a replica that retires drains it.
-                () = stop.cancelled() => match queue.try_recv() { Ok(job) => job, Err(_) => return },
+                () = target.stop.cancelled() => match queue.try_recv() { Ok(job) => job, Err(_) => return },
             },
         };
         let mut batch = vec![first];
@@ -197,7 +209,8 @@ async fn persist(target: &Target, body: bytes::Bytes, deadline: Instant) -> Resu
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if !target.is_open() {
-            if Instant::now() + PAUSE >= deadline {
+            // Nobody opens the gate of a replica that has stopped.
+            if target.stop.is_cancelled() || Instant::now() + PAUSE >= deadline {
                 return Err(Error::Unavailable(
                     "not connected to NATS, or its log is not checked yet".into(),
                 ));
@@ -250,5 +263,36 @@ mod tests {
     fn a_repeated_operation_and_a_second_barrier_travel_once() {
         let batch = [write(1), LogOp::Barrier, write(1), write(2), LogOp::Barrier].map(job);
         assert_eq!(join(&batch).ops, [write(1), LogOp::Barrier, write(2)]);
+    }
+
+    fn writer() -> (LogWriter, mpsc::Receiver<Job>) {
+        let (jobs, queue) = mpsc::channel(2);
+        (
+            LogWriter { jobs, room: Arc::new(Semaphore::new(QUEUE_BYTES)), shard: crate::model::ShardId(3) },
+            queue,
+        )
+    }
+
+    #[tokio::test]
+    async fn a_replica_that_stops_does_not_tell_writers_to_slow_down() {
+        let (writer, queue) = writer();
+        drop(queue);
+        let error = writer.append(write(1), 10, Duration::from_secs(5)).await.unwrap_err();
+        assert!(matches!(&error, Error::Unavailable(text) if text.contains("stopping")), "{error:?}");
+    }
+
+    /// The batch that it travels in has the patience of its most patient writer.
+    #[tokio::test(start_paused = true)]
+    async fn each_writer_waits_for_the_log_as_long_as_it_has_time() {
+        let (writer, _hangs) = writer();
+        let began = Instant::now();
+        let patient = writer.append(write(1), 10, Duration::from_secs(15));
+        let hurried = async {
+            let error = writer.append(write(2), 10, Duration::from_secs(1)).await.unwrap_err();
+            (error, began.elapsed())
+        };
+        let (_, (error, waited)) = tokio::join!(patient, hurried);
+        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+        assert!(waited < Duration::from_secs(2), "{waited:?}");
     }
 }
