@@ -535,6 +535,25 @@ async fn a_node_that_is_away_for_a_moment_is_not_thrown_out_because_its_record_w
         let record = hand.record("shards", &format!("{shard:05}")).await.unwrap().unwrap();
         assert_eq!(names(&record), ["n1", "n2", "n3"], "{record}");
     }
+    // The same where nobody who runs has ever seen its record.
+    for id in ["n1", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+    }
+    hand.purge_stream(&bucket_stream("nodes")).await.unwrap();
+    for id in ["n1", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+    eventually("all shards serve, without it", || async {
+        let status = cluster.status().await?;
+        let good = status["shards"]["degraded"] == 8 && status["nodes"]["total"] == 2;
+        if good { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    for shard in 0..8 {
+        let record = hand.record("shards", &format!("{shard:05}")).await.unwrap().unwrap();
+        assert_eq!(names(&record), ["n1", "n2", "n3"], "{record}");
+    }
     cluster.node("n2").restart().unwrap();
     all_vectors_are_there(&cluster).await;
 }

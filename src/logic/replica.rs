@@ -331,8 +331,17 @@ pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>
 /// has, and somebody follows the log that counts. Then it was put here by hand, or is a backup of other times, and waiting
 /// for that log to be rebuilt would be waiting for ever. It is set aside, never deleted: should nobody be right about
 /// the log, everything is still there.
-pub(crate) fn is_foreign(held: &Held, ordered: &Ordered, log: Option<LogFacts>, peers: &Peers) -> bool {
-    let followed = peers.applied.is_some_and(|applied| applied > 0);
+///
+/// A node that only builds a replica sets its own aside beside holders that have nothing, too: the record was made anew while
+/// all who knew the old one were away, and what is here may be all that is left. Replacing it by a copy of theirs would end it.
+pub(crate) fn is_foreign(
+    held: &Held,
+    ordered: &Ordered,
+    log: Option<LogFacts>,
+    peers: &Peers,
+    joining: bool,
+) -> bool {
+    let followed = peers.applied.is_some_and(|applied| applied > 0 || joining);
     let whole = log.is_some_and(|log| log.id == ordered.log_id && peers.applied <= Some(log.last_seq));
     held.applied > 0
         && held.log_id != ordered.log_id
@@ -434,7 +443,7 @@ mod tests {
     fn what_belongs_to_another_log_is_foreign_only_beside_somebody_who_follows_a_whole_one() {
         let mine = held(B, 40);
         let follows = Peers { applied: Some(7), empty: false, ..Peers::NONE };
-        let foreign = |peers: &Peers, log| is_foreign(&mine, &ordered(A, 1), log, peers);
+        let foreign = |peers: &Peers, log| is_foreign(&mine, &ordered(A, 1), log, peers, false);
         assert!(foreign(&follows, log(A, 1, 7)));
         assert!(
             !foreign(&Peers { applied: Some(0), ..follows.clone() }, log(A, 1, 7)),
@@ -445,10 +454,14 @@ mod tests {
         assert!(!foreign(&Peers { lost: true, ..follows.clone() }, log(A, 1, 7)));
         assert!(!foreign(&follows, log(A, 1, 6)), "the log has lost its end");
         assert!(!foreign(&follows, log(B, 1, 7)), "the log is not the one");
-        assert!(!is_foreign(&mine, &ordered(A, 0), log(A, 1, 7), &follows), "it is being rebuilt");
-        assert!(!is_foreign(&held(A, 5), &ordered(A, 1), log(A, 1, 7), &follows));
+        assert!(!is_foreign(&mine, &ordered(A, 0), log(A, 1, 7), &follows, true), "it is being rebuilt");
+        assert!(!is_foreign(&held(A, 5), &ordered(A, 1), log(A, 1, 7), &follows, true));
+        // The map was made anew while all who knew it were away: the only copy of before is not replaced by nothing.
+        let nothing = Peers { applied: Some(0), ..follows.clone() };
+        assert!(is_foreign(&mine, &ordered(A, 1), log(A, 1, 0), &nothing, true));
+        assert!(!is_foreign(&held(Uuid::nil(), 0), &ordered(A, 1), log(A, 1, 0), &nothing, true));
         assert!(
-            !is_foreign(&held(Uuid::nil(), 0), &ordered(A, 1), log(A, 1, 7), &follows),
+            !is_foreign(&held(Uuid::nil(), 0), &ordered(A, 1), log(A, 1, 7), &follows, false),
             "nothing is here"
         );
     }

@@ -110,6 +110,12 @@ struct Loads {
     shards: BTreeMap<ShardId, ReplicaLoad>,
 }
 
+impl Loads {
+    fn states(&self) -> impl Iterator<Item = (ShardId, ReplicaState)> {
+        self.shards.iter().map(|(shard, load)| (*shard, load.state))
+    }
+}
+
 struct Leader {
     ctx: Arc<Context>,
     term: Term,
@@ -133,6 +139,8 @@ struct Leader {
     /// When this leader last changed who holds a shard.
     changed_at: BTreeMap<ShardId, Duration>,
     down_since: BTreeMap<NodeId, Duration>,
+    /// Since when holders of shards have no record.
+    strangers_since: BTreeMap<NodeId, Duration>,
     /// When the set of present nodes last changed: placement waits a moment.
     settled_at: Duration,
     /// Nodes that are up, or suspected for a moment.
@@ -178,6 +186,7 @@ impl Leader {
             broken_since: BTreeMap::new(),
             changed_at: BTreeMap::new(),
             down_since: BTreeMap::new(),
+            strangers_since: BTreeMap::new(),
             settled_at: now,
             present: BTreeSet::new(),
             placement: Placement::default(),
@@ -263,7 +272,11 @@ impl Leader {
             {
                 self.on_heat(&report);
                 let shards = report.shards.into_iter().map(|load| (load.shard, load)).collect();
-                self.loads.insert(report.node, Loads { instance: report.instance, shards });
+                let loads = Loads { instance: report.instance, shards };
+                if self.loads.get(&report.node).is_none_or(|before| !before.states().eq(loads.states())) {
+                    self.placement.look();
+                }
+                self.loads.insert(report.node, loads);
                 self.next_statuses = Duration::ZERO;
             }
             Ok(report) => {
@@ -409,6 +422,7 @@ impl Leader {
             self.next_statuses = now + STATUSES;
             self.note_silence();
             self.note_broken();
+            self.note_strangers();
         }
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
@@ -504,6 +518,17 @@ impl Leader {
             }
         }
         self.broken_since = broken;
+    }
+
+    /// Since when shards name nodes that have no record.
+    fn note_strangers(&mut self) {
+        let (view, now) = (self.ctx.view(), self.ctx.clock.now());
+        let named = self.shards.values().flat_map(|(_, record)| &record.replicas);
+        let strangers: BTreeSet<&NodeId> = named.filter(|name| !view.nodes.contains_key(*name)).collect();
+        self.strangers_since.retain(|name, _| strangers.contains(name));
+        for name in strangers {
+            self.strangers_since.entry(name.clone()).or_insert(now);
+        }
     }
 
     /// Whether a replica has not worked for as long as a node would have been waited for.

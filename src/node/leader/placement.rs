@@ -28,6 +28,8 @@ use tracing::debug;
 
 /// Without a change, placement is still looked at so often: time passes for who is away.
 const LOOK: Duration = Duration::from_secs(1);
+/// The same while nobody is away and nothing is to be done: then only what was moved lately, or has been hot, ages.
+const QUIET_LOOK: Duration = Duration::from_secs(5);
 /// Shards have no record, and somebody may remember one.
 const UNKNOWN: &str = "shard_map_unknown";
 /// Plans of dry runs that `apply` may name.
@@ -100,6 +102,17 @@ impl Leader {
         }
     }
 
+    /// Of a holder that has no record. Nobody forgets one (see `leader::forget`): the record was lost, and the node may come back
+    /// and write it again. So it is waited for like any node that is away.
+    pub(super) fn role_of_stranger(&self, name: &str) -> Role {
+        let now = self.ctx.clock.now();
+        let since = self.strangers_since.get(name).copied().unwrap_or(now);
+        match now.saturating_sub(since) > self.ctx.config.rereplicate_after {
+            true => Role::Gone,
+            false => Role::Waiting { live: false },
+        }
+    }
+
     /// The world as the planner sees it: migrations under way count as done.
     pub(super) fn plan_input(&self, balance: bool) -> PlanInput {
         let view = self.ctx.view();
@@ -109,6 +122,12 @@ impl Leader {
                 PlanNode { role: self.role(record), rack: record.rack.clone(), weight: record.weight, leads };
             (id.clone(), node)
         });
+        let strangers = self.shards.values().flat_map(|(_, record)| &record.replicas);
+        let strangers = strangers.filter(|name| !view.nodes.contains_key(*name)).map(|name| {
+            let role = self.role_of_stranger(name);
+            (name.clone(), PlanNode { role, rack: String::new(), weight: 1, leads: false })
+        });
+        let nodes = nodes.chain(strangers).collect();
         let mut shards: BTreeMap<ShardId, PlanShard> =
             (0..self.ctx.cluster.num_shards).map(|shard| (ShardId(shard), PlanShard::default())).collect();
         for (shard, (_, record)) in &self.shards {
@@ -132,7 +151,7 @@ impl Leader {
             }
         }
         PlanInput {
-            nodes: nodes.collect(),
+            nodes,
             shards,
             rules: Rules {
                 replication_factor: self.ctx.cluster.replication_factor as usize,
@@ -172,6 +191,7 @@ impl Leader {
         self.placement.next_look = now + LOOK;
         self.placement.leaving.retain(|_, (_, until)| now < *until);
         let calm = self.is_calm();
+        let considered = calm && now >= self.placement.next_balance;
         if calm {
             self.consider_balance(now).await?;
         }
@@ -197,6 +217,11 @@ impl Leader {
         }
         if calm && self.placement.balance.is_none() && !waiting && !self.any_migration() {
             self.share_primaries().await?;
+            let nothing = plan.moves.is_empty() && plan.removals.is_empty() && self.broken_since.is_empty();
+            // Not if something has changed meanwhile.
+            if considered && nothing && self.placement.next_look == now + LOOK {
+                self.placement.next_look = now + QUIET_LOOK;
+            }
         }
         Ok(())
     }
@@ -204,9 +229,12 @@ impl Leader {
     /// Nobody is away for a moment only, so that shares are what they will be.
     fn is_calm(&self) -> bool {
         let (view, now) = (self.ctx.view(), wall());
-        may_even_out(view.nodes.values().map(|(_, record)| {
+        let known = view.nodes.values().map(|(_, record)| {
             (self.role(record), record.maintenance.as_ref().is_some_and(|m| now < m.until))
-        }))
+        });
+        may_even_out(
+            known.chain(self.strangers_since.keys().map(|name| (self.role_of_stranger(name), false))),
+        )
     }
 
     /// Hands primaries over where a node has far from its share of them, as after a restart. No data moves,

@@ -595,7 +595,9 @@ impl Leader {
     /// one that has applied most; only who is gone for good is not waited for.
     async fn holders_say(&self, record: &ShardRecord) -> Result<Vec<ReplicaReport>> {
         let view = self.ctx.view();
-        let gone = |node: &&NodeId| view.node(node).is_none_or(|record| self.role(record) == Role::Gone);
+        let role =
+            |node: &NodeId| view.node(node).map_or_else(|| self.role_of_stranger(node), |n| self.role(n));
+        let gone = |node: &&NodeId| role(node) == Role::Gone;
         let asks =
             record.replicas.iter().filter(|n| !gone(n)).map(|node| self.ask_holder(node, record.shard));
         let reports: Vec<ReplicaReport> = futures::future::try_join_all(asks).await?;

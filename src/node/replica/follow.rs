@@ -92,10 +92,11 @@ impl Replica {
             self.ctx.view().shard(self.shard).is_some_and(|record| record.is_joining(&self.ctx.node));
         course = course_over_gap(course, held, log, &peers);
         course = course_beside(course, held, &ordered, &peers, &mut lock(&self.condemned));
-        if joining {
+        let foreign = is_foreign(held, &ordered, log, &peers, joining);
+        if joining && !foreign {
             course = course_of_joining(course, log, &peers);
         }
-        if matches!(course, Course::LogLost(_)) && is_foreign(held, &ordered, log, &peers) {
+        if matches!(course, Course::LogLost(_)) && foreign {
             let why = format!(
                 "it has {} entries of log {}, while the shard's log is {}",
                 held.applied, held.log_id, ordered.log_id
