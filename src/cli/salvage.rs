@@ -37,18 +37,18 @@ pub(crate) fn run(global: &Global, args: SalvageArgs) -> Result<Exit> {
             folders.push((dir, false));
             continue;
         }
-        let open = DataDir::open(&dir);
-        if let Ok(Some(identity)) = open.as_ref().map_or(Ok(None), DataDir::identity) {
+        let open = DataDir::look(&dir);
+        if let Some(Ok(Some(identity))) = open.as_ref().map(DataDir::identity) {
             (dimensions, cluster) = (identity.cluster.dimensions, Some(identity.cluster.cluster_id));
         }
-        let in_use = open.is_err();
+        let in_use = open.is_none();
         if in_use {
             note(format!(
-                "{} is in use (or cannot be written): only copies that were set aside are read; stop its node to read all",
+                "{} is in use: only copies that were set aside are read; stop its node to read all",
                 dir.display()
             ));
         }
-        locks.extend(open.ok());
+        locks.extend(open);
         folders.push((stores, in_use));
     }
     let files = files_of(&folders, shard, cluster)?;

@@ -17,6 +17,8 @@ pub(crate) struct Condition {
     pub(crate) may_serve: bool,
     /// Its store does not work.
     pub(crate) failed: bool,
+    /// What is in it is known to be wrong, and is about to be set aside.
+    pub(crate) wrong: bool,
     /// It is too far behind its log, and another one is not.
     pub(crate) late: bool,
     /// Log that was found to have lost entries.
@@ -28,7 +30,11 @@ pub(crate) struct Condition {
 impl Condition {
     /// It may answer requests.
     pub(crate) fn serves(&self) -> bool {
-        (self.caught_up || broken!(ServeWhileRebuilding)) && self.may_serve && !self.failed && !self.late
+        (self.caught_up || broken!(ServeWhileRebuilding))
+            && self.may_serve
+            && !self.failed
+            && !self.wrong
+            && !self.late
     }
 
     /// It could, if nobody were ahead of it.
@@ -384,6 +390,24 @@ mod tests {
 
     fn ordered(log_id: Uuid, log_first_seq: u64) -> Ordered {
         Ordered { log_id, log_first_seq, log_base: None }
+    }
+
+    /// Until it is closed it goes on to apply what its log brings, and may well have all of that.
+    #[test]
+    fn a_replica_that_is_known_to_be_wrong_does_not_serve_whatever_it_applies() {
+        let right = Condition {
+            caught_up: true,
+            may_serve: true,
+            failed: false,
+            wrong: false,
+            late: false,
+            lost: None,
+            log_id: A,
+        };
+        assert_eq!((right.serves(), right.state()), (true, ReplicaState::Serving));
+        let wrong = Condition { wrong: true, ..right };
+        assert_eq!((wrong.serves(), wrong.could_serve()), (false, false));
+        assert_eq!(wrong.state(), ReplicaState::Recovering);
     }
 
     #[test]

@@ -31,8 +31,12 @@ const COMPARE_AGAIN: Duration = Duration::from_secs(30);
 /// Where a cluster keeps one copy of each shard, nobody can say whether that one is right: then a copy that was set aside where
 /// the shard has been before stays for longer.
 const SINGLE: Duration = Duration::from_secs(24 * 3_600);
+/// Pause before a copy that could not be set aside is tried again.
+const SET_ASIDE_AGAIN: Duration = Duration::from_secs(1);
 /// One comparison.
 const COMPARE: Duration = Duration::from_secs(5);
+/// Pause before damage is looked at again that could not be repaired.
+const NOT_MENDED: Duration = Duration::from_secs(60);
 /// Bytes per second that a scrub reads.
 const SCRUB_RATE: u64 = 8 << 20;
 
@@ -72,12 +76,72 @@ pub(crate) async fn set_aside(
     kind: AsideKind,
     why: &str,
 ) {
-    let factory = stores.clone();
-    match blocking(move || factory.set_aside(shard, kind)).await {
+    match try_set_aside(stores, shard, kind).await {
         Ok(Some(aside)) => announce(ctx, &aside, why).await,
         Ok(None) => {}
         // It stays where it is, and the next opening says so again.
         Err(error) => warn!(%shard, "the {kind} copy cannot be set aside: {error}"),
+    }
+}
+
+async fn try_set_aside(
+    stores: &Arc<dyn StoreFactory>,
+    shard: ShardId,
+    kind: AsideKind,
+) -> Result<Option<SetAside>> {
+    let factory = stores.clone();
+    blocking(move || factory.set_aside(shard, kind)).await
+}
+
+/// The same for a copy that is known to be wrong, although it can be opened.
+///
+/// Who still holds the store, such as a read that is under way, lets go of it in time. Until then, and while the disk refuses,
+/// this goes on: it must not be opened again as it is. A process that dies here has not set it aside; the next one opens
+/// it, and whoever found it wrong finds that again.
+pub(crate) async fn surely_set_aside(
+    ctx: &Context,
+    stores: &Arc<dyn StoreFactory>,
+    shard: ShardId,
+    kind: AsideKind,
+    why: &str,
+) {
+    let waits = |error: &Error| {
+        let text =
+            format!("the {kind} copy on {} cannot be set aside, and is not opened again: {error}", ctx.node);
+        ctx.causes.retry("copy_not_set_aside", shard, Severity::Yellow, text);
+    };
+    tokio::select! {
+        () = ctx.stop.cancelled() => {}
+        aside = until_set_aside(stores, shard, kind, SET_ASIDE_AGAIN, waits) => {
+            ctx.causes.withdraw("copy_not_set_aside", shard);
+            if let Some(aside) = aside {
+                announce(ctx, &aside, why).await;
+            }
+        }
+    }
+}
+
+/// Tries until it has another name, or is not there.
+async fn until_set_aside(
+    stores: &Arc<dyn StoreFactory>,
+    shard: ShardId,
+    kind: AsideKind,
+    pause: Duration,
+    waits: impl Fn(&Error),
+) -> Option<SetAside> {
+    loop {
+        match try_set_aside(stores, shard, kind).await {
+            Ok(aside) => return aside,
+            Err(error) => {
+                // A kind of store that cannot do so: somebody may have taken it away.
+                let factory = stores.clone();
+                if blocking(move || factory.list()).await.is_ok_and(|there| !there.contains(&shard)) {
+                    return None;
+                }
+                waits(&error);
+            }
+        }
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -242,30 +306,36 @@ pub(crate) async fn scrub(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             if at > ctx.clock.now() || ctx.stop.is_cancelled() {
                 break;
             }
-            if let Err(error) = scrub_one(&ctx, replica).await {
+            let scrubbed = scrub_one(&ctx, replica).await;
+            if let Err(error) = &scrubbed {
                 debug!(%shard, "the disk could not be looked at: {error}");
             }
-            due.insert(shard, ctx.clock.now() + every);
+            due.insert(shard, ctx.clock.now() + look_again(every, scrubbed.unwrap_or(true)));
         }
     }
 }
 
-async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<()> {
-    let (store, stop, bytes) =
-        (replica.store().clone(), ctx.stop.clone(), ctx.metrics.scrubbed_bytes.clone());
+/// When a shard is looked at again. Damage that could not be repaired, as the disk was full or its store busy, is red, and what
+/// is whole is in memory only: a day is too long for that.
+fn look_again(every: Duration, whole: bool) -> Duration {
+    if whole { every } else { every.min(NOT_MENDED) }
+}
+
+/// Says whether the disk has what it should have, as far as is known.
+async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<bool> {
+    let (store, bytes) = (replica.store().clone(), ctx.metrics.scrubbed_bytes.clone());
+    let closing = replica.clone();
     let scrubbed = blocking(move || {
         store.scrub(&mut |read| {
             bytes.inc_by(read as u64);
             std::thread::sleep(Duration::from_micros(read as u64 * 1_000_000 / SCRUB_RATE));
-            !stop.is_cancelled()
+            // Whoever closes it waits for all who hold its store. When the node stops, all replicas are closed.
+            !closing.is_closing()
         })
     });
     match scrubbed.await {
-        Err(Error::Corrupt(why)) => {
-            replica.write_anew(&why).await;
-            Ok(())
-        }
-        other => other,
+        Err(Error::Corrupt(why)) => Ok(replica.write_anew(&why).await),
+        other => other.map(|()| true),
     }
 }
 
@@ -273,6 +343,41 @@ async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<()> {
 mod tests {
     use super::*;
     use crate::model::wire::HolderDigest;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A read, or a scrub, held the store of a replica that was known to be wrong: it was opened again as it was.
+    #[tokio::test]
+    async fn a_copy_that_somebody_still_holds_is_set_aside_when_that_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let stores: Arc<dyn StoreFactory> =
+            Arc::new(crate::RedbStores::new(dir.path().into(), crate::RedbOptions::default()));
+        let shard = ShardId(1);
+        let metric = crate::DistanceMetric::Euclidean;
+        let spec = crate::store::StoreSpec { shard, dimensions: 2, metric, cluster: uuid::Uuid::nil() };
+        let held = stores.open(&spec).unwrap();
+        let waited = AtomicU32::new(0);
+        let waits = |error: &Error| {
+            assert!(matches!(error, Error::Unavailable(_)), "{error}");
+            waited.fetch_add(1, Ordering::SeqCst);
+        };
+        let pause = Duration::from_millis(5);
+        let setting = until_set_aside(&stores, shard, AsideKind::Damaged, pause, waits);
+        let mut setting = std::pin::pin!(setting);
+        let early = tokio::time::timeout(Duration::from_millis(100), &mut setting).await;
+        assert!(early.is_err() && waited.load(Ordering::SeqCst) > 1, "it waits: {early:?}");
+        drop(held);
+        let aside = tokio::time::timeout(Duration::from_secs(10), setting).await.unwrap().unwrap();
+        assert_eq!((aside.shard, aside.kind), (shard, AsideKind::Damaged));
+        assert_eq!(stores.open(&spec).unwrap().applied(), 0);
+    }
+
+    #[test]
+    fn damage_that_could_not_be_repaired_is_looked_at_again_in_a_minute() {
+        let day = Duration::from_secs(86_400);
+        assert_eq!(look_again(day, true), day);
+        assert_eq!(look_again(day, false), Duration::from_secs(60));
+        assert_eq!(look_again(Duration::from_secs(1), false), Duration::from_secs(1));
+    }
 
     #[test]
     fn a_copy_of_a_shard_that_is_elsewhere_goes_only_where_two_have_proved_the_same() {

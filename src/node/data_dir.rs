@@ -29,7 +29,7 @@ pub(crate) struct Identity {
 pub(crate) struct DataDir {
     path: PathBuf,
     /// Held as long as this value lives; the system lets go of it when the process dies.
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl DataDir {
@@ -48,13 +48,29 @@ impl DataDir {
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path.join(LOCK));
         let lock = lock.map_err(|e| unusable("it cannot be written", e))?;
         match lock.try_lock() {
-            Ok(()) => Ok(DataDir { path: path.to_owned(), _lock: lock }),
+            Ok(()) => Ok(DataDir { path: path.to_owned(), _lock: Some(lock) }),
             Err(TryLockError::WouldBlock) => Err(Error::Invalid(format!(
                 "data folder {} is in use by another process: stop it, or choose another with --data-dir",
                 path.display()
             ))),
             Err(TryLockError::Error(e)) => Err(unusable("it cannot be locked", e)),
         }
+    }
+
+    /// Locks a folder that is only to be read; `None` while another process uses it.
+    pub(crate) fn look(path: &Path) -> Option<Self> {
+        DataDir::open(path).ok().or_else(|| DataDir::look_without_writing(path))
+    }
+
+    /// The same on a disk that cannot be written, as failing ones often are mounted. No node can start there, and one that
+    /// runs since before holds the lock.
+    fn look_without_writing(path: &Path) -> Option<Self> {
+        let lock = match File::open(path.join(LOCK)) {
+            Ok(lock) => lock.try_lock().ok().map(|()| Some(lock))?,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(_) => return None,
+        };
+        Some(DataDir { path: path.to_owned(), _lock: lock })
     }
 
     pub(crate) fn stores(&self) -> PathBuf {
@@ -193,6 +209,21 @@ mod tests {
             format_version: 1,
             created_at: DateTime::UNIX_EPOCH,
         }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_read_unless_a_process_uses_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        assert!(DataDir::look_without_writing(path).is_some(), "no node has ever run here");
+        let node = DataDir::open(path).unwrap();
+        assert!(DataDir::look_without_writing(path).is_none());
+        assert!(DataDir::look(path).is_none());
+        drop(node);
+        let looking = DataDir::look_without_writing(path).unwrap();
+        assert!(DataDir::open(path).is_err(), "no node starts meanwhile");
+        drop(looking);
+        assert!(DataDir::look(path).is_some());
     }
 
     #[test]

@@ -213,9 +213,15 @@ impl Replicas {
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
             replica.close().await;
-            // Whoever still reads lets go of the store in time, and until then it cannot be opened.
+            // What was said of this replica is not true of the next one.
+            this.ctx.causes.withdraw("copy_not_mended", shard);
+            this.ctx.causes.withdraw("replica_behind", shard);
             if let Repair::SetAside(kind, why) = repair {
-                this.set_aside(shard, kind, &why).await;
+                // Should that take long, the leader hears that there is no copy here.
+                let slot =
+                    Slot::Opening { not_before: Duration::MAX, failing_since: Some(this.ctx.clock.now()) };
+                this.slots().insert(shard, slot);
+                copies::surely_set_aside(&this.ctx, &this.stores, shard, kind, &why).await;
             }
             this.slots().remove(&shard);
             this.reconcile();

@@ -57,6 +57,7 @@ impl Replica {
             caught_up: false,
             may_serve,
             failed: false,
+            wrong: false,
             late: false,
             lost: None,
             log_id: Uuid::nil(),

@@ -39,7 +39,7 @@ use crate::model::{SearchQuery, SearchResult, ShardId, VectorEntry};
 use ::redb::Database;
 use ::redb::ReadableDatabase;
 use aside::{Folder, meta_of};
-use file::{ShardFile, close, io_error};
+use file::{ShardFile, close, identity, io_error};
 use pending::{DurablePoint, Pending};
 use record::Meta;
 use scrub::Scrub;
@@ -127,12 +127,15 @@ impl RedbStores {
     /// Opens and reads a file; it is new if it has no meta record.
     fn open_file(&self, file: ShardFile, spec: &StoreSpec) -> Result<(Disk, Content)> {
         let database = file.open()?;
-        let disk = |database, file, meta: Meta| Disk {
+        // The file that has just taken the place of another one says so still.
+        let is_beside = file.path == self.folder.beside(spec.shard);
+        let disk = |database, file: ShardFile, meta: Meta| Disk {
             database: Some(database),
+            identity: identity(&file.path),
             file,
             flush: meta.flush,
             has_content: meta.applied > 0 || meta.vectors > 0,
-            beside: meta.replaces,
+            beside: meta.replaces.filter(|_| is_beside),
         };
         if let Some((content, meta)) = file.load(&database)? {
             return Ok((disk(database, file, meta), content));
@@ -147,29 +150,46 @@ impl RedbStores {
     }
 
     /// What a process left that died while a copy was being made beside the file: a complete one takes the file's
-    /// place, one in the making is gone on with, and any other goes. Says whether to go on with it.
+    /// place, one in the making is gone on with, and any other goes, or aside where it may be all that there is. Says
+    /// whether to go on with it.
+    ///
+    /// Each copy says which durable point of the file it is to replace. A file that is at another one has been gone on with
+    /// by a program that knows nothing of copies, and its log may have been cut by that.
     fn take_up(&self, spec: &StoreSpec) -> Result<bool> {
         let (main, beside) = (self.folder.main(spec.shard), self.folder.beside(spec.shard));
         if !beside.exists() {
             return Ok(false);
         }
-        let renamed = |e: std::io::Error| io_error("rename", &beside, &e);
-        match meta_of(&beside) {
-            Some(meta) if meta.shard != spec.shard => {
-                self.folder.set_aside(&beside, spec.shard, AsideKind::Foreign)?;
-                Ok(false)
-            }
-            Some(meta) if meta.applied > 0 || !main.exists() => {
-                if main.exists() {
+        let has_main = std::fs::symlink_metadata(&main).is_ok();
+        let aside = |kind| self.folder.set_aside(&beside, spec.shard, kind).map(|_| false);
+        let Some(meta) = meta_of(&beside) else {
+            return match has_main {
+                true => remove(&beside).map(|()| false),
+                false => aside(AsideKind::Damaged),
+            };
+        };
+        let of_another =
+            meta.cluster.is_some_and(|cluster| !spec.cluster.is_nil() && cluster != spec.cluster);
+        if meta.shard != spec.shard || of_another {
+            return aside(AsideKind::Foreign);
+        }
+        let is_complete = meta.applied > 0;
+        let still_there = match (meta_of(&main), meta.replaces) {
+            (Some(main), Some(replaces)) => main.flush == replaces,
+            // Before 0.3.0 was out, complete copies did not say.
+            (Some(_), None) => is_complete,
+            (None, _) => true,
+        };
+        match (is_complete, still_there) {
+            (true, false) => aside(AsideKind::Replaced),
+            (false, false) => remove(&beside).map(|()| false),
+            (false, true) if has_main => Ok(true),
+            (_, true) => {
+                if has_main {
                     self.folder.keep(&main, spec.shard, AsideKind::Replaced)?;
                 }
-                std::fs::rename(&beside, &main).map_err(renamed)?;
+                std::fs::rename(&beside, &main).map_err(|e| io_error("rename", &beside, &e))?;
                 self.folder.sync()?;
-                Ok(false)
-            }
-            Some(meta) if meta_of(&main).is_none_or(|main| meta.replaces == Some(main.flush)) => Ok(true),
-            _ => {
-                remove(&beside)?;
                 Ok(false)
             }
         }
@@ -291,6 +311,8 @@ struct Disk {
     file: ShardFile,
     /// Number of the last durable point.
     flush: u64,
+    /// Which file was opened, if the system can tell.
+    identity: Option<(u64, u64)>,
     /// The file holds something that must not go before there is something better.
     has_content: bool,
     /// `file` is a copy in the making, beside the one that it is to replace, which is at this durable point.
@@ -311,20 +333,36 @@ impl RedbStore {
     /// Writes everything pending. After an error it is all pending again.
     fn write_out(&self) -> Result<()> {
         let mut disk = self.disk.lock().map_err(|_| poisoned())?;
-        if self.pending()?.is_empty() {
-            return Ok(());
-        }
-        if self.pending()?.fresh && disk.has_content && disk.beside.is_none() {
-            self.begin_beside(&mut disk)?;
-        }
-        let database = match disk.database.take() {
-            Some(database) => database,
-            None => self.reopen(&mut disk)?,
-        };
-        let point = {
+        // Twice at most: other content may begin while the disk is made ready.
+        let (database, point) = loop {
+            {
+                let pending = self.pending()?;
+                if pending.is_empty() {
+                    return Ok(());
+                }
+                let begins = pending.fresh && disk.has_content && disk.beside.is_none();
+                drop(pending);
+                if begins {
+                    self.begin_beside(&mut disk)?;
+                }
+            }
+            let database = match disk.database.take() {
+                Some(database) => database,
+                None => self.reopen(&mut disk)?,
+            };
+            if identity(&disk.file.path) != disk.identity {
+                disk.database = Some(database);
+                return Err(disk
+                    .file
+                    .corrupt("it has disappeared while it was in use, or another file has taken its place"));
+            }
             let (mut pending, content) = (self.pending()?, self.content.read()?);
-            let meta = disk.file.meta(&content, disk.flush + 1, disk.beside.filter(|_| content.applied == 0));
-            DurablePoint::take(&mut pending, &content, &meta)?
+            if pending.fresh && disk.has_content && disk.beside.is_none() {
+                disk.database = Some(database);
+                continue;
+            }
+            let meta = disk.file.meta(&content, disk.flush + 1, disk.beside);
+            break (database, DurablePoint::take(&mut pending, &content, &meta)?);
         };
         if let Err(error) = disk.file.write(&database, &point) {
             close(Some(database));
@@ -359,6 +397,7 @@ impl RedbStore {
         let database = file.open()?;
         close(disk.database.replace(database));
         disk.beside = Some(disk.flush);
+        disk.identity = identity(&file.path);
         (disk.file, disk.flush, disk.has_content) = (file, 0, false);
         Ok(())
     }
@@ -384,6 +423,7 @@ impl RedbStore {
             self.pending()?.rewrite(&*self.content.read()?);
             disk.flush = flush;
         }
+        disk.identity = identity(&disk.file.path);
         Ok(database)
     }
 
@@ -402,7 +442,7 @@ impl RedbStore {
             }
             let mut all = Pending::default();
             all.rewrite(&content);
-            let point = DurablePoint::take(&mut all, &content, &file.meta(&content, 1, None))?;
+            let point = DurablePoint::take(&mut all, &content, &file.meta(&content, 1, disk.beside))?;
             *pending = Pending::default();
             point
         };
@@ -421,6 +461,7 @@ impl RedbStore {
             }
         };
         close(disk.database.replace(database));
+        disk.identity = identity(&file.path);
         (disk.file, disk.flush, disk.has_content) = (file, 1, point.applied > 0);
         Ok(point.applied)
     }

@@ -380,12 +380,14 @@ impl Replica {
     /// Changes the status; what the replica can do follows from it, in this one place.
     fn change(&self, change: impl FnOnce(&mut Status)) {
         let may_serve = *self.may_serve.borrow();
+        let wrong = matches!(self.repair(), Some(Repair::SetAside(..)));
         self.status.send_modify(|status| {
             change(status);
             let condition = Condition {
                 caught_up: status.caught_up,
                 may_serve,
                 failed: status.failed,
+                wrong,
                 late: status.late,
                 lost: status.lost,
                 log_id: status.log_id,
@@ -596,15 +598,27 @@ impl Replica {
         lock(&self.repair).clone()
     }
 
+    /// What has to be set aside is not to be opened again as it is.
     fn wants(&self, repair: Repair) {
-        lock(&self.repair).get_or_insert(repair);
+        let mut wanted = lock(&self.repair);
+        match (&*wanted, &repair) {
+            (None, _) | (Some(Repair::Reopen), Repair::SetAside(..)) => *wanted = Some(repair),
+            (Some(_), _) => {}
+        }
+    }
+
+    /// Whether it is being closed: whoever holds its store lets go of it.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.retiring.is_cancelled()
     }
 
     /// Something has failed that may be the store: looks whether it is, and does what helps.
     async fn mend(&self) {
         let store = self.store.clone();
         match blocking(move || store.digest().and_then(|_| store.flush())).await {
-            Err(Error::Corrupt(why)) => self.write_anew(&why).await,
+            Err(Error::Corrupt(why)) => {
+                self.write_anew(&why).await;
+            }
             Err(Error::Internal(why)) => {
                 self.open_again(&why).await;
             }
@@ -614,7 +628,8 @@ impl Replica {
 
     /// The disk does not have what was written to it: it gets another copy from memory, or, where that does not go,
     /// the store is opened again, which finds out what there is.
-    pub(crate) async fn write_anew(&self, why: &str) {
+    /// Says whether nothing is left to be done: otherwise it is to be tried again soon.
+    pub(crate) async fn write_anew(&self, why: &str) -> bool {
         let _mending = self.mending.lock().await;
         let (store, why) = (self.store.clone(), why.to_owned());
         // Somebody else may have done so while we waited: then all is well.
@@ -634,8 +649,12 @@ impl Replica {
                 let event = Event::new("shard.copy_damaged", text).shard(shard).node(&self.ctx.node);
                 self.ctx.event(event.with("reason", why)).await;
                 self.ctx.causes.withdraw("copy_not_mended", shard);
+                true
             }
-            Ok(false) => self.ctx.causes.withdraw("copy_not_mended", shard),
+            Ok(false) => {
+                self.ctx.causes.withdraw("copy_not_mended", shard);
+                true
+            }
             Err(error @ (Error::Full(_) | Error::Busy(_))) => {
                 let text = format!(
                     "its copy on {} is damaged on the disk, and cannot be written anew from memory: {error}",
@@ -643,9 +662,11 @@ impl Replica {
                 );
                 warn!(%shard, "{text}");
                 self.ctx.causes.raise("copy_not_mended", shard, Severity::Red, text);
+                false
             }
             Err(error) => {
                 self.open_again(&format!("{why}; {error}")).await;
+                true
             }
         }
     }

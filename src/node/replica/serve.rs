@@ -18,11 +18,10 @@ use crate::model::wire::{
 };
 use crate::model::{Consistency, OpId, SearchQuery};
 use crate::mutant::mutant;
-use crate::nats::bus::{Message, Subscriber, sender};
-use crate::nats::leave::leave;
+use crate::nats::bus::{Message, sender};
+use crate::nats::leave::{Member, leave};
 use crate::nats::log::LogInfo;
 use crate::nats::room::{IN_MEMORY, Room};
-use crate::nats::unavailable;
 use crate::node::lag::awake;
 use crate::node::places::{Places, Seat};
 use crate::store::Found;
@@ -107,39 +106,35 @@ impl Replica {
         }
     }
 
-    async fn subscribe(&self) -> Result<(Subscriber, Subscriber)> {
-        let client = &self.ctx.data.nats.client;
-        let group =
-            |verb| client.queue_subscribe(self.ctx.subjects.shard(self.shard, verb), QUEUE_GROUP.to_owned());
-        let writes = group("write").await.map_err(|e| unavailable("subscribing", e))?;
-        let reads = group("read").await.map_err(|e| unavailable("subscribing", e))?;
-        self.ctx.data.nats.sync().await?;
+    async fn subscribe(&self) -> Result<(Member, Member)> {
+        let nats = &self.ctx.data.nats;
+        let group = |verb| Member::join(nats, self.ctx.subjects.shard(self.shard, verb), QUEUE_GROUP);
+        let (writes, reads) = (group("write").await?, group("read").await?);
+        nats.sync().await?;
         Ok((writes, reads))
     }
 
     async fn serve_until_stopped(
         self: Arc<Self>,
-        mut writes: Subscriber,
-        mut reads: Subscriber,
+        mut writes: Member,
+        mut reads: Member,
         in_hand: &[Arc<Places>; 2],
     ) {
         let mut status = self.status.subscribe();
-        let (mut written, mut read) = (0, 0);
         loop {
-            let (verb, message, taken) = tokio::select! {
-                message = writes.next() => (Verb::Write, message, &mut written),
-                message = reads.next() => (Verb::Read, message, &mut read),
+            let (verb, message) = tokio::select! {
+                message = writes.next() => (Verb::Write, message),
+                message = reads.next() => (Verb::Read, message),
                 () = self.retiring.cancelled() => break,
                 _ = status.wait_for(|s| !s.serving) => break,
             };
             let Some(message) = message else { break };
-            *taken += 1;
             self.take(verb, message, in_hand).await;
         }
         // Leave the group, and finish what NATS hands over until then.
         let rest = async {
-            let writes = leave(writes, written).map(|message| (Verb::Write, message));
-            let reads = leave(reads, read).map(|message| (Verb::Read, message));
+            let writes = leave(writes).map(|message| (Verb::Write, message));
+            let reads = leave(reads).map(|message| (Verb::Read, message));
             let mut rest = std::pin::pin!(select(writes, reads));
             while let Some((verb, message)) = rest.next().await {
                 self.take(verb, message, in_hand).await;

@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 use tracing::warn;
 use uuid::Uuid;
 
-/// Copies of one shard that are kept aside. When there are more, one goes that is neither the newest nor the one with
-/// most intact entries.
+/// Copies of one shard that were damaged or replaced, and are kept aside. When there are more, one of those goes that is
+/// neither the newest nor the one with most intact entries. What does not belong to the shard is nobody's to delete.
 const MOST: usize = 4;
 
 /// The folder of a node's stores.
@@ -129,7 +129,7 @@ impl Folder {
     /// Keeps the number of a shard's copies within its bound.
     fn bound(&self, shard: ShardId, newest: &SetAside) {
         let Ok(asides) = self.asides() else { return };
-        let of_shard: Vec<SetAside> = asides.into_iter().filter(|aside| aside.shard == shard).collect();
+        let of_shard = bounded(asides, shard);
         if of_shard.len() <= MOST {
             return;
         }
@@ -223,6 +223,12 @@ fn intact_entries(path: &Path) -> u64 {
     walked.map_or(0, |_| intact)
 }
 
+/// Those whose number is bounded.
+fn bounded(asides: Vec<SetAside>, shard: ShardId) -> Vec<SetAside> {
+    let bounded = |aside: &SetAside| aside.shard == shard && aside.kind.is_superseded();
+    asides.into_iter().filter(bounded).collect()
+}
+
 /// Which of too many copies goes: the poorest of those that are neither the newest nor the best, and of equals the
 /// oldest. `intact` are their entries.
 fn surplus<'a>(asides: &'a [SetAside], intact: &[u64], newest: &SetAside) -> Option<&'a SetAside> {
@@ -262,6 +268,22 @@ mod tests {
         }
         let left: Vec<u64> = kept.iter().map(|(_, intact)| *intact).collect();
         assert_eq!(left, [900, 10, 11, 12]);
+    }
+
+    #[test]
+    fn what_does_not_belong_to_a_shard_is_never_one_too_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(dir.path().into());
+        for n in 1..=9 {
+            for kind in [AsideKind::Foreign, AsideKind::Misplaced, AsideKind::Damaged] {
+                std::fs::write(folder.main(ShardId(1)), format!("{n}")).unwrap();
+                folder.set_aside(&folder.main(ShardId(1)), ShardId(1), kind).unwrap().unwrap();
+            }
+        }
+        let asides = folder.asides().unwrap();
+        let of = |kind| asides.iter().filter(|aside| aside.kind == kind).count();
+        let found = (of(AsideKind::Foreign), of(AsideKind::Misplaced), of(AsideKind::Damaged));
+        assert_eq!(found, (9, 9, MOST));
     }
 
     #[test]

@@ -9,7 +9,16 @@ use std::sync::{Arc, Mutex};
 
 /// What all files of one factory lie on.
 #[derive(Debug, Default)]
-pub(super) struct Disk(Mutex<Option<Fault>>);
+pub(super) struct Disk(Mutex<Option<Fault>>, Mutex<Option<Then>>);
+
+/// Something that happens when a file is opened.
+struct Then(Box<dyn FnOnce() + Send>);
+
+impl std::fmt::Debug for Then {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Then")
+    }
+}
 
 #[derive(Debug)]
 struct Fault {
@@ -29,6 +38,11 @@ impl Disk {
         self.0.lock().unwrap().take().map_or(u64::MAX, |fault| fault.left)
     }
 
+    /// Does this the next time that a file is opened, before that returns.
+    pub(super) fn at_open(&self, then: impl FnOnce() + Send + 'static) {
+        *self.1.lock().unwrap() = Some(Then(Box::new(then)));
+    }
+
     fn change(&self) -> Result<(), Error> {
         match &mut *self.0.lock().unwrap() {
             None => Ok(()),
@@ -42,6 +56,10 @@ impl Disk {
 
     pub(super) fn open(self: &Arc<Self>, path: &Path) -> Result<Backend, ::redb::DatabaseError> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        let then = self.1.lock().unwrap().take();
+        if let Some(Then(then)) = then {
+            then();
+        }
         Ok(Backend { file: FileBackend::new(file)?, disk: Arc::clone(self) })
     }
 }

@@ -84,6 +84,8 @@ impl ShardFile {
                 let what = format!("it is at durable point {flush}, while {last_flush} was written last");
                 Err(self.corrupt(&what))
             }
+            // Its first durable point did not get to the disk.
+            None if last_flush == 0 => Ok((database, 0)),
             None => Err(self.corrupt("it has become empty while it was in use")),
         }
     }
@@ -247,6 +249,21 @@ impl ShardFile {
             | Redb::TableDoesNotExist(_) => self.corrupt(&error.to_string()),
             _ => Error::Unavailable(format!("cannot {doing} {}: {error}", self.path.display())),
         }
+    }
+}
+
+/// Which file has this name now, where the system can tell. One that was deleted or replaced lives on as long as it is
+/// open, and nobody ever finds it again.
+pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        None
     }
 }
 

@@ -40,8 +40,9 @@ pub(super) struct Meta {
     /// The cluster that it belongs to. Older programs do not write it: what they wrote is taken as ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) cluster: Option<Uuid>,
-    /// Of a copy that is being made: the durable point at which the file is that it is to replace. If that has gone on
-    /// since, by an older program that knows nothing of the copy, the copy counts for nothing.
+    /// Of a copy that is made beside the file: the durable point at which the file is that it is to replace. If that has
+    /// gone on since, by an older program that knows nothing of the copy, the copy counts for nothing. It stays there until
+    /// the first durable point after it has taken the file's place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) replaces: Option<u64>,
 }

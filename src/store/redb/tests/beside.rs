@@ -3,11 +3,13 @@
 use crate::error::Error;
 use crate::model::ShardId;
 use crate::store::conformance::{Model, batch, entry, redb_stores, spec, upsert};
-use crate::store::redb::RedbStores;
 use crate::store::redb::aside::meta_of;
+use crate::store::redb::{RedbOptions, RedbStores};
 use crate::store::{AsideKind, Batch, ShardStore, StoreFactory};
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 fn clear() -> Batch {
     Batch { clear: true, notes: vec![(9, Some(b"a copy begins".to_vec()))], ..Batch::default() }
@@ -123,4 +125,96 @@ fn a_copy_in_the_making_is_not_written_anew_over_what_is_there() {
         assert!(matches!(store.rewrite(), Err(Error::Unavailable(_))));
         assert_eq!(meta_of(&stores.path(ShardId(7))).unwrap().applied, old.applied);
     }
+}
+
+/// Between the look at what is pending and taking it, other content begins.
+#[test]
+fn other_content_that_begins_while_the_file_is_opened_again_does_not_empty_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = RedbOptions { durable_interval: Duration::MAX, ..RedbOptions::default() };
+    let stores = RedbStores::new(dir.path().into(), options);
+    let store = stores.open(&spec()).unwrap();
+    store.apply(batch(5, vec![upsert(entry("old", 1, 1))])).unwrap();
+    store.flush().unwrap();
+    // The next write fails, so the file has to be opened again.
+    store.apply(batch(6, vec![upsert(entry("old", 1, 2))])).unwrap();
+    stores.disk.fail_after(0, ErrorKind::Other);
+    assert!(store.flush().is_err());
+    stores.disk.heal();
+    let other = store.clone();
+    stores.disk.at_open(move || other.apply(clear()).unwrap());
+    store.flush().unwrap();
+    let main = meta_of(&stores.path(ShardId(7))).unwrap();
+    assert_eq!((main.applied, main.vectors), (5, 1), "what is there stays until the new copy is complete");
+    store.apply(batch(9, vec![upsert(entry("new", 2, 2))])).unwrap();
+    store.flush().unwrap();
+    assert_eq!(store.durable(), 9);
+    let complete = Model::of(&*store);
+    drop(store);
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), complete);
+}
+
+/// The first durable point of the new file finds no space: that is said, and passes.
+#[test]
+fn a_full_disk_does_not_make_a_copy_in_the_making_a_damaged_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut full = 0;
+    for left in 0..400 {
+        let dir = dir.path().join(left.to_string());
+        let stores = redb_stores(&dir);
+        let store = stores.open(&spec()).unwrap();
+        store.apply(batch(5, vec![upsert(entry("old", 1, 1))])).unwrap();
+        store.flush().unwrap();
+        store.apply(clear()).unwrap();
+        stores.disk.fail_after(left, ErrorKind::StorageFull);
+        let first = store.flush();
+        let second = store.flush();
+        stores.disk.heal();
+        for result in [&first, &second] {
+            assert!(matches!(result, Ok(()) | Err(Error::Full(_))), "{left}: {result:?}");
+        }
+        store.apply(batch(9, vec![upsert(entry("new", 2, 2))])).unwrap();
+        store.flush().unwrap();
+        assert_eq!(store.durable(), 9, "{left}");
+        full += u32::from(first.is_err());
+        if first.is_ok() {
+            break;
+        }
+    }
+    assert!((1..400).contains(&full), "{full}");
+}
+
+/// As when a process dies before the rename, and a program that knows nothing of copies goes on for a while.
+#[test]
+fn a_complete_copy_does_not_take_the_place_of_a_file_that_an_older_program_has_gone_on_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, _) = begun(dir.path(), 2);
+    store.apply(batch(9, vec![])).unwrap();
+    store.flush().unwrap();
+    drop(store);
+    let (main, beside) = (stores.path(ShardId(7)), dir.path().join("shard-00007.redb.new"));
+    let copy = std::fs::read(&main).unwrap();
+    let aside = &stores.asides().unwrap()[0];
+    std::fs::rename(dir.path().join(&aside.name), &main).unwrap();
+    let store = stores.open(&spec()).unwrap();
+    store.apply(batch(2_000, vec![upsert(entry("later", 3, 3))])).unwrap();
+    store.flush().unwrap();
+    let gone_on = Model::of(&*store);
+    drop(store);
+    std::fs::write(&beside, copy).unwrap();
+    assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), gone_on);
+    let asides = stores.asides().unwrap();
+    assert!(matches!(&asides[..], [one] if one.kind == AsideKind::Replaced), "it is kept: {asides:?}");
+}
+
+#[test]
+fn a_copy_without_a_file_beside_it_is_never_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, _) = begun(dir.path(), 2);
+    drop(store);
+    std::fs::remove_file(stores.path(ShardId(7))).unwrap();
+    std::fs::write(dir.path().join("shard-00007.redb.new"), "nobody can read this").unwrap();
+    assert_eq!(stores.open(&spec()).unwrap().applied(), 0);
+    let asides = stores.asides().unwrap();
+    assert!(matches!(&asides[..], [one] if one.kind == AsideKind::Damaged), "{asides:?}");
 }

@@ -304,3 +304,32 @@ fn a_pass_over_the_disk_ends_when_it_is_told_to() {
     });
     assert_eq!((stopped, calls), (Ok(()), 1));
 }
+
+/// Writing goes on in a file that nobody will ever find again: it is noticed at the next durable point.
+#[cfg(unix)]
+#[test]
+fn a_file_that_is_deleted_or_replaced_under_a_store_is_noticed_and_written_anew() {
+    for replaced in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let stores = redb_stores(dir.path());
+        let store = stores.open(&spec()).unwrap();
+        store.apply(batch(5, vec![upsert(entry("a", 1, 1))])).unwrap();
+        store.flush().unwrap();
+        let main = stores.path(ShardId(7));
+        let other = dir.path().join("backup");
+        std::fs::copy(&main, &other).unwrap();
+        std::fs::remove_file(&main).unwrap();
+        if replaced {
+            std::fs::rename(&other, &main).unwrap();
+        }
+        store.apply(batch(6, vec![upsert(entry("b", 2, 2))])).unwrap();
+        assert!(matches!(store.flush(), Err(Error::Corrupt(_))), "replaced: {replaced}");
+        assert_eq!(store.durable(), 5);
+        store.rewrite().unwrap();
+        store.flush().unwrap();
+        assert_eq!(store.durable(), 6);
+        let all = Model::of(&*store);
+        drop(store);
+        assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), all);
+    }
+}
