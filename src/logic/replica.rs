@@ -76,6 +76,8 @@ pub(crate) struct Peers {
     pub(crate) differs: bool,
     /// One of them is away: it has said nothing, and is not waited for where a live one decides.
     pub(crate) away: bool,
+    /// One of them has nothing: what it had may be set aside there.
+    pub(crate) bare: bool,
 }
 
 impl Peers {
@@ -88,12 +90,14 @@ impl Peers {
         held: Vec::new(),
         differs: false,
         away: false,
+        bare: false,
     };
 
     /// Takes in one answer about a replica.
     pub(crate) fn said(&mut self, report: Option<&ReplicaReport>, log_id: Uuid) {
         self.all_have_said &= report.is_some_and(ReplicaReport::is_settled);
         self.empty &= report.is_some_and(|report| report.applied == 0);
+        self.bare |= report.is_none_or(|report| report.applied == 0);
         if let Some(report) = report.filter(|report| report.log_id == log_id) {
             self.applied = self.applied.max(Some(report.applied));
             self.lost |= report.state == ReplicaState::LogLost;
@@ -319,13 +323,13 @@ pub(crate) fn course_beside(
 /// other would wait for ever; what nobody has applied was not acknowledged. So the log is lost, and is built anew
 /// behind what the most advanced replica has. A holder that is silent may have it, also one that is away for long: it is
 /// waited for until it is back or forgotten. (What is here may be a backup of old times, and the entries between be on that
-/// one's disk.)
+/// one's disk.) One that has nothing may have set a damaged copy aside that has it: then an operator is asked.
 pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
     let known = held.applied.max(peers.applied.unwrap_or(0));
     let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);
     match (course, first) {
         (Course::Snapshot, Some(first))
-            if held.applied > 0 && peers.all_have_said && !peers.away && known + 1 < first =>
+            if held.applied > 0 && peers.all_have_said && !peers.away && !peers.bare && known + 1 < first =>
         {
             Course::LogLost(format!("the log begins at {first}, no replica has more than up to {known}"))
         }
@@ -422,6 +426,10 @@ mod tests {
         let mut away = peers(12);
         away.silent(false, false);
         assert_eq!(over(log(A, 14, 20), away), Course::Snapshot, "who is away for long may have it, too");
+        let mut bare = peers(12);
+        bare.said(Some(&report(ReplicaState::Recovering, 0, None)), A);
+        assert!(bare.all_have_said);
+        assert_eq!(over(log(A, 14, 20), bare), Course::Snapshot, "what it has set aside may have it");
         assert_eq!(over(log(B, 14, 20), peers(12)), Course::Snapshot, "another log");
         assert_eq!(course_over_gap(Course::Follow, &held, log(A, 11, 20), &peers(12)), Course::Follow);
     }

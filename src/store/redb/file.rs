@@ -133,7 +133,10 @@ impl ShardFile {
     /// holds either everything of this durable point or nothing.
     pub(super) fn write(&self, database: &Database, point: &DurablePoint) -> Result<()> {
         let write = || -> Result<(), ::redb::Error> {
-            let transaction = database.begin_write()?;
+            let mut transaction = database.begin_write()?;
+            // With one phase, redb takes damage of the last durable point for a crash that has torn it, and opens the one
+            // before as if it were all there was.
+            transaction.set_two_phase_commit(true);
             if point.pending.cleared {
                 transaction.delete_table(ENTRIES)?;
                 transaction.delete_table(NOTES)?;

@@ -87,6 +87,42 @@ fn a_damaged_byte_anywhere_is_found_out_or_makes_no_difference() {
     assert!(found_out > 10, "{found_out}");
 }
 
+/// After a `kill -9` the file is repaired when it is opened. A damaged place must not turn it into what it was a durable
+/// point before: nobody would know that something is missing.
+#[test]
+fn a_damaged_byte_after_a_crash_does_not_bring_an_older_state_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, _) = filled(dir.path());
+    let store = stores.open(&spec()).unwrap();
+    let applied = store.applied();
+    for n in 1..4 {
+        store.apply(batch(applied + n, vec![upsert(entry(&format!("newest-{n}"), 1, 2))])).unwrap();
+        store.flush().unwrap();
+    }
+    let model = Model::of(&*store);
+    // What the disk holds when the process ends here.
+    let crashed = std::fs::read(stores.path(ShardId(7))).unwrap();
+    drop(store);
+    std::fs::write(stores.path(ShardId(7)), &crashed).unwrap();
+    assert_eq!(open(&stores).unwrap(), model);
+    let newest = (0..crashed.len()).filter(|at| crashed[*at..].starts_with(b"newest-"));
+    let header = 0..320;
+    let (mut random, mut found_out) = (Random(22), 0);
+    for at in header.chain(newest) {
+        let mut damaged = crashed.clone();
+        damaged[at] ^= 1 << random.below(8);
+        std::fs::write(stores.path(ShardId(7)), &damaged).unwrap();
+        match open(&stores) {
+            Ok(read) => assert!(read == model, "byte {at}: {} instead of {}", read.applied, model.applied),
+            Err(error) => {
+                assert!(matches!(error, Error::Corrupt(_)), "byte {at}: {error}");
+                found_out += 1;
+            }
+        }
+    }
+    assert!(found_out > 10, "{found_out}");
+}
+
 /// Changes a table behind the store's back, so that redb's own checksums are right.
 fn tamper(stores: &RedbStores, change: impl FnOnce(&mut ::redb::Table<&str, &[u8]>)) {
     let database = Database::open(stores.path(ShardId(7))).unwrap();
