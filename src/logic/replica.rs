@@ -396,6 +396,24 @@ mod tests {
         Ordered { log_id, log_first_seq, log_base: None }
     }
 
+    /// The others are told so: one that waits for it would wait for ever.
+    #[test]
+    fn one_that_is_late_could_serve_and_one_whose_store_has_failed_could_not() {
+        let serving = Condition {
+            caught_up: true,
+            may_serve: true,
+            failed: false,
+            wrong: false,
+            late: false,
+            lost: None,
+            log_id: A,
+        };
+        let late = Condition { late: true, ..serving };
+        assert_eq!((serving.could_serve(), late.serves(), late.could_serve()), (true, false, true));
+        assert!(!Condition { failed: true, ..serving }.could_serve());
+        assert!(!Condition { caught_up: false, ..late }.could_serve());
+    }
+
     /// Until it is closed it goes on to apply what its log brings, and may well have all of that.
     #[test]
     fn a_replica_that_is_known_to_be_wrong_does_not_serve_whatever_it_applies() {

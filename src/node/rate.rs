@@ -107,6 +107,15 @@ mod tests {
         assert_eq!(state.take(Duration::from_secs(1), usize::MAX), Duration::ZERO);
     }
 
+    #[test]
+    fn what_is_read_at_a_time_is_paid_for_soon() {
+        let portion = |rate| RateLimit::new(Clock::start(), rate).portion(8 << 20);
+        assert_eq!(portion(None), 8 << 20);
+        assert_eq!(portion(Some(1 << 30)), 8 << 20);
+        assert_eq!(portion(Some(400_000)), 100_000, "8 MiB would take 21 s, and the reader is given up");
+        assert_eq!(portion(Some(1)), 1);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_waits_under_a_low_rate_goes_on_when_it_is_raised() {
         let limit = std::sync::Arc::new(RateLimit::new(Clock::start(), Some(1)));
