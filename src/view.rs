@@ -611,8 +611,20 @@ impl Follow {
                 () = self.stop.cancelled() => return,
                 ended = self.watch_once(&mut failures) => ended,
             };
-            if let Err(error) = ended {
-                debug!(part = ?self.part, "{error}");
+            match ended {
+                // Nodes make it again, and say so.
+                Ok(()) | Err(Error::NotFound(_)) => {}
+                Err(error) => {
+                    debug!(part = ?self.part, "{error}");
+                    if self.nats.is_connected() {
+                        let reason = if matches!(error, Error::Invalid(_)) {
+                            Reason::Denied
+                        } else {
+                            Reason::NoAnswer
+                        };
+                        self.nats.trouble.failed(&self.bucket.watch_name(), Asking::Read, reason, &error);
+                    }
+                }
             }
             failures += 1;
             tokio::select! {
@@ -631,7 +643,6 @@ impl Follow {
             Err(error @ Error::Busy(_)) => return self.look_now_and_then(error, failures).await,
             watch => watch?,
         };
-        self.nats.trouble.worked(&self.bucket.watch_name(), Asking::Read);
         self.change(|view| view.begin(self.part));
         let mut connected = self.nats.connected();
         connected.mark_unchanged();
@@ -642,12 +653,8 @@ impl Follow {
         loop {
             if watch.current && !listed {
                 (*failures, listed) = (0, true);
-                self.change(|view| view.listed(self.part));
-                self.views.synced.send_if_modified(|parts| {
-                    let before = *parts;
-                    *parts |= 1 << self.part as u8;
-                    *parts != before
-                });
+                self.nats.trouble.worked(&self.bucket.watch_name(), Asking::Read);
+                self.listed();
             }
             tokio::select! {
                 change = watch.next() => if let Some(change) = change? {
@@ -715,16 +722,21 @@ impl Follow {
             for change in found.values() {
                 self.take(change);
             }
-            self.change(|view| view.listed(self.part));
+            self.listed();
             *failures = 0;
-            self.views.synced.send_if_modified(|parts| {
-                let before = *parts;
-                *parts |= 1 << self.part as u8;
-                *parts != before
-            });
             tokio::time::sleep(LOOK).await;
         }
         Ok(())
+    }
+
+    /// All that the bucket has is in the view.
+    fn listed(&self) {
+        self.change(|view| view.listed(self.part));
+        self.views.synced.send_if_modified(|parts| {
+            let before = *parts;
+            *parts |= 1 << self.part as u8;
+            *parts != before
+        });
     }
 
     fn take(&self, change: &Change) {

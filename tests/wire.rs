@@ -117,6 +117,7 @@ fn what_nodes_say_of_themselves() {
             node: "n1".into(),
             instance: id(1),
             sent_at: at(1),
+            part: None,
             shards: vec![ReplicaLoad {
                 shard: ShardId(3),
                 state: ReplicaState::Serving,

@@ -163,7 +163,7 @@ async fn run(cli: Cli) -> crate::Result<Exit> {
     match command {
         Command::Demo(args) => demo::run(&global, args).await,
         Command::Dev(args) => dev::run(&global, args).await,
-        Command::Node(args) => node::run(&global, *args).await,
+        Command::Node(args) => Box::pin(node::run(&global, *args)).await,
         Command::Status => status::run(&global).await,
         Command::Nodes(command) => nodes::run(&global, command).await,
         Command::Shards(command) => shards::run(&global, command).await,

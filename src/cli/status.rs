@@ -27,7 +27,8 @@ fn screen(namespace: &str, settings: &ClusterRecord, status: &StatusReply) -> St
     let (tone, meaning) = match status.status {
         HealthStatus::Green => (Tone::Good, "every shard has all its replicas"),
         HealthStatus::Yellow => (Tone::Warn, "every shard serves, but something is missing or wrong"),
-        HealthStatus::Red => (Tone::Bad, "shards that serve nowhere"),
+        HealthStatus::Red if status.shards.offline > 0 => (Tone::Bad, "shards that serve nowhere"),
+        HealthStatus::Red => (Tone::Bad, "requests fail: see the warnings"),
     };
     let (nodes, shards) = (status.nodes, status.shards);
     let ok = |good: bool, otherwise: Tone| if good { Tone::Good } else { otherwise };
@@ -146,6 +147,13 @@ mod tests {
         ] {
             assert!(text.contains(words), "{words:?} is missing in:\n{text}");
         }
+    }
+
+    #[test]
+    fn red_says_that_shards_serve_nowhere_only_if_some_do() {
+        let text = |offline| screen("ruvector", &settings(), &status(HealthStatus::Red, 0, offline));
+        assert!(text(1).contains("red: shards that serve nowhere"));
+        assert!(text(0).contains("red: requests fail: see the warnings"));
     }
 
     #[test]

@@ -20,13 +20,20 @@ const QUOTED: usize = 3;
 async fn causes(nats: &Nats, subjects: &Subjects) -> Vec<Cause> {
     let Ok(heartbeats) = nats.client.subscribe(subjects.heartbeat()).await else { return Vec::new() };
     let mut heard: BTreeMap<String, Vec<Cause>> = BTreeMap::new();
-    let mut heartbeats = std::pin::pin!(heartbeats.take_until(tokio::time::sleep(LISTEN)));
-    while let Some(message) = heartbeats.next().await {
-        let Ok(heartbeat) = serde_json::from_slice::<Heartbeat>(&message.payload) else { continue };
-        if heard.len() < NODES || heard.contains_key(&heartbeat.node) {
-            let causes = heartbeat.causes.into_iter().take(MOST_CAUSES).map(Cause::bounded);
-            heard.insert(heartbeat.node, causes.collect());
+    let listening = async {
+        let mut heartbeats = std::pin::pin!(heartbeats.take_until(tokio::time::sleep(LISTEN)));
+        while let Some(message) = heartbeats.next().await {
+            let Ok(heartbeat) = serde_json::from_slice::<Heartbeat>(&message.payload) else { continue };
+            if heard.len() < NODES || heard.contains_key(&heartbeat.node) {
+                let causes = heartbeat.causes.into_iter().take(MOST_CAUSES).map(Cause::bounded);
+                heard.insert(heartbeat.node, causes.collect());
+            }
         }
+    };
+    // Clients need not be permitted to listen: that is no trouble of theirs.
+    let about = format!("\"{}\"", subjects.heartbeat());
+    if nats.unless_denied(&[&about], listening).await.is_err() {
+        return Vec::new();
     }
     let mut all: Vec<Cause> = heard.into_values().flatten().collect();
     all.sort_by_key(|cause| std::cmp::Reverse(cause.severity));

@@ -163,7 +163,7 @@ impl Client {
                 Ok(Some(found)) => found,
                 Ok(None) | Err(_) => {
                     let error = error.context("the cluster's settings cannot be read");
-                    return Err(nats.permitted(heard::explained(error, &nats, &subjects).await));
+                    return Err(heard::explained(nats.permitted(error), &nats, &subjects).await);
                 }
             },
         };
@@ -178,7 +178,7 @@ impl Client {
             // Watches need JetStream's majority; what any of its servers has is enough for reads, and the watches go on.
             let shards = (0..cluster.num_shards).map(ShardId);
             if !views.fill_from_any(&buckets, shards).await {
-                return Err(nats.permitted(heard::explained(error, &nats, &subjects).await));
+                return Err(heard::explained(nats.permitted(error), &nats, &subjects).await);
             }
         }
         let mut client = Client::inside(Bus::new(&nats, "client"), subjects, views, cluster, router);

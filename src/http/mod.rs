@@ -1,5 +1,7 @@
 //! `/livez`, `/readyz` and `/metrics` on the node's address.
 
+mod listener;
+
 use crate::error::{Error, Result};
 use crate::node::Node;
 use axum::Router;
@@ -7,6 +9,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use listener::Bounded;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::net::TcpListener;
@@ -32,7 +35,9 @@ pub(crate) fn serve(listener: TcpListener, node: Arc<Node>) -> impl Future<Outpu
         .route("/metrics", get(metrics))
         .with_state(node);
     async move {
-        if let Err(error) = axum::serve(listener, app).with_graceful_shutdown(stop.cancelled_owned()).await {
+        if let Err(error) =
+            axum::serve(Bounded::new(listener), app).with_graceful_shutdown(stop.cancelled_owned()).await
+        {
             tracing::warn!("the HTTP server ended: {error}");
         }
     }

@@ -16,9 +16,12 @@ use std::time::Duration;
 pub(crate) const LASTING: Duration = Duration::from_secs(2);
 /// And after so many failures.
 const TRIES: u32 = 3;
-/// A step that has not been tried again for so long is not under way any more; a leader tries everything once a second.
+/// A step that has not been tried again for so long is not under way any more.
 const LAPSE: Duration = Duration::from_secs(30);
+/// A leader tries everything in each of its rounds: what it has not tried for so long, and not in its last whole round, is
+/// over. By time alone a slow JetStream, which makes rounds long, would hide what it causes.
 const LEADERS_LAPSE: Duration = Duration::from_secs(8);
+const ROUNDS: u64 = 2;
 /// What has been gone for so long has ended.
 const HOLD: Duration = Duration::from_secs(10);
 /// Reasons that are kept at a time; further ones are counted.
@@ -50,6 +53,9 @@ pub(crate) enum Scope {
 
 type Key = (Scope, &'static str, Subject);
 
+/// The time, and the leader's round.
+type Now = (Duration, u64);
+
 #[derive(Debug, Clone)]
 struct Entry {
     severity: Severity,
@@ -62,18 +68,21 @@ struct Entry {
     tries: u32,
     /// It is a step that is tried again, not a state; then it lapses after so long.
     lapse: Option<Duration>,
+    /// The leader's round in which it was tried last; `None`: it is not a leader's.
+    round: Option<u64>,
     gone: Option<Duration>,
     said: Option<Severity>,
 }
 
 impl Entry {
-    fn is_shown(&self, now: Duration) -> bool {
+    fn is_shown(&self, (now, round): Now) -> bool {
         let lasts = self.tries >= TRIES && now.saturating_sub(self.first) >= LASTING;
-        self.gone.is_none() && (self.lapse.is_none() || (lasts && !self.has_lapsed(now)))
+        self.gone.is_none() && (self.lapse.is_none() || (lasts && !self.has_lapsed((now, round))))
     }
 
-    fn has_lapsed(&self, now: Duration) -> bool {
-        self.lapse.is_some_and(|lapse| now.saturating_sub(self.last) >= lapse)
+    fn has_lapsed(&self, (now, round): Now) -> bool {
+        let late = self.lapse.is_some_and(|lapse| now.saturating_sub(self.last) >= lapse);
+        late && self.round.is_none_or(|tried| round.saturating_sub(tried) >= ROUNDS)
     }
 }
 
@@ -91,11 +100,18 @@ pub(crate) struct Registry {
     entries: BTreeMap<Key, Entry>,
     /// Reasons that did not fit.
     refused: u64,
+    /// Of the leader.
+    round: u64,
 }
 
 impl Registry {
     pub(crate) fn new(node: &str) -> Self {
-        Registry { node: node.to_owned(), entries: BTreeMap::new(), refused: 0 }
+        Registry { node: node.to_owned(), entries: BTreeMap::new(), refused: 0, round: 0 }
+    }
+
+    /// The leader begins to try everything once more.
+    pub(crate) fn begin_round(&mut self) {
+        self.round += 1;
     }
 
     /// Notes a reason, or that it still holds.
@@ -109,18 +125,21 @@ impl Registry {
     ) {
         let text = shortened_to(text, MOST_TEXT);
         let lapse = retried.then_some(if key.0 == Scope::Leader { LEADERS_LAPSE } else { LAPSE });
+        let (round, at) = ((key.0 == Scope::Leader).then_some(self.round), (now, self.round));
         if let Some(entry) = self.entries.get_mut(&key) {
-            if entry.gone.take().is_some() || entry.has_lapsed(now) {
+            if entry.gone.take().is_some() || entry.has_lapsed(at) {
                 (entry.first, entry.tries, entry.lapse) = (now, 0, lapse);
             }
             entry.tries = entry.tries.saturating_add(1);
             entry.lapse = entry.lapse.and(lapse);
-            (entry.severity, entry.text, entry.last) = (severity, text, now);
+            (entry.severity, entry.text, entry.last, entry.round) = (severity, text, now, round);
             return;
         }
         if self.entries.len() >= MOST {
             self.refused += 1;
-            return;
+            if !self.make_place(&key, severity) {
+                return;
+            }
         }
         let entry = Entry {
             severity,
@@ -130,10 +149,25 @@ impl Registry {
             last: now,
             tries: 1,
             lapse,
+            round,
             gone: None,
             said: None,
         };
         self.entries.insert(key, entry);
+    }
+
+    /// Takes the place of a yellow reason of one shard for one that says more; of the last shards, which look alike.
+    fn make_place(&mut self, key: &Key, severity: Severity) -> bool {
+        if severity != Severity::Red && matches!(key.2, Subject::Shard(_)) {
+            return false;
+        }
+        let is_less = |(key, entry): &(&Key, &Entry)| {
+            entry.severity == Severity::Yellow && matches!(key.2, Subject::Shard(_))
+        };
+        let Some(less) = self.entries.iter().rev().find(is_less).map(|(key, _)| key.clone()) else {
+            return false;
+        };
+        self.entries.remove(&less).is_some()
     }
 
     /// Notes that all reasons of these keys are no more.
@@ -148,8 +182,9 @@ impl Registry {
 
     /// What is to be said now.
     pub(crate) fn poll(&mut self, now: Duration) -> Vec<Said> {
+        let at = (now, self.round);
         for entry in self.entries.values_mut().filter(|entry| entry.gone.is_none()) {
-            if entry.has_lapsed(now) {
+            if entry.has_lapsed(at) {
                 entry.gone = Some(now);
             }
         }
@@ -158,7 +193,7 @@ impl Registry {
         let mut said: Vec<Said> =
             self.fold(over).into_iter().map(|cause| Said { raised: false, cause }).collect();
         self.entries.retain(|_, entry| !(ended(entry) || (entry.gone.is_some() && entry.said.is_none())));
-        let is_new = |entry: &Entry| entry.is_shown(now) && entry.said.is_none_or(|s| s < entry.severity);
+        let is_new = |entry: &Entry| entry.is_shown(at) && entry.said.is_none_or(|s| s < entry.severity);
         let begun = self.entries.iter().filter(|(_, entry)| is_new(entry));
         said.extend(self.fold(begun).into_iter().map(|cause| Said { raised: true, cause }));
         for entry in self.entries.values_mut().filter(|entry| is_new(entry)) {
@@ -169,7 +204,7 @@ impl Registry {
 
     /// All that hold now, those of one kind as one; red ones first.
     pub(crate) fn shown(&self, now: Duration) -> Vec<Cause> {
-        self.fold(self.entries.iter().filter(|(_, entry)| entry.is_shown(now)))
+        self.fold(self.entries.iter().filter(|(_, entry)| entry.is_shown((now, self.round))))
     }
 
     /// The same for a heartbeat: bounded, and how many kinds are left out.
@@ -186,7 +221,20 @@ impl Registry {
             Subject::Shard(of) => *of == shard,
             Subject::Node | Subject::Named(_) => true,
         };
-        let found = self.entries.iter().filter(|((_, _, s), entry)| about(s) && entry.is_shown(now));
+        self.found(now, |(_, _, subject)| about(subject))
+    }
+
+    /// Why this node cannot do what is asked of a shard here: of the shard, or of the whole node. Neither what a leader
+    /// knows of others, nor what some other stream or connection does.
+    pub(crate) fn of_request(&self, now: Duration, shard: ShardId) -> Vec<Cause> {
+        self.found(now, |(scope, _, subject)| {
+            *scope == Scope::Node && (*subject == Subject::Shard(shard) || *subject == Subject::Node)
+        })
+    }
+
+    fn found(&self, now: Duration, wanted: impl Fn(&Key) -> bool) -> Vec<Cause> {
+        let at = (now, self.round);
+        let found = self.entries.iter().filter(|(key, entry)| wanted(key) && entry.is_shown(at));
         let mut found: Vec<Cause> = found.map(|(key, entry)| self.cause(key, entry)).collect();
         found.sort_by_key(|cause| (std::cmp::Reverse(cause.severity), cause.shard.is_none()));
         found
@@ -195,14 +243,15 @@ impl Registry {
     /// The first reason of this node itself that is red.
     pub(crate) fn worst(&self, now: Duration) -> Option<Cause> {
         let own = self.entries.iter().filter(|((scope, ..), _)| *scope == Scope::Node);
-        let shown = own.filter(|(_, entry)| entry.is_shown(now));
+        let shown = own.filter(|(_, entry)| entry.is_shown((now, self.round)));
         self.fold(shown).into_iter().find(|cause| cause.severity == Severity::Red)
     }
 
     /// How many there are of each kind, and how many did not fit.
     pub(crate) fn counts(&self, now: Duration) -> (BTreeMap<&'static str, i64>, u64) {
         let mut counts = BTreeMap::new();
-        for ((_, kind, _), _) in self.entries.iter().filter(|(_, entry)| entry.is_shown(now)) {
+        let at = (now, self.round);
+        for ((_, kind, _), _) in self.entries.iter().filter(|(_, entry)| entry.is_shown(at)) {
             *counts.entry(*kind).or_default() += 1;
         }
         (counts, self.refused)
@@ -333,6 +382,55 @@ mod tests {
         assert_eq!((registry.entries.len(), registry.counts(S).1), (MOST, 5_000 - MOST as u64));
         let (told, more) = registry.told(S);
         assert_eq!((told.len(), more, told[0].shards.len()), (1, 0, MOST_SHARDS));
+    }
+
+    #[test]
+    fn what_a_leader_tries_in_each_of_its_long_rounds_is_a_cause() {
+        let mut registry = Registry::new("n1");
+        let key = || (Scope::Leader, "log_not_created", Subject::Shard(ShardId(1)));
+        for at in [0, 12, 24] {
+            registry.begin_round();
+            raise(&mut registry, at * S, key(), Severity::Red, true);
+        }
+        assert_eq!(registry.shown(24 * S).len(), 1);
+        assert_eq!(registry.shown(35 * S).len(), 1, "the round goes on");
+        registry.begin_round();
+        assert_eq!(registry.shown(36 * S).len(), 1, "it may be tried yet");
+        registry.begin_round();
+        assert_eq!(registry.shown(36 * S), [], "a whole round did not try it");
+        assert_eq!(registry.poll(36 * S).len(), 0, "nobody was told");
+    }
+
+    #[test]
+    fn what_is_red_or_of_the_whole_node_finds_a_place_among_yellow_shards() {
+        let mut registry = Registry::new("n1");
+        let behind = |n| (Scope::Node, "replica_behind", Subject::Shard(ShardId(n)));
+        for n in 0..4_000 {
+            raise(&mut registry, S, behind(n), Severity::Yellow, false);
+        }
+        raise(&mut registry, S, (Scope::Node, "disk_full", Subject::Node), Severity::Red, false);
+        raise(&mut registry, S, (Scope::Node, "clock", Subject::Node), Severity::Yellow, false);
+        raise(&mut registry, S, shard(1), Severity::Red, false);
+        let kinds: Vec<_> = registry.shown(S).into_iter().map(|cause| cause.kind).collect();
+        assert_eq!(kinds, ["disk_full", "log_full", "clock", "replica_behind"]);
+        assert_eq!(registry.entries.len(), MOST);
+        assert!(registry.worst(S).is_some());
+    }
+
+    #[test]
+    fn a_writer_is_told_of_its_shard_and_the_node_and_of_nothing_else() {
+        let mut registry = Registry::new("n1");
+        let bulk = (Scope::Node, "nats_disconnected", Subject::Named("bulk".into()));
+        raise(&mut registry, S, bulk, Severity::Red, false);
+        raise(&mut registry, S, (Scope::Leader, "a", Subject::Node), Severity::Red, false);
+        raise(&mut registry, S, (Scope::Leader, "b", Subject::Shard(ShardId(1))), Severity::Red, false);
+        raise(&mut registry, S, shard(2), Severity::Red, false);
+        assert_eq!(registry.of_request(S, ShardId(1)), []);
+        raise(&mut registry, S, shard(1), Severity::Red, false);
+        raise(&mut registry, S, (Scope::Node, "disk_full", Subject::Node), Severity::Red, false);
+        let kinds: Vec<_> = registry.of_request(S, ShardId(1)).into_iter().map(|c| c.kind).collect();
+        assert_eq!(kinds, ["log_full", "disk_full"]);
+        assert_eq!(registry.of_shard(S, ShardId(1)).len(), 5);
     }
 
     #[test]

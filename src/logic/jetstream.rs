@@ -21,13 +21,23 @@ pub(crate) enum Failure {
     NoQuorum,
     /// There is no consumer to be had.
     NoConsumer,
+    /// NATS does not permit it.
+    Denied,
     /// No answer.
     Silence,
 }
 
 /// The kinds of cause that are found here.
-pub(crate) const KINDS: [&str; 5] =
-    ["log_full", "jetstream_full", "jetstream_no_quorum", "jetstream_no_answer", "jetstream_no_consumer"];
+pub(crate) const KINDS: [&str; 6] = [
+    "log_full",
+    "jetstream_full",
+    "jetstream_no_quorum",
+    "jetstream_no_answer",
+    "jetstream_no_consumer",
+    NOT_PERMITTED,
+];
+/// NATS does not permit something that this node does.
+pub(crate) const NOT_PERMITTED: &str = "nats_not_permitted";
 
 /// The cause of one failing stream, if it is one yet. `of`: the shard whose log it is, or the bucket.
 pub(crate) fn cause(
@@ -46,16 +56,31 @@ pub(crate) fn cause(
         Failure::NoQuorum => (KINDS[2], slow),
         Failure::Silence => (KINDS[3], slow),
         Failure::NoConsumer => (KINDS[4], Some(Severity::Yellow)),
+        Failure::Denied => (NOT_PERMITTED, Some(Severity::Red)),
     };
     Some((kind, of, severity?))
 }
 
-/// Which logs to try, of those that this node coordinates: all that fail, and one more in turn that nobody has written
-/// to since the last look. A cluster in which nothing happens finds out, too.
-pub(crate) fn to_try(failing: &[ShardId], quiet: &[ShardId], turn: usize, most: usize) -> Vec<ShardId> {
-    let mut chosen: Vec<ShardId> = failing.iter().copied().take(most).collect();
+/// How often each kind of log was tried before.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Turns {
+    pub(crate) failing: usize,
+    pub(crate) quiet: usize,
+}
+
+/// How bad it is that a connection is away: servers restart one after the other.
+pub(crate) fn away(since: Duration) -> Severity {
+    if since >= SLOW { Severity::Red } else { Severity::Yellow }
+}
+
+/// Which logs to try, of those that this node coordinates: those that fail, `most` of them in turn, and one more that
+/// nobody has written to since the last look. A cluster in which nothing happens finds out, too.
+pub(crate) fn to_try(failing: &[ShardId], quiet: &[ShardId], turns: Turns, most: usize) -> Vec<ShardId> {
+    let first = (turns.failing * most).checked_rem(failing.len()).unwrap_or(0);
+    let mut chosen: Vec<ShardId> =
+        failing.iter().cycle().skip(first).take(most.min(failing.len())).copied().collect();
     if !quiet.is_empty() {
-        let next = quiet[turn % quiet.len()];
+        let next = quiet[turns.quiet % quiet.len()];
         if !chosen.contains(&next) {
             chosen.push(next);
         }
@@ -72,6 +97,7 @@ mod tests {
         let at = |failure, s| cause(Subject::Node, failure, Duration::from_secs(s)).map(|(_, _, how)| how);
         assert_eq!(at(Failure::LogFull, 0), Some(Severity::Red));
         assert_eq!(at(Failure::NoSpace, 0), Some(Severity::Red));
+        assert_eq!(at(Failure::Denied, 0), Some(Severity::Red));
         for failure in [Failure::Silence, Failure::NoQuorum] {
             assert_eq!(at(failure, 2), None, "streams change their leaders");
             assert_eq!(at(failure, 4), Some(Severity::Yellow));
@@ -80,12 +106,22 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_that_is_away_for_a_moment_is_not_red() {
+        assert_eq!(away(Duration::from_secs(1)), Severity::Yellow);
+        assert_eq!(away(Duration::from_secs(3)), Severity::Red);
+    }
+
+    #[test]
     fn every_quiet_log_has_its_turn_and_failing_ones_are_bounded() {
         let shards: Vec<ShardId> = (0..5).map(ShardId).collect();
-        let turns: Vec<_> = (0..5).flat_map(|turn| to_try(&[], &shards, turn, 2)).collect();
+        let turn = |n| Turns { failing: n, quiet: n };
+        let turns: Vec<_> = (0..5).flat_map(|n| to_try(&[], &shards, turn(n), 2)).collect();
         assert_eq!(turns, shards);
-        assert_eq!(to_try(&shards, &[], 7, 2), [ShardId(0), ShardId(1)]);
-        assert_eq!(to_try(&[ShardId(3)], &[ShardId(3)], 0, 2), [ShardId(3)]);
-        assert!(to_try(&[], &[], 3, 2).is_empty());
+        assert_eq!(to_try(&[ShardId(3)], &[ShardId(3)], turn(0), 2), [ShardId(3)]);
+        assert!(to_try(&[], &[], turn(3), 2).is_empty());
+        let tried: std::collections::BTreeSet<_> =
+            (0..3).flat_map(|n| to_try(&shards, &[], turn(n), 2)).collect();
+        assert_eq!(tried.len(), 5, "each failing one has its turn, too");
+        assert_eq!(to_try(&shards, &[], turn(7), 2).len(), 2);
     }
 }

@@ -11,6 +11,9 @@ use std::time::Duration;
 /// A live node that has said nothing for so long serves nothing, as far as anybody knows. Twice the longest pause
 /// between load reports.
 const SILENT: Duration = Duration::from_secs(10);
+/// Reports come every five seconds at least; one that is so old says nothing any more: whoever sends them has ended, or
+/// may not, and its heartbeats go on.
+const OLD: Duration = Duration::from_secs(15);
 /// For so long after the holders of a shard have changed, a report may be of before.
 const CHANGED: Duration = Duration::from_secs(5);
 
@@ -44,6 +47,11 @@ pub(crate) fn answers(load: &ReplicaLoad) -> bool {
         ReplicaState::Serving | ReplicaState::LogLost => true,
         ReplicaState::Recovering | ReplicaState::Failed => false,
     })
+}
+
+/// Whether a report that came so long ago is no more to be believed.
+pub(crate) fn is_old(age: Duration) -> bool {
+    age > OLD
 }
 
 /// Judges one holder.
@@ -102,6 +110,12 @@ mod tests {
 
     fn heard(load: Option<&ReplicaLoad>) -> Heard<'_> {
         Heard { live: true, silent_for: None, load, changed: Duration::from_secs(60) }
+    }
+
+    #[test]
+    fn a_report_is_believed_for_three_pauses_between_two() {
+        assert!(!is_old(Duration::from_secs(14)), "one or two may be lost");
+        assert!(is_old(Duration::from_secs(16)));
     }
 
     #[test]

@@ -146,6 +146,9 @@ pub struct LoadReport {
     pub sent_at: DateTime<Utc>,
     /// Its replicas.
     pub shards: Vec<ReplicaLoad>,
+    /// Of a report that does not fit into one message: which part this is, counted from 0, and how many there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<(u32, u32)>,
 }
 
 /// No shard has so many bytes or vectors; as many for all shards still add up.

@@ -5,7 +5,7 @@
 
 use super::connect::Nats;
 use super::trouble::{Asking, Reason};
-use super::{API_TIMEOUT, api_code, unavailable};
+use super::{API_TIMEOUT, api_code, is_no_room, unavailable};
 use crate::error::{Error, Result};
 use async_nats::HeaderMap;
 use async_nats::datetime::DateTime;
@@ -127,7 +127,7 @@ impl Bucket {
         let mut last = None;
         let sizes = if self.name.ends_with("_shards") { SIZES_OF_MAP } else { SIZES };
         for max_bytes in sizes {
-            match self.nats.jetstream.create_stream(self.config(replicas, max_bytes)).await {
+            match self.nats.jetstream.create_stream(bucket_config(&self.name, replicas, max_bytes)).await {
                 Ok(_) => return Ok(()),
                 // Somebody else was faster, perhaps with other replicas.
                 Err(_) if self.store().await.is_ok() => return Ok(()),
@@ -142,30 +142,6 @@ impl Bucket {
             }
         }
         Err(last.unwrap_or_else(|| Error::Internal(format!("bucket {} has no size", self.name))))
-    }
-
-    /// The stream below a bucket, as any client of key-value buckets makes it; consumers have bounds besides, since who
-    /// may read a bucket may make some: they must neither take all that the account may have, nor stay.
-    fn config(&self, replicas: usize, max_bytes: i64) -> stream::Config {
-        stream::Config {
-            name: self.stream(),
-            subjects: vec![self.subject(">")],
-            max_messages_per_subject: 1,
-            max_bytes,
-            max_message_size: MAX_VALUE_BYTES,
-            max_consumers: CONSUMERS,
-            consumer_limits: Some(stream::ConsumerLimits {
-                inactive_threshold: CONSUMER_TTL,
-                ..Default::default()
-            }),
-            storage: stream::StorageType::File,
-            num_replicas: replicas,
-            discard: stream::DiscardPolicy::New,
-            allow_rollup: true,
-            deny_delete: true,
-            allow_direct: true,
-            ..Default::default()
-        }
     }
 
     /// Every present key, without a consumer: as there may be none to be had. As the stream's leader has them.
@@ -268,6 +244,9 @@ impl Bucket {
         let mut reason = Reason::NoAnswer;
         let name = format!(".{}", self.stream());
         let found = self.nats.unless_denied(&[&name], self.ask_leader(key, &mut reason)).await;
+        if found.is_err() {
+            reason = Reason::Denied;
+        }
         let found = found.and_then(|found| found);
         let trouble = &self.nats.trouble;
         match &found {
@@ -336,7 +315,10 @@ impl Bucket {
         let sent = tokio::time::timeout(API_TIMEOUT, sent);
         let sent = match self.nats.unless_denied(&[&subject], sent).await {
             Ok(sent) => sent,
-            Err(denied) => return Cas::Unknown(denied),
+            Err(denied) => {
+                self.nats.trouble.failed(&self.name, Asking::Write, Reason::Denied, &denied);
+                return Cas::Unknown(denied);
+            }
         };
         let written = match sent {
             Ok(Ok(ack)) => Cas::Applied(ack.sequence),
@@ -420,7 +402,8 @@ impl Bucket {
 
     /// What the bucket is now: whether a watch has missed anything, or is of a bucket that is no more.
     pub(crate) async fn state(&self) -> Result<BucketState> {
-        let asked = tokio::time::timeout(API_TIMEOUT, self.nats.jetstream.get_stream(self.stream())).await;
+        let asked = tokio::time::timeout(API_TIMEOUT, self.nats.jetstream.get_stream(self.stream()));
+        let asked = self.nats.unless_denied(&[&format!(".{}", self.stream())], asked).await?;
         let late = || Error::Unavailable(format!("bucket {}: no answer in time", self.name));
         match asked.map_err(|_| late())? {
             Ok(stream) => {
@@ -435,6 +418,21 @@ impl Bucket {
                 Err(Error::NotFound(format!("bucket {} does not exist", self.name)))
             }
             Err(error) => Err(unavailable(format!("bucket {}", self.name), error)),
+        }
+    }
+
+    /// The clock of the server that leads the bucket, in ms since 1970.
+    pub(crate) async fn server_time_ms(&self) -> Result<i64> {
+        #[derive(serde::Deserialize)]
+        struct Told {
+            ts: chrono::DateTime<chrono::Utc>,
+        }
+        let subject = format!("STREAM.INFO.{}", self.stream());
+        let asked = self.nats.jetstream.request::<_, (), Told>(subject, &());
+        match tokio::time::timeout(API_TIMEOUT, asked).await {
+            Ok(Ok(told)) => Ok(told.ts.timestamp_millis()),
+            Ok(Err(error)) => Err(unavailable("asking for the time", error)),
+            Err(_) => Err(Error::Unavailable("asking for the time: no answer in time".into())),
         }
     }
 
@@ -488,6 +486,30 @@ impl Watch {
     }
 }
 
+/// The stream below a bucket, as any client of key-value buckets makes it; consumers have bounds besides, since who
+/// may read a bucket may make some: they must neither take all that the account may have, nor stay.
+pub(super) fn bucket_config(bucket: &str, replicas: usize, max_bytes: i64) -> stream::Config {
+    stream::Config {
+        name: format!("KV_{bucket}"),
+        subjects: vec![format!("$KV.{bucket}.>")],
+        max_messages_per_subject: 1,
+        max_bytes,
+        max_message_size: MAX_VALUE_BYTES,
+        max_consumers: CONSUMERS,
+        consumer_limits: Some(stream::ConsumerLimits {
+            inactive_threshold: CONSUMER_TTL,
+            ..Default::default()
+        }),
+        storage: stream::StorageType::File,
+        num_replicas: replicas,
+        discard: stream::DiscardPolicy::New,
+        allow_rollup: true,
+        deny_delete: true,
+        allow_direct: true,
+        ..Default::default()
+    }
+}
+
 /// Why a stream could not be created, with what to do.
 pub(crate) fn creation_error(
     name: &str,
@@ -503,7 +525,7 @@ pub(crate) fn creation_error(
             "{name} cannot have {replicas} replicas, fewer JetStream servers are up: start more (log_replicas counts only when a cluster is created)"
         )),
         // Fewer servers than copies, or no server with room for one.
-        Some(10_023 | 10_028 | 10_047 | 10_002 | 10_122) => Error::Full(format!(
+        Some(code) if is_no_room(code) => Error::Full(format!(
             "NATS has no room for {name} ({error}): raise max_file of the account or max_file_store of the server, or \
              delete streams that nobody needs"
         )),

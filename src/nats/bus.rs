@@ -281,8 +281,8 @@ impl Bus {
 /// How to ask for less, said wherever an answer turns out to be too large.
 pub(crate) fn too_large(bytes: usize, limit: usize) -> Error {
     Error::TooLarge(format!(
-        "the answer has {bytes} bytes or more, {limit} fit into a message (NATS's max_payload): ask for less, with \
-         with_payload: false, with_vector: false or a smaller k"
+        "the answer has {bytes} bytes or more, {limit} fit into a message (NATS's max_payload): raise that, or ask for less; \
+         of vectors with with_payload: false, with_vector: false or a smaller k"
     ))
 }
 

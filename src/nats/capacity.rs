@@ -111,7 +111,6 @@ impl Nats {
             let made = tokio::time::timeout(CREATE, self.jetstream.create_stream(config)).await;
             let Err(error) = made.map_err(|_| late())? else { break };
             let no_room = Reason::of(&error) == Reason::NoSpace
-                || matches!(api_code(&error), Some(10_002 | 10_122))
                 || (api_code(&error) == Some(10_005) && error.to_string().contains("storage"));
             debug!(size, "trying what NATS has room for: {error}");
             if api_code(&error) == Some(NAME_IN_USE) {

@@ -1,16 +1,18 @@
 //! Connecting to NATS, and knowing how the connection is.
 
-use super::tls::{about_certificates, check_certificates, check_key};
+use super::tls::{about_certificates, check_certificates, check_key, is_about_own_files};
 use super::trouble::{Reason, Trouble};
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
 use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, ServerError, jetstream};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 /// How to reach NATS, and as whom.
@@ -130,6 +132,38 @@ impl NatsOptions {
     }
 }
 
+/// What NATS says again and again is logged once in so long: what it refuses may be tried many times a second.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+/// Texts that are remembered for that.
+const TEXTS: usize = 64;
+
+/// What NATS has said, when it was logged last, and how often it was not.
+#[derive(Debug, Default)]
+struct Told(Mutex<BTreeMap<String, (Instant, u64)>>);
+
+impl Told {
+    /// Whether to log it; with how often it was left out.
+    fn may_log(&self, text: &str) -> Option<u64> {
+        let now = Instant::now();
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((last, unsaid)) = told.get_mut(text)
+            && now - *last < SAY_AGAIN
+        {
+            *unsaid += 1;
+            return None;
+        }
+        if told.len() >= TEXTS && !told.contains_key(text) {
+            told.retain(|_, (last, _)| now - *last < SAY_AGAIN);
+            // That many different ones say enough.
+            if told.len() >= TEXTS {
+                return None;
+            }
+        }
+        let before = told.insert(text.to_owned(), (now, 0));
+        Some(before.map_or(0, |(_, unsaid)| unsaid))
+    }
+}
+
 /// How a connection is. Filled in by NATS's event callback, which must never wait.
 #[derive(Debug)]
 pub(crate) struct Health {
@@ -138,6 +172,7 @@ pub(crate) struct Health {
     /// Why the last try to connect again has failed.
     last_error: Mutex<Option<String>>,
     trouble: Arc<Trouble>,
+    told: Told,
     /// As whom we are connected, for people.
     user: String,
     servers: String,
@@ -176,10 +211,17 @@ impl Health {
                 if text.to_ascii_lowercase().contains("permissions violation") =>
             {
                 let text = format!("{text}, as {}", self.user);
-                warn!(connection = name, "NATS refuses: {text}");
+                if let Some(unsaid) = self.told.may_log(&text) {
+                    warn!(connection = name, unsaid, "NATS refuses: {text}");
+                }
+                self.trouble.denied(&text);
                 self.violation.send_replace(Some(text));
             }
-            Event::ServerError(error) => warn!(connection = name, "NATS says: {error}"),
+            Event::ServerError(error) => {
+                if let Some(unsaid) = self.told.may_log(&error.to_string()) {
+                    warn!(connection = name, unsaid, "NATS says: {error}");
+                }
+            }
             Event::ClientError(error) => {
                 debug!(connection = name, "{error}");
                 let text = error.to_string();
@@ -240,6 +282,7 @@ impl Nats {
             violation: watch::Sender::new(None),
             last_error: Mutex::default(),
             trouble: Arc::default(),
+            told: Told::default(),
             user: options.who(&addresses),
             servers: options.shown(),
             reconnects: AtomicU64::new(0),
@@ -282,6 +325,10 @@ impl Nats {
                 }
                 Err(error) => {
                     let certificates = about_certificates(&chain(&error), &options.shown());
+                    // Our own files: waiting does not help.
+                    if let Some(text) = certificates.as_ref().filter(|text| is_about_own_files(text)) {
+                        return Err(Error::Invalid(text.clone()));
+                    }
                     if let Patience::For(limit) = patience
                         && started.elapsed() + pause >= limit
                     {

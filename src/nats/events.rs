@@ -38,7 +38,9 @@ impl EventStream {
         since: Option<DateTime<Utc>>,
         follow: bool,
     ) -> Result<EventStream> {
-        let stream = nats.jetstream.get_stream(subjects.event_stream()).await;
+        let name = subjects.event_stream();
+        let about = format!(".{name}");
+        let stream = nats.unless_denied(&[&about], nats.jetstream.get_stream(&name)).await?;
         let stream = stream.map_err(|e| unavailable("the stream of events", e))?;
         let pending = |info: &async_nats::jetstream::consumer::Info| info.num_pending;
         let config = pull::OrderedConfig {
@@ -48,7 +50,8 @@ impl EventStream {
             },
             ..Default::default()
         };
-        let consumer = stream.create_consumer(config).await.map_err(|e| unavailable("reading events", e))?;
+        let consumer = nats.unless_denied(&[&about], stream.create_consumer(config)).await?;
+        let consumer = consumer.map_err(|e| unavailable("reading events", e))?;
         let count = pending(consumer.cached_info()) as usize;
         let messages = consumer.messages().await.map_err(|e| unavailable("reading events", e))?;
         let messages = messages.filter_map(|message| async move { message.ok() });

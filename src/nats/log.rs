@@ -9,7 +9,7 @@ use super::connect::Nats;
 use super::subjects::Subjects;
 use super::trouble::{Asking, Reason, is_own_limit};
 use super::upkeep::Settings;
-use super::{API_TIMEOUT, api_code, unavailable};
+use super::{API_TIMEOUT, api_code, is_no_room, unavailable};
 use crate::error::{Error, Result};
 use crate::model::records::ClusterRecord;
 use crate::model::wire::{self, LogEntry};
@@ -90,6 +90,8 @@ pub(crate) enum Appended {
     At { seq: u64, duplicate: bool },
     /// It is not in the log, and why.
     Refused(Error),
+    /// It is not in the log, and will not be: NATS does not permit it.
+    Denied(Error),
     /// No answer: it may be in the log, or come later.
     Unknown(Error),
 }
@@ -210,7 +212,8 @@ impl Logs {
     /// State of the stream as its leader has it; `None` if there is none.
     pub(crate) async fn info(&self, shard: ShardId) -> Result<Option<LogInfo>> {
         let name = self.subjects.log_stream(shard);
-        match tokio::time::timeout(API_TIMEOUT, self.nats.jetstream.get_stream(&name)).await {
+        let asked = tokio::time::timeout(API_TIMEOUT, self.nats.jetstream.get_stream(&name));
+        match self.nats.unless_denied(&[&format!(".{name}\"")], asked).await? {
             Ok(Ok(stream)) => Ok(Some(LogInfo::of(stream.cached_info()))),
             Ok(Err(error)) if api_code(&error) == Some(10_059) => Ok(None),
             Ok(Err(error)) => Err(unavailable(format!("log {name}"), error)),
@@ -257,8 +260,8 @@ impl Logs {
         let name = self.subjects.log_stream(shard);
         let Settings(config) = self.settings(shard, id, first_seq, cluster);
         let created =
-            tokio::time::timeout(Duration::from_secs(20), self.nats.jetstream.create_stream(config)).await;
-        let error = match created {
+            tokio::time::timeout(Duration::from_secs(20), self.nats.jetstream.create_stream(config));
+        let error = match self.nats.unless_denied(&[&format!(".{name}\"")], created).await? {
             Ok(Ok(stream)) => return Ok(LogInfo::of(stream.cached_info())),
             Ok(Err(error)) => creation_error(&name, cluster.log_replicas, &error),
             Err(_) => Error::Unavailable(format!("creating {name}: no answer in time")),
@@ -293,7 +296,17 @@ impl Logs {
                 self.nats.jetstream.publish_with_headers(self.subjects.log(shard), headers, body).await?;
             ack.await
         };
-        let (trouble, sent) = (&self.nats.trouble, tokio::time::timeout(timeout, sent).await);
+        let subject = format!("\"{}\"", self.subjects.log(shard));
+        let trouble = &self.nats.trouble;
+        let sent = match self.nats.unless_denied(&[&subject], tokio::time::timeout(timeout, sent)).await {
+            Ok(sent) => sent,
+            Err(denied) => {
+                // Not the client's, whose write it is.
+                let denied = Error::Unavailable(denied.to_string());
+                trouble.failed(&stream, Asking::Write, Reason::Denied, &denied);
+                return Appended::Denied(denied);
+            }
+        };
         let connected = self.nats.is_connected();
         let reason = match &sent {
             Ok(Ok(_)) => None,
@@ -336,8 +349,9 @@ impl Logs {
         let name = self.subjects.log_stream(shard);
         let stream =
             self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
-        let purged =
-            stream.purge().sequence(first).await.map_err(|e| unavailable(format!("truncating {name}"), e))?;
+        let purged = stream.purge().sequence(first).into_future();
+        let purged = self.nats.unless_denied(&[&format!(".{name}\"")], purged).await?;
+        let purged = purged.map_err(|e| unavailable(format!("truncating {name}"), e))?;
         Ok(purged.purged)
     }
 
@@ -346,7 +360,7 @@ impl Logs {
         let name = self.subjects.log_stream(shard);
         let stream =
             self.nats.jetstream.get_stream_no_info(&name).await.map_err(|e| unavailable(&name, e))?;
-        match stream.get_raw_message(seq).await {
+        match self.nats.unless_denied(&[&format!(".{name}")], stream.get_raw_message(seq)).await? {
             Ok(message) => Ok(Some(stamp(&message.payload, message.time))),
             Err(error) if matches!(api_code(&error), Some(10_037 | 10_043)) => Ok(None),
             Err(error) => Err(unavailable(format!("reading {name}"), error)),
@@ -367,8 +381,11 @@ impl Logs {
             ..Default::default()
         };
         let create = self.nats.jetstream.create_consumer_on_stream(config, name.as_str());
-        let consumer: Consumer<pull::Config> = tokio::time::timeout(API_TIMEOUT, create)
-            .await
+        let create = tokio::time::timeout(API_TIMEOUT, create);
+        let consumer: Consumer<pull::Config> = self
+            .nats
+            .unless_denied(&[&format!(".{name}")], create)
+            .await?
             .map_err(|_| Error::Unavailable(format!("{name}: creating a consumer took too long")))?
             .map_err(|e| {
                 let error = unavailable(format!("{name}: creating a consumer"), &e);
@@ -412,7 +429,7 @@ fn classify(stream: &str, error: &async_nats::jetstream::context::PublishError) 
             Some(10_077) if is_own_limit(error) => Appended::Refused(Error::Full(format!(
                 "{stream} is full: writes are refused until replicas catch up and it is truncated; see log_max_bytes"
             ))),
-            Some(10_077 | 10_023 | 10_047 | 10_028) => Appended::Refused(Error::Full(format!(
+            Some(code) if code == 10_077 || is_no_room(code) => Appended::Refused(Error::Full(format!(
                 "{stream}: JetStream has no space left ({error}): free space below its store_dir, or raise its limits"
             ))),
             Some(10_158) => {

@@ -42,6 +42,12 @@ pub(crate) fn api_code(error: &(dyn std::error::Error + 'static)) -> Option<u64>
     code.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
+/// Whether JetStream says, by this code, that it has no room: it, the account, a limit of the account on one stream, or all
+/// servers that might have it.
+pub(crate) fn is_no_room(code: u64) -> bool {
+    matches!(code, 10_002 | 10_023 | 10_028 | 10_047 | 10_122)
+}
+
 /// A foreign error as ours, when nothing better is known: the server may be away or changing leaders.
 pub(crate) fn unavailable(what: impl std::fmt::Display, error: impl std::fmt::Display) -> Error {
     Error::Unavailable(format!("{what}: {error}"))

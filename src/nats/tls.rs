@@ -54,6 +54,13 @@ pub(super) fn check_key(what: &str, path: &Path) -> Result<()> {
     }
 }
 
+const OTHER_KEY: &str = "the key of --tls-key does not belong to the certificate of --tls-cert";
+
+/// Whether nothing that happens elsewhere can mend it.
+pub(super) fn is_about_own_files(said: &str) -> bool {
+    said == OTHER_KEY
+}
+
 /// What a failed handshake means, if it is about certificates.
 pub(super) fn about_certificates(text: &str, servers: &str) -> Option<String> {
     let says = |words: &str| text.contains(words);
@@ -83,7 +90,7 @@ pub(super) fn about_certificates(text: &str, servers: &str) -> Option<String> {
     } else if says("invalid peer certificate") || says("InvalidCertificate") {
         format!("the certificate of {servers} is not valid: {text}")
     } else if says("could not add certificate or key") {
-        "the key of --tls-key does not belong to the certificate of --tls-cert".to_owned()
+        OTHER_KEY.to_owned()
     } else {
         return None;
     };

@@ -3,7 +3,7 @@
 //! Facts only: every call that ends says how, and whoever watches decides what that means. A call that works takes
 //! away what earlier ones have left.
 
-use super::api_code;
+use super::{api_code, is_no_room};
 use crate::error::Error;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,6 +12,12 @@ use tokio::time::Instant;
 
 /// What nobody has tried for so long says nothing any more: whoever wrote may have nothing to write now.
 const OLD: Duration = Duration::from_secs(15);
+
+/// What was denied says something for so long after NATS has said it last. Permissions can be changed while everybody
+/// stays connected, and some subjects are written to once a minute.
+const DENIED: Duration = Duration::from_secs(30);
+/// Subjects that are remembered as denied.
+const MOST_DENIED: usize = 128;
 
 /// What was asked of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,6 +37,8 @@ pub(crate) enum Reason {
     NoQuorum,
     /// A stream, or the account, has as many consumers as it may.
     NoConsumer,
+    /// NATS does not permit it.
+    Denied,
     /// There was no answer, or one that says nothing.
     NoAnswer,
 }
@@ -42,7 +50,7 @@ impl Reason {
             // "Maximum bytes exceeded", or what the disk says.
             Some(10_077) if is_own_limit(error) => Reason::StreamFull,
             Some(10_077) => Reason::NoSpace,
-            Some(10_023 | 10_028 | 10_047) => Reason::NoSpace,
+            Some(code) if is_no_room(code) => Reason::NoSpace,
             Some(10_026) => Reason::NoConsumer,
             Some(10_005 | 10_008 | 10_009 | 10_118) => Reason::NoQuorum,
             _ => Reason::NoAnswer,
@@ -94,18 +102,66 @@ struct Known {
     last: Instant,
 }
 
+/// What NATS does not permit, as it says so: see [`Trouble::denied`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Denial {
+    /// Subject, as it was named.
+    pub(crate) subject: String,
+    /// Whether it was to be listened on.
+    pub(crate) listening: bool,
+    /// All that NATS said, and of whom.
+    pub(crate) text: String,
+}
+
+impl Denial {
+    fn read(text: &str) -> Option<Denial> {
+        let subject = text.split('"').nth(1).filter(|subject| !subject.is_empty())?;
+        Some(Denial {
+            subject: subject.to_owned(),
+            listening: text.to_ascii_lowercase().contains("subscription"),
+            text: text.to_owned(),
+        })
+    }
+}
+
 /// Of one connection.
 #[derive(Debug, Default)]
-pub(crate) struct Trouble(Mutex<BTreeMap<(String, Asking), Known>>);
+pub(crate) struct Trouble {
+    streams: Mutex<BTreeMap<(String, Asking), Known>>,
+    denied: Mutex<BTreeMap<String, (Denial, Instant)>>,
+}
 
 impl Trouble {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<(String, Asking), Known>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn denials(&self) -> MutexGuard<'_, BTreeMap<String, (Denial, Instant)>> {
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// NATS has said that it does not permit something. It says so beside the call, for whichever it was, also one that
+    /// waits for no answer: this is where each of them is known.
+    pub(super) fn denied(&self, text: &str) {
+        let Some(denial) = Denial::read(text) else { return };
+        let mut denied = self.denials();
+        if denied.len() < MOST_DENIED || denied.contains_key(&denial.subject) {
+            denied.insert(denial.subject.clone(), (denial, Instant::now()));
+        }
+    }
+
+    /// What NATS did not permit lately.
+    pub(crate) fn not_permitted(&self) -> Vec<Denial> {
+        let now = Instant::now();
+        let mut denied = self.denials();
+        denied.retain(|_, (_, last)| now - *last < DENIED);
+        denied.values().map(|(denial, _)| denial.clone()).collect()
     }
 
     /// There is another connection: what failed on the one before says nothing of it.
     pub(super) fn begin_anew(&self) {
         self.lock().clear();
+        self.denials().clear();
     }
 
     pub(crate) fn worked(&self, stream: &str, asking: Asking) {
@@ -168,6 +224,24 @@ mod tests {
         assert_eq!((failing[0].reason, &failing[0].error), (Reason::StreamFull, &Error::Full("full".into())));
         trouble.worked("log", Asking::Write);
         assert!(trouble.failing().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_permitted_is_known_by_subject_until_it_is_over() {
+        let trouble = Trouble::default();
+        trouble.denied(r#"Permissions Violation for Publish to "ruvector.log.00003", as user "few""#);
+        trouble.denied(r#"Permissions Violation for Subscription to "ruvector.load.*", as user "few""#);
+        trouble.denied("Permissions Violation of a kind that names nothing");
+        let known = trouble.not_permitted();
+        let shown: Vec<_> = known.iter().map(|d| (d.subject.as_str(), d.listening)).collect();
+        assert_eq!(shown, [("ruvector.load.*", true), ("ruvector.log.00003", false)]);
+        assert!(known[0].text.contains("few"));
+        for n in 0..1_000 {
+            trouble.denied(&format!("Permissions Violation for Publish to \"a.{n}\""));
+        }
+        assert_eq!(trouble.not_permitted().len(), MOST_DENIED);
+        tokio::time::advance(DENIED).await;
+        assert!(trouble.not_permitted().is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,11 +3,12 @@
 //! Safe at any time and by anybody: an update sets what we would create the stream with, and nothing else; what is not
 //! ours to decide (placement, compression, a description) stays.
 
-use super::bucket::MAX_VALUE_BYTES;
+use super::bucket::bucket_config;
 use super::connect::Nats;
+use super::trouble::Reason;
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
-use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
+use async_nats::jetstream::stream::{Config, ConsumerLimits, DiscardPolicy, RetentionPolicy, StorageType};
 use std::time::Duration;
 
 /// Least bytes that a bucket may be limited to: some accounts require a limit, and nodes set one.
@@ -25,6 +26,9 @@ pub(crate) enum Kept {
     PutBack(String),
     /// These are not, and NATS refuses to change them.
     Cannot(String, Error),
+    /// All is as it must be, but its consumers have no bounds, or others: so it works, and somebody may use up what there
+    /// is of them.
+    Unbounded(String),
 }
 
 /// What a stream must be like.
@@ -40,18 +44,8 @@ impl Settings {
 
 /// What the stream below a bucket must be like.
 pub(crate) fn bucket_settings(bucket: &str, replicas: usize) -> Settings {
-    Settings(Config {
-        name: format!("KV_{bucket}"),
-        subjects: vec![format!("$KV.{bucket}.>")],
-        max_messages_per_subject: 1,
-        max_message_size: MAX_VALUE_BYTES,
-        discard: DiscardPolicy::New,
-        storage: StorageType::File,
-        num_replicas: replicas,
-        allow_rollup: true,
-        allow_direct: true,
-        ..Default::default()
-    })
+    // Any size will do that is not too small.
+    Settings(bucket_config(bucket, replicas, 0))
 }
 
 /// One setting: how it is called, how it is, how it should be, and how it is set.
@@ -84,6 +78,31 @@ macro_rules! setting {
             set: |config, wanted| config.$field = wanted.$field.clone(),
         })
     };
+}
+
+/// Bounds of consumers: versions up to 0.2 did not set them. Not among the others, as a stream works without; their number
+/// cannot be changed, and consumers that are there may be in the way of the rest.
+fn bounds(found: &Config, wanted: &Config) -> (Vec<Setting>, Option<String>) {
+    let mut all = Vec::new();
+    if wanted.consumer_limits.is_some() {
+        setting!(all, found, wanted, false, "consumer_limits", consumer_limits, |l: &Option<
+            ConsumerLimits,
+        >| {
+            l.as_ref().map_or_else(|| "none".to_owned(), |l| time(l.inactive_threshold))
+        });
+        all.retain(|setting| setting.is != setting.wanted);
+    }
+    let (is, wanted) = (found.max_consumers, wanted.max_consumers);
+    let fixed = (wanted > 0 && is != wanted)
+        .then(|| format!("max_consumers {} instead of {wanted}", limit(is.into())));
+    (all, fixed)
+}
+
+/// Whether NATS has said that a stream cannot be changed so. Without a code it has said nothing, and a majority or room
+/// that lacks just now may be there the next time: what follows from a refusal costs a stream.
+fn is_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    let passes = matches!(Reason::of(error), Reason::NoQuorum | Reason::NoSpace | Reason::StreamFull);
+    api_code(error).is_some() && !passes
 }
 
 /// What is not as it must be.
@@ -151,11 +170,13 @@ fn lines<'a>(settings: impl Iterator<Item = &'a Setting>) -> String {
 /// Compares the stream's settings with `wanted`, and puts them back.
 ///
 /// # Errors
-/// `NotFound` if there is no such stream.
+/// `NotFound` if there is no such stream; any other says that it may work the next time.
 pub(crate) async fn keep(nats: &Nats, wanted: &Settings) -> Result<Kept> {
     let (name, wanted) = (wanted.name(), &wanted.0);
     let late = || Error::Unavailable(format!("stream {name}: no answer in time"));
-    let asked = tokio::time::timeout(API_TIMEOUT, nats.jetstream.get_stream(name)).await;
+    let about = format!(".{name}\"");
+    let asked = tokio::time::timeout(API_TIMEOUT, nats.jetstream.get_stream(name));
+    let asked = nats.unless_denied(&[&about], asked).await?;
     let stream = match asked.map_err(|_| late())? {
         Ok(stream) => stream,
         Err(error) if api_code(&error) == Some(10_059) => {
@@ -165,21 +186,36 @@ pub(crate) async fn keep(nats: &Nats, wanted: &Settings) -> Result<Kept> {
     };
     let found = &stream.cached_info().config;
     let wrong = differences(found, wanted);
-    if wrong.is_empty() {
-        return Ok(Kept::Fine);
-    }
+    // Done, or refused.
+    let about = &about;
     let update = |config: Config| async move {
-        let updated = tokio::time::timeout(API_TIMEOUT, nats.jetstream.update_stream(config)).await;
+        let updated = tokio::time::timeout(API_TIMEOUT, nats.jetstream.update_stream(config));
+        let updated = nats.unless_denied(&[about], updated).await?;
         match updated.map_err(|_| late())? {
-            Ok(_) => Ok(()),
-            Err(error) => Err(unavailable(format!("changing stream {name}"), error)),
+            Ok(_) => Ok(Ok(())),
+            Err(error) => {
+                let refused = is_refused(&error);
+                let error = unavailable(format!("changing stream {name}"), error);
+                if refused { Ok(Err(error)) } else { Err(error) }
+            }
         }
     };
-    let Err(error) = update(changed(found, wanted, wrong.iter())).await else {
+    if wrong.is_empty() {
+        let (loose, fixed) = bounds(found, wanted);
+        if !loose.is_empty() {
+            return match update(changed(found, wanted, loose.iter())).await? {
+                Ok(()) => Ok(Kept::PutBack(lines(loose.iter()))),
+                Err(error) => Ok(Kept::Unbounded(format!("{} ({error})", lines(loose.iter())))),
+            };
+        }
+        return Ok(fixed.map_or(Kept::Fine, Kept::Unbounded));
+    }
+    let Err(error) = update(changed(found, wanted, wrong.iter())).await? else {
         return Ok(Kept::PutBack(lines(wrong.iter())));
     };
     let (hard, soft): (Vec<_>, Vec<_>) = wrong.iter().partition(|setting| setting.hard);
-    if hard.is_empty() || soft.is_empty() || update(changed(found, wanted, soft.into_iter())).await.is_err() {
+    if hard.is_empty() || soft.is_empty() || update(changed(found, wanted, soft.into_iter())).await?.is_err()
+    {
         return Ok(Kept::Cannot(lines(wrong.iter()), error));
     }
     Ok(Kept::Cannot(lines(hard.into_iter()), error))
@@ -188,6 +224,35 @@ pub(crate) async fn keep(nats: &Nats, wanted: &Settings) -> Result<Kept> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_an_answer_that_refuses_is_a_refusal() {
+        let said = |text: &str| is_refused(&std::io::Error::other(text.to_owned()));
+        assert!(said("stream configuration update can not change retention policy, error code 10052"));
+        for passes in [
+            "timed out: no answer in time",
+            "JetStream system temporarily unavailable, error code 10008",
+            "no suitable peers for placement, error code 10005",
+            "insufficient storage resources available, error code 10047",
+            "insufficient resources, error code 10023",
+        ] {
+            assert!(!said(passes), "{passes}");
+        }
+    }
+
+    #[test]
+    fn bounds_of_consumers_are_set_where_they_can_be_and_said_where_not() {
+        let Settings(wanted) = bucket_settings("rv_shards", 1);
+        let before = Config { max_consumers: -1, consumer_limits: None, ..wanted.clone() };
+        assert!(differences(&before, &wanted).is_empty(), "it works without");
+        let (loose, fixed) = bounds(&before, &wanted);
+        let text = format!("max_consumers none instead of {}", wanted.max_consumers);
+        assert_eq!((loose.len(), fixed), (1, Some(text)));
+        let set = changed(&before, &wanted, loose.iter());
+        assert_eq!(set, Config { max_consumers: -1, ..wanted.clone() });
+        let (loose, fixed) = bounds(&wanted, &wanted);
+        assert!(loose.is_empty() && fixed.is_none());
+    }
 
     #[test]
     fn edited_settings_are_named_and_set_back_and_nothing_else() {

@@ -112,6 +112,11 @@ impl Causes {
         self.lock().withdraw(now, |(of, _, subject)| *of == scope && *subject == Subject::Shard(shard));
     }
 
+    /// This node leads, and begins to try everything once more.
+    pub(crate) fn begin_round(&self) {
+        self.lock().begin_round();
+    }
+
     /// This node does not lead any more.
     pub(crate) fn end_leading(&self) {
         self.lock().withdraw(self.clock.now(), |(scope, ..)| *scope == Scope::Leader);
@@ -151,7 +156,7 @@ impl Causes {
             Error::Busy(text) => (true, text),
             _ => return error,
         };
-        let known = self.of_shard(shard);
+        let known = self.lock().of_request(self.clock.now(), shard);
         let cause = known.into_iter().find(|cause| match busy {
             true => cause.severity == Severity::Red,
             false => cause.severity == Severity::Red || cause.shard.is_some(),

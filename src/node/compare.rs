@@ -36,6 +36,9 @@ const COMPARE: Duration = Duration::from_secs(5);
 /// Longest replay of a log, and how long it may stand still.
 const REPLAY: Duration = Duration::from_secs(600);
 const REPLAY_STANDS: Duration = Duration::from_secs(10);
+/// Replicas cannot be compared, again and again.
+const NOT_COMPARED: &str = "not_compared";
+const TRIES: u32 = 2;
 /// Replays hold a whole shard in memory once more: one at a time.
 static REPLAYS: Semaphore = Semaphore::const_new(1);
 
@@ -58,6 +61,7 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let Some(holders) = ours(&ctx, &replica) else {
                 // Whoever is primary now knows nothing of when it was compared last, and looks soon enough.
                 known.remove(&replica.shard);
+                ctx.causes.withdraw(NOT_COMPARED, replica.shard);
                 continue;
             };
             let (shard, applied, now) = (replica.shard, replica.status().applied, ctx.clock.now());
@@ -72,9 +76,17 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                 compared = compare(&ctx, &replica) => compared,
             };
             let (seq, same) = match &compared {
-                Ok(reply) => (reply.sequence, reply.is_proved()),
+                Ok(reply) => {
+                    ctx.causes.withdraw(NOT_COMPARED, shard);
+                    (reply.sequence, reply.is_proved())
+                }
                 Err(error) => {
                     debug!(%shard, "replicas were not compared: {error}");
+                    // The tries are too far apart to be known as one step that is tried again.
+                    if tries >= TRIES {
+                        let text = format!("its replicas cannot be compared: {error}");
+                        ctx.causes.raise(NOT_COMPARED, shard, Severity::Yellow, text);
+                    }
                     (0, false)
                 }
             };

@@ -2,11 +2,13 @@
 
 use crate::clock::{Clock, wall};
 use crate::config::ClusterConfig;
-use crate::error::{Error, shortened};
+use crate::error::{Error, Result, shortened};
 use crate::logic::hash::KeyRouter;
+use crate::logic::skew::Skews;
 use crate::metrics::Metrics;
 use crate::model::events::Event;
 use crate::model::records::ClusterRecord;
+use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
 use crate::model::{InstanceId, NodeId, ShardId, Term};
 use crate::nats::bus::{Bus, Message, sender};
 use crate::nats::connect::Nats;
@@ -15,8 +17,11 @@ use crate::nats::room::Memory;
 use crate::nats::subjects::Subjects;
 use crate::node::arrivals::Arrivals;
 use crate::node::causes::Causes;
+use crate::node::descriptors::Opening;
+use crate::node::disk::Disk;
 use crate::node::places::Places;
 use crate::node::rate::RateLimit;
+use crate::node::restore::Tries;
 use crate::view::{Buckets, View, Views};
 use futures::FutureExt;
 use std::collections::BTreeMap;
@@ -36,6 +41,8 @@ pub(crate) struct Leading {
     pub(crate) until: Duration,
 }
 
+/// Of one replica in an answer to a ping, at most.
+const REPORT_BYTES: usize = 384;
 /// A copy that has not begun by then may come from any holder; the next comparison looks at it.
 const SOURCES: Duration = Duration::from_secs(600);
 
@@ -77,10 +84,18 @@ pub(crate) struct Context {
     pub(crate) memory: Arc<Memory>,
     /// Places of reads and searches that wait for the log.
     pub(crate) waiting: Arc<Places>,
+    /// Who has met a full disk: see [`disk`](crate::node::disk).
+    pub(crate) disk: Disk,
+    /// Clocks that are off: see [`clocks`](crate::node::clocks).
+    pub(crate) skews: Mutex<Skews>,
     /// Snapshots being sent at a time.
     pub(crate) sends: Arc<Semaphore>,
     /// Stores being opened at a time.
     pub(crate) opens: Arc<Semaphore>,
+    /// And how many have been begun: see [`descriptors`](crate::node::descriptors).
+    pub(crate) opening: Arc<Opening>,
+    /// How making lost buckets again goes: see [`restore`](crate::node::restore).
+    pub(crate) restoring: tokio::sync::Mutex<Tries>,
     /// The node says goodbye: its record may say so.
     pub(crate) leaving: AtomicBool,
     pub(crate) stop: CancellationToken,
@@ -119,6 +134,7 @@ impl Context {
         info!(event = event.event, "{}", event.message);
         let subject = self.subjects.event(&event.event);
         if let Err(error) = self.control.publish_json(subject, &event).await {
+            // No cause: there is none without a connection, which is one; what NATS does not permit is another.
             debug!("the event was not published: {error}");
         }
     }
@@ -158,6 +174,30 @@ impl Context {
         if answered.is_none() {
             debug!(verb, "a refusal could not be sent");
         }
+    }
+
+    /// What a node says of these replicas of its own: in several questions, where the answer to one would not fit into a
+    /// message.
+    ///
+    /// # Errors
+    /// When any of them has no answer.
+    pub(crate) async fn ask_reports(
+        &self,
+        node: &str,
+        shards: impl IntoIterator<Item = ShardId>,
+        time: Duration,
+    ) -> Result<Vec<ReplicaReport>> {
+        let shards: Vec<ShardId> = shards.into_iter().collect();
+        let most = (self.data.nats.max_body() / REPORT_BYTES).max(1);
+        let asks = shards.chunks(most).map(|part| async move {
+            let request = PingRequest { shards: part.to_vec() };
+            self.data.call::<_, PingReply>(self.subjects.node(node, "ping"), &request, time).await
+        });
+        let mut all = Vec::new();
+        for reply in futures::future::join_all(asks).await {
+            all.extend(reply?.replicas);
+        }
+        Ok(all)
     }
 
     /// The connections by name, for metrics.

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, PingReply, PingRequest};
-use crate::node::causes::Severity;
+use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::replica::{Replica, blocking};
 use crate::node::replicas::Replicas;
@@ -37,6 +37,8 @@ const SET_ASIDE_AGAIN: Duration = Duration::from_secs(1);
 const COMPARE: Duration = Duration::from_secs(5);
 /// Pause before damage is looked at again that could not be repaired.
 const NOT_MENDED: Duration = Duration::from_secs(60);
+/// Pause before a copy is read again that could not be.
+const SCRUB_AGAIN: Duration = Duration::from_secs(10);
 /// Bytes per second that a scrub reads.
 const SCRUB_RATE: u64 = 8 << 20;
 
@@ -76,7 +78,9 @@ pub(crate) async fn set_aside(
     kind: AsideKind,
     why: &str,
 ) {
-    match try_set_aside(stores, shard, kind).await {
+    let done = try_set_aside(stores, shard, kind).await;
+    ctx.used_disk(shard, "set a copy aside", &done);
+    match done {
         Ok(Some(aside)) => announce(ctx, &aside, why).await,
         Ok(None) => {}
         // It stays where it is, and the next opening says so again.
@@ -159,7 +163,17 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             _ = tick.tick() => {}
         }
         let stores = replicas.stores().clone();
-        let Ok(asides) = blocking(move || stores.asides()).await else { continue };
+        let asides = match blocking(move || stores.asides()).await {
+            Ok(asides) => {
+                ctx.causes.withdraw("folder_unreadable", Subject::Node);
+                asides
+            }
+            Err(error) => {
+                let text = format!("{} cannot list its data folder: {error}", ctx.node);
+                ctx.causes.retry("folder_unreadable", Subject::Node, Severity::Yellow, text);
+                continue;
+            }
+        };
         let now = ctx.clock.now();
         known.retain(|aside, _| asides.contains(aside));
         for kind in [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced] {
@@ -199,7 +213,9 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             match whole {
                 Ok(node) => {
                     let (stores, name) = (replicas.stores().clone(), aside.name.clone());
-                    match blocking(move || stores.forget(&aside)).await {
+                    let done = blocking(move || stores.forget(&aside)).await;
+                    ctx.used_disk(shard, "delete a copy that was set aside", &done);
+                    match done {
                         Ok(()) => {
                             info!(%shard, "{name} is deleted: {node} has a whole one")
                         }
@@ -307,10 +323,16 @@ pub(crate) async fn scrub(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                 break;
             }
             let scrubbed = scrub_one(&ctx, replica).await;
-            if let Err(error) = &scrubbed {
-                debug!(%shard, "the disk could not be looked at: {error}");
-            }
-            due.insert(shard, ctx.clock.now() + look_again(every, scrubbed.unwrap_or(true)));
+            ctx.used_disk(shard, "read its copy", &scrubbed);
+            // What could not be read is tried again soon, not in a day.
+            let next = match scrubbed {
+                Ok(whole) => look_again(every, whole),
+                Err(error) => {
+                    debug!(%shard, "the disk could not be looked at: {error}");
+                    every.min(SCRUB_AGAIN)
+                }
+            };
+            due.insert(shard, ctx.clock.now() + next);
         }
     }
 }

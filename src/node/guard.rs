@@ -5,7 +5,8 @@
 
 use super::causes::{Severity, Subject};
 use super::context::Context;
-use super::join::{own_record, restore_buckets};
+use super::join::own_record;
+use super::restore::restore_buckets;
 use crate::error::{Error, Result};
 use crate::logic::settings::{Others, Verdict, judge};
 use crate::model::events::Event;
@@ -15,6 +16,7 @@ use crate::model::{InstanceId, NodeId};
 use crate::nats::bucket::{Cas, Found};
 use crate::nats::bus::{Message, Subscriber};
 use crate::view::{CONFIG_KEY, View, parse};
+use chrono::{DateTime, Utc};
 use futures::{FutureExt, StreamExt};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -29,6 +31,8 @@ use uuid::Uuid;
 const FOREIGN: &str = "settings_differ";
 /// A newer program has written them.
 const NEWER: &str = "settings_newer";
+/// Settings and our own record cannot be looked at, or not written.
+const UNCHECKED: &str = "record_unchecked";
 /// Clusters that are remembered by their heartbeats.
 const CLUSTERS: usize = 16;
 /// Pause after a look that a change has caused: a change may come with each heartbeat.
@@ -42,6 +46,8 @@ pub(crate) struct Beat {
     pub(crate) cluster_id: Option<Uuid>,
     #[serde(default)]
     instance: Option<InstanceId>,
+    #[serde(default)]
+    sent_at: Option<DateTime<Utc>>,
 }
 
 /// Who else runs in this namespace.
@@ -95,6 +101,7 @@ impl Heard {
 
     fn take(&mut self, ctx: &Context, message: &Message) {
         let Ok(beat) = parse::<Beat>(&message.payload) else { return };
+        ctx.heard_clock(&beat.node, beat.instance, beat.sent_at);
         let view = ctx.view();
         let recorded = view.nodes.values().any(|(_, record)| Some(record.instance) == beat.instance);
         self.beat(&beat, recorded, ctx.clock.now(), ctx.config.failure_timeout);
@@ -160,12 +167,17 @@ pub(crate) async fn run(ctx: Arc<Context>, fatal: watch::Sender<Option<Error>>) 
             look_at_record(&ctx, own.as_ref()).await
         };
         match looked.await {
-            Ok(None) => {}
+            Ok(None) => ctx.causes.withdraw(UNCHECKED, Subject::Node),
             Ok(Some(error)) => {
                 fatal.send_replace(Some(error));
                 return;
             }
-            Err(error) => debug!("looking at the settings and our own record: {error}"),
+            Err(error) => {
+                debug!("looking at the settings and our own record: {error}");
+                let text =
+                    format!("{} cannot look after its record and the cluster's settings: {error}", ctx.node);
+                ctx.causes.retry(UNCHECKED, Subject::Node, Severity::Yellow, text);
+            }
         }
     }
 }
@@ -186,10 +198,7 @@ fn is_leaving(ctx: &Context) -> bool {
 /// Looks at the settings in NATS and writes ours where they are not ours. Returns why this node must stop, if it must.
 async fn look_at_settings(ctx: &Context, heard: &Heard) -> Result<Option<Error>> {
     let found = match ctx.buckets.cluster.look(CONFIG_KEY).await {
-        Err(Error::NotFound(_)) => {
-            warn!("NATS has lost the cluster's buckets: creating them again");
-            return restore_buckets(ctx).await.map(|()| None);
-        }
+        Err(Error::NotFound(_)) => return restore_buckets(ctx).await.map(|()| None),
         found => found?,
     };
     // One that a newer program has written need not make sense here.
@@ -392,7 +401,8 @@ mod tests {
 
     #[test]
     fn a_node_of_an_older_version_that_is_not_ours_is_of_the_cluster_of_the_settings() {
-        let beat = Beat { node: "n1".into(), cluster_id: None, instance: Some(Uuid::from_u128(1)) };
+        let beat =
+            Beat { node: "n1".into(), cluster_id: None, instance: Some(Uuid::from_u128(1)), sent_at: None };
         let mut heard = Heard::default();
         heard.beat(&beat, true, s(5), s(10));
         assert!(!others(&heard, 6).beat, "one of ours that is not upgraded yet");

@@ -3,7 +3,7 @@
 //! Every step can be repeated by anybody at any time: buckets and settings are created only if missing,
 //! the record is written by compare-and-set.
 
-use super::causes::Causes;
+use super::causes::{Causes, Severity, Subject};
 use super::context::Context;
 use super::data_dir::{DataDir, keep_shard_map};
 use super::founding::Founding;
@@ -29,6 +29,7 @@ use crate::nats::connect::{Nats, Patience, ServerFacts, permission_error};
 use crate::nats::log::Logs;
 use crate::nats::room::Memory;
 use crate::nats::subjects::Subjects;
+use crate::node::disk::Disk;
 use crate::node::places::Places;
 use crate::node::replica::ping_outcome;
 use crate::store::{RedbOptions, RedbStores, StoreFactory};
@@ -41,6 +42,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+/// The shard map cannot be written into the data folder.
+const MAP_NOT_KEPT: &str = "map_not_kept";
 /// How often a node looks whether its watches have missed anything, at least.
 const WATCHED: Duration = Duration::from_secs(5);
 /// Reads and searches of a node that may wait for the log at a time: each takes little.
@@ -98,7 +101,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
     if let Some(dir) = &data_dir {
         dir.claim(&config.node_id, &config.namespace, &cluster)?;
     }
-    patiently(|| ensure_events(&control, &subjects, cluster.log_replicas)).await?;
+    patiently(|| Box::pin(ensure_events(&control, &subjects, cluster.log_replicas))).await?;
     let (data, bulk) = (connect("data").await?, connect("bulk").await?);
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
     let metrics = Arc::new(Metrics::new()?);
@@ -154,8 +157,12 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         sources: Mutex::default(),
         memory: Memory::new(&config.node_id, config.in_hand_bytes),
         waiting: Places::new("reads that wait for the log", WAITING),
+        disk: Disk::default(),
+        skews: Mutex::default(),
         sends: Arc::new(Semaphore::new(config.migrations_per_node * 4)),
         opens: Arc::new(Semaphore::new(cores * 2)),
+        opening: Arc::default(),
+        restoring: tokio::sync::Mutex::default(),
         stop,
         tasks,
         config,
@@ -231,25 +238,10 @@ async fn ensure_buckets(
     Ok(replicas)
 }
 
-/// Creates the buckets again after NATS has lost them, and the settings in them. The settings come last: while
-/// they are missing, whoever notices that begins anew, so nothing is left out when a step fails.
-pub(crate) async fn restore_buckets(ctx: &Context) -> Result<()> {
-    let replicas = ctx.cluster.log_replicas;
-    let buckets = &ctx.buckets;
-    for bucket in [&buckets.cluster, &buckets.nodes, &buckets.shards, &buckets.migrations] {
-        bucket.ensure(replicas).await?;
-    }
-    ensure_events(&ctx.control.nats, &ctx.subjects, replicas).await?;
-    let value = serde_json::to_vec(&ctx.cluster).map_err(|e| Error::Internal(e.to_string()))?;
-    match buckets.cluster.create(CONFIG_KEY, value).await? {
-        Cas::Applied(_) | Cas::Lost => Ok(()),
-        Cas::Unknown(error) => Err(error),
-    }
-}
-
-async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Result<()> {
-    crate::nats::log::ensure_event_stream(nats, subjects, replicas)
-        .await
+pub(super) async fn ensure_events(nats: &Nats, subjects: &Subjects, replicas: usize) -> Result<()> {
+    let about = format!(".{}\"", subjects.event_stream());
+    nats.unless_denied(&[&about], crate::nats::log::ensure_event_stream(nats, subjects, replicas))
+        .await?
         .map_err(|e| creation_error(&subjects.event_stream(), replicas, &e))
 }
 
@@ -358,23 +350,38 @@ pub(super) fn own_record(ctx: &Context, status: NodeStatus, before: Option<&Node
 pub(crate) async fn keep_map(ctx: Arc<Context>, folder: std::path::PathBuf) {
     let mut views = ctx.views.subscribe();
     let mut kept: Vec<(u64, crate::model::ShardId)> = Vec::new();
+    let mut failed = false;
     loop {
         let view = views.borrow_and_update().clone();
         let now: Vec<_> = view.shards.values().map(|(revision, record)| (*revision, record.shard)).collect();
-        if now != kept {
+        if now != kept || std::mem::take(&mut failed) {
             kept = now;
             let folder = folder.clone();
             let kept = blocking(move || {
                 let records: Vec<_> = view.shards.values().map(|(_, record)| record).collect();
                 keep_shard_map(&folder, &records)
             });
-            if let Err(error) = kept.await {
-                warn!("{error}");
+            match kept.await {
+                Ok(()) => ctx.causes.withdraw(MAP_NOT_KEPT, Subject::Node),
+                Err(error) => {
+                    if let Some(unsaid) = ctx.metrics.may_log(MAP_NOT_KEPT) {
+                        warn!(unsaid, "{error}");
+                    }
+                    let text = format!(
+                        "{} cannot keep the shard map in its data folder, which is needed if NATS loses it: {error}",
+                        ctx.node
+                    );
+                    ctx.causes.retry(MAP_NOT_KEPT, Subject::Node, Severity::Yellow, text);
+                    failed = true;
+                }
             }
         }
         tokio::select! {
             () = ctx.stop.cancelled() => return,
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+        if failed {
+            continue;
         }
         tokio::select! {
             () = ctx.stop.cancelled() => return,

@@ -19,7 +19,7 @@ use super::context::Context;
 use super::replica::Replica;
 use super::replicas::Replicas;
 use crate::error::{Error, Result};
-use crate::model::wire::{AppliedNote, PingReply, PingRequest, ReplicaReport, decode};
+use crate::model::wire::{AppliedNote, ReplicaReport, decode};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bus::{Message, sender};
 use crate::nats::unavailable;
@@ -37,8 +37,9 @@ use tracing::debug;
 const STEP: Duration = Duration::from_millis(250);
 /// A sequence is told so often.
 const TIMES: u8 = 3;
-/// Shards of one message, so that it fits.
+/// Shards of one message, so that it fits; and bytes of each, at most.
 const PART: usize = 8_192;
+const NOTE_BYTES: usize = 20;
 /// Pause between two looks at logs on which nothing arrives: for those of which nobody has said anything.
 const LOOKS: Duration = Duration::from_secs(1);
 /// Shards on which something has arrived, or that were looked at, within this time are left alone.
@@ -215,13 +216,12 @@ impl Watch {
             return;
         }
         let asks = asked.into_iter().map(|(node, shards)| {
-            let request = PingRequest { shards: shards.into_iter().collect() };
-            let subject = self.ctx.subjects.node(&node, "ping");
-            async move { self.ctx.data.call::<_, PingReply>(subject, &request, ASK).await }
+            let ctx = &self.ctx;
+            async move { ctx.ask_reports(&node, shards, ASK).await }
         });
         let mut most: BTreeMap<ShardId, u64> = BTreeMap::new();
-        for reply in futures::future::join_all(asks).await.into_iter().flatten() {
-            for report in reply.replicas.into_iter().filter(ReplicaReport::is_settled) {
+        for reports in futures::future::join_all(asks).await.into_iter().flatten() {
+            for report in reports.into_iter().filter(ReplicaReport::is_settled) {
                 let known = most.entry(report.shard).or_default();
                 *known = (*known).max(report.applied);
             }
@@ -276,13 +276,15 @@ impl Watch {
         let failing = self.replicas.failing().into_keys().map(|shard| (shard, 0));
         let now = all.iter().map(|replica| (replica.shard, replica.told())).chain(failing).collect();
         let news = news(&mut self.told, &now);
-        for part in news.chunks(PART) {
+        let most = (self.ctx.control.nats.max_body() / NOTE_BYTES).clamp(1, PART);
+        for part in news.chunks(most) {
             if !self.ctx.control.nats.is_connected() {
                 return;
             }
             let note = AppliedNote { node: self.ctx.node.clone(), applied: part.to_vec() };
             let subject = self.ctx.subjects.applied(&self.ctx.node);
             if let Err(error) = self.ctx.control.publish_checked(subject, &note).await {
+                // No cause: a replica that misses it looks at its log by itself, and says so if it is behind.
                 debug!("what is applied was not told: {error}");
             }
         }

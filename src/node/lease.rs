@@ -11,10 +11,11 @@ use crate::model::records::LeaderRecord;
 use crate::model::wire::PingRequest;
 use crate::mutant::mutant;
 use crate::nats::bucket::{Cas, Found, Versioned};
+use crate::node::causes::{Severity, Subject};
 use crate::node::context::{Context, Leading};
-use crate::node::join::restore_buckets;
 use crate::node::leader;
 use crate::node::replica::ping_outcome;
+use crate::node::restore::restore_buckets;
 use crate::view::{LEADER_KEY, View, parse};
 use futures::FutureExt;
 use std::panic::AssertUnwindSafe;
@@ -151,13 +152,14 @@ impl Driver {
                     }
                     Ok(Found::Value(found)) => read(&ctx, &found),
                     Err(Error::NotFound(_)) => {
-                        warn!("NATS has lost the cluster's buckets: creating them again");
                         if let Err(error) = restore_buckets(&ctx).await {
-                            warn!("the buckets cannot be created: {error}");
+                            debug!("{error}");
                         }
                         Event::ReadFailed
                     }
                     Err(error) => {
+                        // A cause by itself: what this bucket does not do is known to `nats::trouble`, and raised by
+                        // `node::watchdog`.
                         debug!("reading the lease: {error}");
                         Event::ReadFailed
                     }
@@ -179,6 +181,7 @@ impl Driver {
                             Cas::Applied(revision) => CasOutcome::Applied(revision),
                             Cas::Lost => CasOutcome::Lost,
                             Cas::Unknown(error) => {
+                                // As above.
                                 debug!("writing the lease: {error}");
                                 CasOutcome::Unknown
                             }
@@ -222,7 +225,7 @@ impl Driver {
             // Whoever holds the lease leads, or lets others: a bug must not leave everybody without a leader. What
             // the leader knew goes with it.
             let causes = ctx.causes.clone();
-            let led = AssertUnwindSafe(leader::run(ctx, term, before)).catch_unwind();
+            let led = AssertUnwindSafe(leader::run(ctx.clone(), term, before)).catch_unwind();
             let ended = tokio::select! {
                 () = stop.cancelled() => None,
                 ended = led => {
@@ -232,6 +235,8 @@ impl Driver {
             causes.end_leading();
             if let Some(Err(error)) = ended {
                 warn!(term, "cannot lead: {error}");
+                let text = format!("{} was elected and cannot lead: {error}", ctx.node);
+                causes.retry("cannot_lead", Subject::Node, Severity::Yellow, text);
                 // Somebody else may do better; nothing is lost by handing over.
                 let _ = resign.send(Order::Resign).await;
             }

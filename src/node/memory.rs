@@ -11,7 +11,7 @@
 //! takes a higher one, and if it knows the shard, its own record wins.
 
 use super::context::Context;
-use super::join::restore_buckets;
+use super::restore::restore_buckets;
 use crate::error::{Error, Result};
 use crate::logic::fencing::is_older;
 use crate::model::ShardId;

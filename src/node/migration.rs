@@ -22,6 +22,7 @@ use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
 use crate::model::wire::{CompareReply, CompareRequest};
 use crate::nats::bucket::Cas;
+use crate::node::causes::Severity;
 use crate::node::compare::ask;
 use crate::node::context::Context;
 use crate::node::replica::{Progress, Replica};
@@ -31,6 +32,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing::{debug, info, warn};
 
+/// A move that is tried again.
+const STUCK: &str = "move_stuck";
 /// How often progress is written while nothing else happens.
 const PROGRESS: Duration = Duration::from_millis(500);
 /// One digest comparison.
@@ -43,6 +46,8 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
         let mut pause = Duration::from_millis(200);
         while let Err(error) = steps(ctx, id, replica).await {
             debug!(migration = id, "trying again: {error}");
+            let text = format!("its move to {} does not go on: {error}", ctx.node);
+            ctx.causes.retry(STUCK, replica.shard, Severity::Yellow, text);
             let _ = update(ctx, id, |record| record.error = Some(error.to_string())).await;
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(5));
@@ -60,6 +65,7 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
     };
     tokio::select! {
         () = driving => {
+            ctx.causes.withdraw(STUCK, replica.shard);
             // Said ready: what remains is the leader's. Do not start again while it decides.
             let mut views = ctx.views.subscribe();
             let over = views.wait_for(|view| view.shard(replica.shard).is_none_or(|record| !record.is_joining(&ctx.node)));
@@ -71,6 +77,7 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
         () = still_ours => {}
         () = ctx.stop.cancelled() => {}
     }
+    ctx.causes.withdraw(STUCK, replica.shard);
 }
 
 async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {

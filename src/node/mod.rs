@@ -3,10 +3,13 @@
 mod api;
 mod arrivals;
 mod causes;
+mod clocks;
 mod compare;
 mod context;
 mod copies;
 pub(crate) mod data_dir;
+pub(crate) mod descriptors;
+mod disk;
 mod founding;
 mod guard;
 mod join;
@@ -21,6 +24,7 @@ mod rate;
 pub(crate) mod replica;
 mod replicas;
 mod requests;
+mod restore;
 mod watchdog;
 
 use crate::client::Client;
@@ -31,8 +35,11 @@ use crate::model::admin::LeaveRequest;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::NodeStatus;
 use crate::nats::connect::permission_error;
+use causes::{Causes, Severity, Subject};
 use context::Context;
 use data_dir::DataDir;
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use replicas::Replicas;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,6 +71,21 @@ const NOT_WAITED_FOR: Duration = Duration::from_secs(10);
 /// soon, or it moves replicas to us.
 const HAND_OVER_ASK: Duration = Duration::from_millis(500);
 
+/// Runs a task until the node stops. A panic ends it alone, so that is said: nobody else does what it did.
+fn keep(ctx: &Arc<Context>, name: &'static str, task: BoxFuture<'static, ()>) {
+    ctx.tasks.spawn(guarded(ctx.causes.clone(), name, task));
+}
+
+async fn guarded(causes: Causes, name: &'static str, task: BoxFuture<'static, ()>) {
+    if std::panic::AssertUnwindSafe(task).catch_unwind().await.is_err() {
+        error!(task = name, "ended by a fault of this program");
+        let text = format!(
+            "a task of the node ({name}) has ended by a fault of the program: restart the node, and report it"
+        );
+        causes.raise("task_ended", Subject::Named(name.to_owned()), Severity::Red, text);
+    }
+}
+
 impl Node {
     /// Connects, joins and starts everything.
     ///
@@ -71,33 +93,39 @@ impl Node {
     /// `Invalid` for settings that differ from the cluster's, a live twin, a foreign data folder, missing
     /// permissions; `Unavailable` when NATS goes away in the middle.
     pub(crate) async fn start(config: ClusterConfig) -> Result<Arc<Node>> {
-        let joined = join::join(config).await?;
+        let joined = Box::pin(join::join(config)).await?;
         let join::Joined { ctx, stores, data_dir, pings, client } = joined;
+        // Not when the process began: it may have waited for NATS.
+        let begun = ctx.clock.now();
         let replicas = Replicas::new(ctx.clone(), stores);
         let fatal = watch::Sender::new(None);
         let lease_stop = CancellationToken::new();
         let (resign, orders) = mpsc::channel(4);
 
-        ctx.tasks.spawn(requests::answer_pings(ctx.clone(), replicas.clone(), pings));
+        let keep = |name, task| keep(&ctx, name, task);
+        keep("answers to pings", requests::answer_pings(ctx.clone(), replicas.clone(), pings).boxed());
         requests::run(ctx.clone(), replicas.clone()).await?;
         api::run(ctx.clone(), client.clone()).await?;
-        ctx.tasks.spawn(causes::announce(ctx.clone()));
-        ctx.tasks.spawn(replicas.clone().run());
-        ctx.tasks.spawn(pulse::heartbeats(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(pulse::loads(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(arrivals::watch(ctx.clone()));
-        ctx.tasks.spawn(lag::watch(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(compare::watch(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(pulse::throttle(ctx.clone()));
-        ctx.tasks.spawn(watchdog::run(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(pulse::truncation(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(copies::keep(ctx.clone(), replicas.clone()));
-        ctx.tasks.spawn(copies::scrub(ctx.clone(), replicas.clone()));
+        keep("causes", causes::announce(ctx.clone()).boxed());
+        keep("replicas", replicas.clone().run().boxed());
+        keep("heartbeats", pulse::heartbeats(ctx.clone(), replicas.clone()).boxed());
+        keep("load reports", pulse::loads(ctx.clone(), replicas.clone()).boxed());
+        keep("arrivals", arrivals::watch(ctx.clone()).boxed());
+        keep("lag", lag::watch(ctx.clone(), replicas.clone()).boxed());
+        keep("comparisons", compare::watch(ctx.clone(), replicas.clone()).boxed());
+        keep("throttle", pulse::throttle(ctx.clone()).boxed());
+        keep("watchdog", watchdog::run(ctx.clone(), replicas.clone()).boxed());
+        keep("truncation", pulse::truncation(ctx.clone(), replicas.clone()).boxed());
+        keep("descriptors", descriptors::watch(ctx.clone()).boxed());
+        keep("clocks", clocks::watch(ctx.clone()).boxed());
+        keep("disk", disk::watch(ctx.clone(), data_dir.as_ref().map(|dir| dir.path().to_owned())).boxed());
+        keep("copies", copies::keep(ctx.clone(), replicas.clone()).boxed());
+        keep("scrub", copies::scrub(ctx.clone(), replicas.clone()).boxed());
         if let Some(dir) = &data_dir {
-            ctx.tasks.spawn(join::keep_map(ctx.clone(), dir.path().to_owned()));
+            keep("map", join::keep_map(ctx.clone(), dir.path().to_owned()).boxed());
         }
-        ctx.tasks.spawn(guard::run(ctx.clone(), fatal.clone()));
-        ctx.tasks.spawn(memory::run(ctx.clone()));
+        keep("guard", guard::run(ctx.clone(), fatal.clone()).boxed());
+        keep("memory", memory::run(ctx.clone()).boxed());
         let lease = tokio::spawn(lease::run(ctx.clone(), orders, resign, lease_stop.clone()));
 
         for (name, nats) in ctx.connections() {
@@ -116,7 +144,7 @@ impl Node {
                 () = watched.stop.cancelled() => return,
             };
             // Later ones may be a probe of somebody's; in the first seconds a setting is wrong.
-            if watched.clock.now() < Duration::from_secs(10) {
+            if watched.clock.now().saturating_sub(begun) < Duration::from_secs(10) {
                 told.send_replace(Some(permission_error(&violation)));
             }
         });
@@ -231,5 +259,23 @@ impl Node {
             return Err(Error::Unavailable(cause.sentence()));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_said() {
+        let causes = Causes::new("n1", Clock::start());
+        guarded(causes.clone(), "lag", async {}.boxed()).await;
+        assert_eq!(causes.worst(), None);
+        guarded(causes.clone(), "lag", async { panic!("on purpose") }.boxed()).await;
+        assert_eq!(
+            causes.worst().map(|cause| (cause.kind, cause.subject)),
+            Some(("task_ended".into(), Some("lag".into())))
+        );
     }
 }

@@ -2,11 +2,12 @@
 
 use crate::clock::wall;
 use crate::error::{Error, Result};
+use crate::logic::jetstream;
+use crate::logic::parts::cut as cut_report;
 use crate::logic::truncation::{cut, is_current, is_worth_a_look, lowest};
 use crate::model::ShardId;
 use crate::model::events::{Heartbeat, LoadReport, ReplicaLoad, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
-use crate::model::wire::{PingReply, PingRequest};
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::replica::facts;
@@ -20,6 +21,8 @@ use tracing::{debug, info};
 
 /// Pause between load reports.
 const LOAD: Duration = Duration::from_secs(5);
+/// A log cannot be truncated.
+const NOT_TRUNCATED: &str = "log_not_truncated";
 /// Pause between truncations.
 const TRUNCATE: Duration = Duration::from_secs(5);
 
@@ -28,13 +31,14 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut tick = tokio::time::interval(ctx.config.heartbeat_interval);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let (mut seq, mut ops, mut since) = (0, 0, ctx.clock.now());
+    let mut away = BTreeMap::new();
     loop {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
             _ = tick.tick() => {}
         }
         seq += 1;
-        look_at_connections(&ctx);
+        look_at_connections(&ctx, &mut away);
         let (view, now) = (ctx.view(), ctx.clock.now());
         let all = replicas.all();
         let serving = all.iter().filter(|r| r.status().state == ReplicaState::Serving);
@@ -63,10 +67,21 @@ pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             more_causes,
         };
         (ops, since) = (total, now);
-        if let Err(error) = ctx.control.publish_json(ctx.subjects.heartbeat(), &heartbeat).await {
-            debug!("no heartbeat: {error}");
-        }
+        let told = ctx.control.publish_json(ctx.subjects.heartbeat(), &heartbeat).await;
+        tell(&ctx, "heartbeat_not_sent", "its heartbeat", told);
         refresh_metrics(&ctx, &replicas);
+    }
+}
+
+/// What this node tells the others was sent, or not.
+fn tell(ctx: &Context, kind: &'static str, what: &str, told: Result<()>) {
+    match told {
+        Ok(()) => ctx.causes.withdraw(kind, Subject::Node),
+        Err(error) => {
+            debug!("{what}: {error}");
+            let text = format!("{} cannot send {what}: {error}", ctx.node);
+            ctx.causes.retry(kind, Subject::Node, Severity::Yellow, text);
+        }
     }
 }
 
@@ -109,10 +124,18 @@ pub(crate) async fn loads(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         last = ctx.clock.now();
         let open = all.iter().map(|r| r.load(since.entry(r.shard).or_default(), elapsed));
         let shards = open.chain(failing.keys().copied().map(ReplicaLoad::not_open)).collect();
-        let report = LoadReport { node: ctx.node.clone(), instance: ctx.instance, sent_at: wall(), shards };
-        if let Err(error) = ctx.control.publish_json(ctx.subjects.load(&ctx.node), &report).await {
-            debug!("no load report: {error}");
+        let report = LoadReport {
+            node: ctx.node.clone(),
+            instance: ctx.instance,
+            sent_at: wall(),
+            shards,
+            part: None,
+        };
+        let mut told = Ok(());
+        for part in cut_report(report, ctx.control.nats.max_body()) {
+            told = told.and(ctx.control.publish_json(ctx.subjects.load(&ctx.node), &part).await);
         }
+        tell(&ctx, "load_not_sent", "its load report", told);
     }
 }
 
@@ -175,8 +198,15 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let Some(asked) = view.shard(shard) else { continue };
             match truncate(&ctx, asked, durable).await {
                 // Also when it is not worth it yet: look again when more is on disk.
-                Ok(()) => drop(done.insert(shard, (durable, ctx.clock.now()))),
-                Err(error) => debug!(%shard, "{error}"),
+                Ok(()) => {
+                    ctx.causes.withdraw(NOT_TRUNCATED, shard);
+                    done.insert(shard, (durable, ctx.clock.now()));
+                }
+                Err(error) => {
+                    debug!(%shard, "{error}");
+                    let text = format!("its log is not truncated, and fills up: {error}");
+                    ctx.causes.retry(NOT_TRUNCATED, shard, Severity::Yellow, text);
+                }
             }
         }
     }
@@ -207,13 +237,12 @@ async fn ask_durable(
     holders: BTreeMap<String, BTreeSet<ShardId>>,
     low: &mut BTreeMap<ShardId, u64>,
 ) {
-    let asks = holders.into_iter().map(|(node, shards)| {
-        let request = PingRequest { shards: shards.iter().copied().collect() };
-        let subject = ctx.subjects.node(&node, "ping");
-        async move { (shards, ctx.data.call::<_, PingReply>(subject, &request, Duration::from_secs(2)).await) }
+    let asks = holders.into_iter().map(|(node, shards)| async move {
+        let asked = ctx.ask_reports(&node, shards.iter().copied(), Duration::from_secs(2)).await;
+        (shards, asked)
     });
     for (shards, answer) in futures::future::join_all(asks).await {
-        let replicas = answer.map(|reply| reply.replicas).unwrap_or_default();
+        let replicas = answer.unwrap_or_default();
         for shard in shards {
             let (Some(record), Some(so_far)) = (view.shard(shard), low.get(&shard).copied()) else {
                 continue;
@@ -227,13 +256,20 @@ async fn ask_durable(
     }
 }
 
-/// Connections that are not there.
-fn look_at_connections(ctx: &Context) {
-    let away = ctx.connections().into_iter().filter(|(_, nats)| !nats.is_connected());
-    let away = away.map(|(name, nats)| {
+/// Connections that are not there, and since when.
+fn look_at_connections(ctx: &Context, since: &mut BTreeMap<&'static str, Duration>) {
+    let now = ctx.clock.now();
+    for (name, nats) in ctx.connections() {
+        match nats.is_connected() {
+            true => drop(since.remove(name)),
+            false => _ = since.entry(name).or_insert(now),
+        }
+    }
+    let away = ctx.connections().into_iter().filter_map(|(name, nats)| Some((name, nats, *since.get(name)?)));
+    let away = away.map(|(name, nats, since)| {
         let why = nats.why_away().map(|why| format!(": {why}")).unwrap_or_default();
         let text = format!("{} has no connection to NATS for {name}{why}", ctx.node);
-        (Subject::Named(name.to_owned()), Severity::Red, text)
+        (Subject::Named(name.to_owned()), jetstream::away(now.saturating_sub(since)), text)
     });
     ctx.causes.replace("nats_disconnected", away);
 }

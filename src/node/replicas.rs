@@ -168,7 +168,12 @@ impl Replicas {
         slots.insert(shard, Slot::Opening { not_before: Duration::MAX, failing_since });
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
-            let slot = match Replica::open(&this.ctx, &this.stores, shard, may_serve).await {
+            let opened = Replica::open(&this.ctx, &this.stores, shard, may_serve).await;
+            // Anything else is said as `replica_not_open`.
+            if matches!(opened, Ok(_) | Err(Error::Full(_))) {
+                this.ctx.used_disk(shard, "open its store", &opened);
+            }
+            let slot = match opened {
                 Ok(replica) => {
                     this.ctx.causes.withdraw("replica_not_open", shard);
                     this.ctx.causes.withdraw("store_failed", shard);
@@ -285,7 +290,9 @@ impl Replicas {
                 continue;
             }
             let stores = self.stores.clone();
-            match blocking(move || stores.destroy(shard)).await {
+            let done = blocking(move || stores.destroy(shard)).await;
+            self.ctx.used_disk(shard, "delete an old copy", &done);
+            match done {
                 Ok(()) => {
                     info!(%shard, "the old copy is deleted");
                     unwanted.remove(&shard);

@@ -7,11 +7,12 @@
 
 use crate::error::Error;
 use crate::logic::causes::Subject;
-use crate::logic::jetstream::{Failure, KINDS, cause, to_try};
+use crate::logic::jetstream::{Failure, KINDS, NOT_PERMITTED, Turns, cause, to_try};
 use crate::model::ShardId;
 use crate::model::causes::Severity;
 use crate::model::events::ReplicaState;
-use crate::nats::trouble::{Asking, Failing, Reason};
+use crate::nats::connect::permission_error;
+use crate::nats::trouble::{Asking, Denial, Failing, Reason};
 use crate::node::context::Context;
 use crate::node::replica::Replica;
 use crate::node::replicas::Replicas;
@@ -25,7 +26,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const TRY_FAILING: usize = 2;
 const TRY_QUIET: usize = 10;
 /// Logs tried at a time.
-const MOST: usize = 8;
+const MOST: usize = 16;
 /// One try.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A replica that takes no writes for so long says so.
@@ -48,7 +49,8 @@ pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         if turn.is_multiple_of(TRY_FAILING) && ctx.data.nats.is_connected() {
             let now =
                 if turn.is_multiple_of(TRY_QUIET) { quiet(&ctx, &replicas, &mut applied) } else { vec![] };
-            let chosen = to_try(&failing, &now, turn / TRY_QUIET, MOST);
+            let turns = Turns { failing: turn / TRY_FAILING, quiet: turn / TRY_QUIET };
+            let chosen = to_try(&failing, &now, turns, MOST);
             let open = chosen.into_iter().filter_map(|shard| replicas.get(shard).ok());
             let open = open.filter(|replica| replica.status().gate.is_none());
             let tries = open.map(|replica| async move { replica.try_log(PATIENCE).await });
@@ -80,6 +82,14 @@ async fn look(ctx: &Context) -> Vec<ShardId> {
             found.entry(kind).or_default().push((subject, severity, sentence(fails, said.as_ref())));
         }
     }
+    // Calls that wait for no answer (events, heartbeats, load reports, subscriptions) are told by NATS alone.
+    for (_, nats) in ctx.connections() {
+        let ours = nats.trouble.not_permitted().into_iter().filter(|denial| is_ours(ctx, denial));
+        found.entry(NOT_PERMITTED).or_default().extend(ours.map(|denial| {
+            let text = permission_error(&denial.text).to_string();
+            (Subject::Named(denial.subject), Severity::Yellow, text)
+        }));
+    }
     for kind in KINDS {
         ctx.causes.replace(kind, found.remove(kind).unwrap_or_default());
     }
@@ -87,11 +97,19 @@ async fn look(ctx: &Context) -> Vec<ShardId> {
     writes.filter_map(|fails| logs.get(&fails.stream).copied()).collect()
 }
 
+/// Whether it is something that a node does by itself. Where an answer goes is up to who asks: that it may not be sent
+/// there is not this node's trouble.
+fn is_ours(ctx: &Context, denial: &Denial) -> bool {
+    let first = denial.subject.split('.').next().unwrap_or_default();
+    denial.listening || first == ctx.subjects.namespace() || matches!(first, "$JS" | "$KV")
+}
+
 fn failure(fails: &Failing, said: Option<&Error>) -> Failure {
     match fails.reason {
         Reason::StreamFull => Failure::LogFull,
         Reason::NoSpace => Failure::NoSpace,
         Reason::NoConsumer => Failure::NoConsumer,
+        Reason::Denied => Failure::Denied,
         Reason::NoQuorum => Failure::NoQuorum,
         Reason::NoAnswer if said.is_some_and(|said| said.to_string().contains("no quorum")) => {
             Failure::NoQuorum
@@ -107,7 +125,9 @@ fn sentence(fails: &Failing, said: Option<&Error>) -> String {
         Asking::Read => "answer reads",
     };
     match (fails.reason, said) {
-        (Reason::StreamFull | Reason::NoSpace | Reason::NoConsumer, _) => fails.error.to_string(),
+        (Reason::StreamFull | Reason::NoSpace | Reason::NoConsumer | Reason::Denied, _) => {
+            fails.error.to_string()
+        }
         (Reason::NoQuorum | Reason::NoAnswer, Some(said)) => {
             format!("{} does not {what}: {said}", fails.stream)
         }

@@ -198,3 +198,83 @@ async fn nodes_write_no_answer_where_the_asker_may_not_write() {
     sound(&mut cluster).await;
     unharmed(load).await;
 }
+
+/// What a role may create is bounded in number on each bucket, and ends by itself, whatever it wants; nodes work meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_can_make_only_so_many_consumers_and_none_that_stays() {
+    let mut cluster = cluster().await;
+    let load = Load::start(&client(&cluster).await, 2);
+    load.more(50).await;
+    let (user, told) = user(&cluster, "client").await;
+    let create = |stream: &'static str, name: Option<&'static str>, config: serde_json::Value| {
+        let user = user.clone();
+        async move {
+            let subject = match name {
+                Some(name) => format!("$JS.API.CONSUMER.CREATE.{stream}.{name}"),
+                None => format!("$JS.API.CONSUMER.CREATE.{stream}"),
+            };
+            let body = serde_json::json!({"stream_name": stream, "config": config});
+            let reply = user.request(subject, body.to_string().into()).await.unwrap();
+            serde_json::from_slice::<serde_json::Value>(&reply.payload).unwrap()
+        }
+    };
+    let plain = serde_json::json!({"ack_policy": "none", "deliver_policy": "new", "mem_storage": true});
+    const FIVE_MINUTES: u64 = 300_000_000_000;
+    for stream in ["KV_ruvector_cluster", "KV_ruvector_nodes", "KV_ruvector_shards"] {
+        let mut longer = plain.clone();
+        longer["inactive_threshold"] = 1_000_000_000_000_000_000u64.into();
+        let refused = create(stream, None, longer).await;
+        assert_eq!(refused["error"]["err_code"], 10_153, "{stream}: {refused}");
+        let mut durable = plain.clone();
+        durable["durable_name"] = "stays".into();
+        durable["name"] = "stays".into();
+        for (name, config) in [(None, plain.clone()), (Some("stays"), durable)] {
+            let made = create(stream, name, config).await;
+            let ends = made["config"]["inactive_threshold"].as_u64().unwrap_or(0);
+            assert!((1..=FIVE_MINUTES).contains(&ends), "{stream}: it stays: {made}");
+        }
+    }
+    // All that one bucket has.
+    let mut made = 0;
+    let refused = loop {
+        let round = (0..100).map(|_| create("KV_ruvector_nodes", None, plain.clone()));
+        let replies = futures::future::join_all(round).await;
+        made += replies.iter().filter(|reply| reply["error"].is_null()).count();
+        if let Some(reply) = replies.into_iter().find(|reply| !reply["error"].is_null()) {
+            break reply;
+        }
+        assert!(made < 2_000, "there is no end to them");
+    };
+    assert_eq!(refused["error"]["err_code"], 10_026, "{refused}");
+    assert!(!told.lock().unwrap().iter().any(|t| t.to_lowercase().contains("violation")), "{told:?}");
+    // Logs, and events, may not be touched at all.
+    let others = [
+        "$JS.API.CONSUMER.CREATE.ruvector_log_00003",
+        "$JS.API.CONSUMER.CREATE.ruvector_events",
+        "$JS.API.CONSUMER.DURABLE.CREATE.KV_ruvector_nodes.stays",
+        "$JS.API.CONSUMER.CREATE.KV_ruvector_migrations",
+    ];
+    all_refused(&cluster, "client", &others, &[]).await;
+    // A node that starts now gets no watch of that bucket, does without, and says so.
+    cluster.node("n1").kill().await.unwrap();
+    cluster.node("n1").restart().unwrap();
+    eventually("it is said", || async {
+        let status = cluster.status().await?;
+        let said = status["causes"]
+            .as_array()
+            .is_some_and(|all| all.iter().any(|c| c["kind"] == "jetstream_no_consumer"));
+        if said && status["nodes"]["up"] == 3 && status["shards"]["full"] == 8 {
+            Ok(())
+        } else {
+            Err(status.to_string())
+        }
+    })
+    .await;
+    load.more(50).await;
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    let stream = context.get_stream("KV_ruvector_nodes").await.unwrap();
+    let names: Vec<String> = futures::TryStreamExt::try_collect(stream.consumer_names()).await.unwrap();
+    futures::future::join_all(names.iter().map(|name| stream.delete_consumer(name))).await;
+    sound(&mut cluster).await;
+    unharmed(load).await;
+}

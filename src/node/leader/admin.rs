@@ -52,6 +52,23 @@ fn between_nodes<T: DeserializeOwned>(message: &Message) -> Result<T> {
         .map_err(|e| Error::Invalid(format!("the request does not parse: {e}")))
 }
 
+/// Leaves the less important reasons out where all of them do not fit into one message, and says so: red ones come first.
+fn fitting(mut status: StatusReply, most: usize) -> StatusReply {
+    let size = |status: &StatusReply| serde_json::to_vec(status).map_or(0, |bytes| bytes.len());
+    let mut left_out = 0;
+    while size(&status) > most && status.causes.len() + status.warnings.len() > 1 {
+        let keep = |len: usize| len * 3 / 4;
+        left_out += status.causes.len() - keep(status.causes.len());
+        status.causes.truncate(keep(status.causes.len()));
+        status.warnings.truncate(keep(status.warnings.len()));
+        status.not_reported.truncate(keep(status.not_reported.len()).max(1));
+    }
+    if left_out > 0 {
+        status.warnings.push(format!("{left_out} more do not fit into a message: see the events"));
+    }
+    status
+}
+
 impl Leader {
     pub(super) async fn on_admin(&mut self, message: &Message) -> Result<()> {
         let ctx = self.ctx.clone();
@@ -84,7 +101,8 @@ impl Leader {
             serde_json::to_value(reply).map_err(|e| Error::Internal(e.to_string()))
         }
         match verb {
-            "status" => body(message).and_then(|Nothing {}| json(self.status())),
+            "status" => body(message)
+                .and_then(|Nothing {}| json(fitting(self.status(), self.ctx.control.nats.max_body()))),
             "nodes" => body(message).and_then(|Nothing {}| json(self.nodes())),
             "shards" => json(self.shards_page(&body(message)?)),
             "migrate" => json(self.migrate(required(message)?).await?),
@@ -387,5 +405,43 @@ impl Leader {
         }
         self.abort(migration, MigrationPhase::Cancelled, "an operator cancelled it").await?;
         Ok(CancelReply { phase: MigrationPhase::Cancelled })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_with_many_reasons_fits_into_a_small_message_and_keeps_the_worst() {
+        let cause = |n: usize| Cause {
+            kind: "log_full".into(),
+            severity: if n == 0 { Severity::Red } else { Severity::Yellow },
+            node: format!("node-{n}"),
+            shard: None,
+            subject: None,
+            shards: Vec::new(),
+            count: 1,
+            text: "the log is full ".repeat(20),
+            since: wall(),
+        };
+        let causes: Vec<Cause> = (0..200).map(cause).collect();
+        let status = StatusReply {
+            status: HealthStatus::Red,
+            leader: None,
+            term: 1,
+            nodes: NodeCounts { total: 200, up: 200 },
+            shards: ShardCounts { total: 0, full: 0, degraded: 0, offline: 0 },
+            migrations: 0,
+            vectors: None,
+            warnings: causes.iter().map(|cause| cause.text.clone()).collect(),
+            causes,
+            not_reported: Vec::new(),
+        };
+        let small = fitting(status.clone(), 30 << 10);
+        assert!(serde_json::to_vec(&small).unwrap().len() <= 31 << 10);
+        assert_eq!(small.causes[0].severity, Severity::Red);
+        assert!(small.warnings.last().unwrap().contains("do not fit"));
+        assert_eq!(fitting(status, 1 << 20).causes.len(), 200);
     }
 }

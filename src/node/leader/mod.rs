@@ -24,6 +24,7 @@ use crate::logic::fencing::{is_over, is_plausible};
 use crate::logic::lease::PingOutcome;
 use crate::logic::log_loss::Suspicion;
 use crate::logic::membership::{Action, Membership};
+use crate::logic::parts::Parts;
 use crate::logic::serving::{self, Heard, Known};
 use crate::model::causes::{Cause, MOST_CAUSES};
 use crate::model::events::{Event, Heartbeat, LoadReport, ReplicaLoad, ReplicaState};
@@ -53,6 +54,8 @@ const TICK: Duration = Duration::from_millis(200);
 const WAITING: usize = 4_096;
 /// How long what depends on time alone may be late: the statuses of shards, and which replicas do not work.
 const STATUSES: Duration = Duration::from_secs(1);
+/// What a node is cannot be written.
+const NODE_RECORD: &str = "node_record";
 /// A ping of a suspect.
 const PING: Duration = Duration::from_millis(500);
 
@@ -130,6 +133,10 @@ struct Leader {
     sent: BTreeMap<ShardId, ShardRecord>,
     heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
     loads: BTreeMap<NodeId, Loads>,
+    /// When they came.
+    loads_at: BTreeMap<NodeId, Duration>,
+    /// Reports of which parts are missing.
+    parts: Parts,
     /// What the other nodes' last heartbeats gave as causes.
     causes: BTreeMap<NodeId, Vec<Cause>>,
     /// Since when live nodes have sent no report to this leader.
@@ -181,6 +188,8 @@ impl Leader {
             sent: BTreeMap::new(),
             heartbeats: BTreeMap::new(),
             loads: BTreeMap::new(),
+            loads_at: BTreeMap::new(),
+            parts: Parts::default(),
             causes: BTreeMap::new(),
             silent_since: BTreeMap::new(),
             broken_since: BTreeMap::new(),
@@ -270,7 +279,12 @@ impl Leader {
             Ok(report)
                 if self.ctx.view().node(&report.node).is_some_and(|n| n.instance == report.instance) =>
             {
+                let Some(report) = self.parts.take(report) else { return };
+                if let Err(error) = report.check(self.ctx.cluster.num_shards) {
+                    return self.ctx.bad_message("load", sender(message), &error);
+                }
                 self.on_heat(&report);
+                self.loads_at.insert(report.node.clone(), self.ctx.clock.now());
                 let shards = report.shards.into_iter().map(|load| (load.shard, load)).collect();
                 let loads = Loads { instance: report.instance, shards };
                 if self.loads.get(&report.node).is_none_or(|before| !before.states().eq(loads.states())) {
@@ -307,6 +321,7 @@ impl Leader {
             .leaving
             .retain(|node, (instance, _)| view.node(node).is_some_and(|n| n.instance == *instance));
         self.heartbeats.retain(|node, _| view.nodes.contains_key(node));
+        self.parts.retain(|node| view.nodes.contains_key(node));
         self.causes.retain(|node, _| view.node_status(node).is_live());
         // What a process said that has been replaced says nothing about its successor.
         let heat = &mut self.heat;
@@ -317,6 +332,8 @@ impl Leader {
             }
             same
         });
+        let loads = &self.loads;
+        self.loads_at.retain(|node, _| loads.contains_key(node));
         let present = present(&view);
         if present != self.present {
             self.settled_at = now + self.ctx.config.settle();
@@ -367,7 +384,7 @@ impl Leader {
         let found = match self.ctx.buckets.nodes.get(node).await {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(()),
-            Err(error) => return self.soft("node_record", Subject::Named(node.to_owned()), error),
+            Err(error) => return self.soft(NODE_RECORD, Subject::Named(node.to_owned()), error),
         };
         let Ok(mut record) = parse::<NodeRecord>(&found.value) else { return Ok(()) };
         // Another process took the name meanwhile: the verdict was about the old one.
@@ -397,17 +414,24 @@ impl Leader {
                 if status == NodeStatus::Down {
                     self.down_since.entry(node.to_owned()).or_insert(self.ctx.clock.now());
                 }
+                self.ctx.causes.leading().withdraw(NODE_RECORD, Subject::Named(node.to_owned()));
             }
-            // Looked at again with the next heartbeat, ping or tick: membership believes the record.
-            Cas::Lost | Cas::Unknown(_) => {
-                if let Ok(Some(found)) = self.ctx.buckets.nodes.get(node).await
-                    && let Ok(record) = parse::<NodeRecord>(&found.value)
-                {
-                    self.membership.on_record(self.ctx.clock.now(), &record);
-                }
+            Cas::Lost => self.look_again(node).await,
+            Cas::Unknown(error) => {
+                self.look_again(node).await;
+                return self.soft(NODE_RECORD, Subject::Named(node.to_owned()), error);
             }
         }
         Ok(())
+    }
+
+    /// With the next heartbeat, ping or tick it is tried again: membership believes the record.
+    async fn look_again(&mut self, node: &str) {
+        if let Ok(Some(found)) = self.ctx.buckets.nodes.get(node).await
+            && let Ok(record) = parse::<NodeRecord>(&found.value)
+        {
+            self.membership.on_record(self.ctx.clock.now(), &record);
+        }
     }
 
     async fn tick(&mut self) -> Result<()> {
@@ -415,8 +439,11 @@ impl Leader {
         if now.saturating_sub(self.last_tick) > self.ctx.config.heartbeat_interval {
             // We were held up ourselves, and heartbeats may still be in the queue: judge nobody for that.
             self.membership.forgive(now);
+            self.loads_at.values_mut().for_each(|at| *at = now);
         }
         self.last_tick = now;
+        // What the last round has tried and this one does not is over.
+        self.ctx.causes.begin_round();
         let statuses = now >= self.next_statuses;
         if statuses {
             self.next_statuses = now + STATUSES;
@@ -498,6 +525,14 @@ impl Leader {
     /// Since when live nodes have said nothing of their replicas.
     fn note_silence(&mut self) {
         let (view, now) = (self.ctx.view(), self.ctx.clock.now());
+        // What a live node has said long ago says nothing of its replicas now.
+        let old = self.loads_at.iter().filter(|(_, at)| serving::is_old(now.saturating_sub(**at)));
+        let old = old.map(|(node, _)| node).filter(|node| view.node_status(node).is_live());
+        for node in old.cloned().collect::<Vec<NodeId>>() {
+            self.loads.remove(&node);
+            self.loads_at.remove(&node);
+            self.heat.forget(&node);
+        }
         let loads = &self.loads;
         let silent = |node: &NodeId| view.node_status(node).is_live() && !loads.contains_key(node);
         self.silent_since.retain(|node, _| silent(node));

@@ -315,14 +315,16 @@ impl Leader {
             estimated_ms: rate.map(|rate| slowest.saturating_mul(1_000) / rate.max(1)),
             plan: None,
         };
-        if plan.moves.len() > PLAN_MOVES {
-            plan.moves.truncate(PLAN_MOVES);
-            plan.waves.iter_mut().for_each(|wave| wave.retain(|at| *at < PLAN_MOVES));
+        // Four lists, of short entries: the answer must fit into one message.
+        let most = PLAN_MOVES.min(self.ctx.control.nats.max_body() / 1_024);
+        if plan.moves.len() > most {
+            plan.moves.truncate(most);
+            plan.waves.iter_mut().for_each(|wave| wave.retain(|at| *at < most));
             plan.waves.retain(|wave| !wave.is_empty());
         }
-        plan.promotions.truncate(PLAN_MOVES);
-        plan.removals.truncate(PLAN_MOVES);
-        plan.unmet.truncate(PLAN_MOVES);
+        plan.promotions.truncate(most);
+        plan.removals.truncate(most);
+        plan.unmet.truncate(most);
         RebalanceReply { plan: Some(plan), ..reply }
     }
 }

@@ -435,6 +435,7 @@ impl Leader {
         self.check_lease()?;
         // Not deleted after all: the next leader looks once more and deletes it.
         if let Err(error) = self.ctx.buckets.cluster.delete(REBALANCE_KEY).await {
+            // No cause: whoever leads looks at the key again.
             debug!("{error}");
         }
         let input = self.plan_input(true);

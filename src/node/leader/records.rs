@@ -14,9 +14,9 @@ use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
 use crate::model::{NodeId, ShardId, Term};
 use crate::nats::bucket::{Bucket, Cas, Versioned};
 use crate::node::causes::{Severity, Subject};
-use crate::node::join::restore_buckets;
 use crate::node::lease::Before;
 use crate::node::replica::facts;
+use crate::node::restore::restore_buckets;
 use crate::view::{LEADER_KEY, REBALANCE_KEY, Rev, THROTTLE_KEY, parse};
 use futures::{StreamExt, TryStreamExt};
 use std::time::Duration;
@@ -381,6 +381,7 @@ impl Leader {
                     let made = restore_buckets(&self.ctx).await;
                     made.or_else(|e| self.soft("buckets_missing", Subject::Node, e))?;
                 }
+                // What the bucket does not do is raised by `node::watchdog`.
                 debug!(key, "{error}");
                 Ok(None)
             }

@@ -10,8 +10,8 @@ use crate::nats::log::event_settings;
 use crate::nats::upkeep::{Kept, Settings, bucket_settings, keep};
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
-use crate::node::join::restore_buckets;
-use std::collections::BTreeMap;
+use crate::node::restore::restore_buckets;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::{debug, warn};
@@ -26,14 +26,23 @@ const LEFT_OVER: u32 = 60;
 /// Streams whose settings are not what they should be, and cannot be set back.
 const KIND: &str = "stream_settings";
 
-/// By stream: what is wrong.
-type Wrong = BTreeMap<String, (Subject, Severity, String)>;
+/// Streams of which it is not known whether they are as they should be, or that could not be set back this time.
+const UNCHECKED: &str = "stream_unchecked";
+
+/// What was found.
+#[derive(Default)]
+struct Wrong {
+    /// By stream: what is wrong.
+    settings: BTreeMap<String, (Subject, Severity, String)>,
+    /// What was said of consumers: once, since nothing can be done about it in place.
+    unbounded: BTreeSet<String>,
+}
 
 /// Runs until the leader ends.
 pub(super) async fn run(ctx: Arc<Context>, term: Term) {
     let mut tick = tokio::time::interval(LOOK.max(ctx.config.heartbeat_interval));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let (mut wrong, mut next, mut looks) = (Wrong::new(), 0, 0_u32);
+    let (mut wrong, mut next, mut looks) = (Wrong::default(), 0, 0_u32);
     loop {
         tick.tick().await;
         let replicas = ctx.cluster.log_replicas;
@@ -54,7 +63,7 @@ pub(super) async fn run(ctx: Arc<Context>, term: Term) {
             debug!("{error}");
         }
         looks = looks.wrapping_add(1);
-        ctx.causes.leading().replace(KIND, wrong.values().cloned());
+        ctx.causes.leading().replace(KIND, wrong.settings.values().cloned());
         say_versions(&ctx);
     }
 }
@@ -94,10 +103,21 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
         return;
     }
     let name = wanted.name().to_owned();
-    match keep(&ctx.control.nats, wanted).await {
-        Ok(Kept::Fine) => drop(wrong.remove(&name)),
+    let kept = keep(&ctx.control.nats, wanted).await;
+    // Not the leader's: it lapses by time, as a round here may take longer than one of the leader.
+    if kept.is_ok() {
+        ctx.causes.withdraw(UNCHECKED, Subject::Named(name.clone()));
+    }
+    match kept {
+        Ok(Kept::Fine) => drop(wrong.settings.remove(&name)),
+        Ok(Kept::Unbounded(what)) => {
+            wrong.settings.remove(&name);
+            if wrong.unbounded.insert(name.clone()) {
+                warn!("consumers of stream {name} are not bounded as they should be: {what}");
+            }
+        }
         Ok(Kept::PutBack(what)) => {
-            wrong.remove(&name);
+            wrong.settings.remove(&name);
             let message = format!("stream {name} was changed by hand, and is set back: {what}");
             warn!("{message}");
             ctx.event(Event::new("stream.settings_restored", message).with("stream", name)).await;
@@ -107,17 +127,21 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
                 "stream {name} has {what}, which NATS does not let us change ({error}): delete it (nats stream rm {name}), \
                  and the nodes make it anew from what they hold"
             );
-            wrong.insert(name.clone(), (Subject::Named(name), Severity::Yellow, text));
+            wrong.settings.insert(name.clone(), (Subject::Named(name), Severity::Yellow, text));
         }
         // Of a log: between two questions. Nobody makes one here.
-        Err(Error::NotFound(_)) if is_log => drop(wrong.remove(&name)),
+        Err(Error::NotFound(_)) if is_log => drop(wrong.settings.remove(&name)),
         Err(Error::NotFound(_)) => {
-            wrong.remove(&name);
-            warn!("NATS has lost {name}: creating it again");
+            wrong.settings.remove(&name);
             if let Err(error) = restore_buckets(ctx).await {
-                warn!("{name} cannot be created: {error}");
+                debug!("{error}");
             }
         }
-        Err(error) => debug!("{error}"),
+        // Looked at again at the next turn.
+        Err(error) => {
+            debug!("{error}");
+            let text = format!("the settings of stream {name} cannot be looked at or set back: {error}");
+            ctx.causes.retry(UNCHECKED, Subject::Named(name), Severity::Yellow, text);
+        }
     }
 }

@@ -24,7 +24,7 @@ use crate::model::wire::{LogOp, PingReply, ReplicaReport, WindowMarks};
 use crate::model::{NodeId, OpId, ShardId};
 use crate::nats::bus::Asked;
 use crate::nats::log::LogInfo;
-use crate::node::causes::{Severity, Subject};
+use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::store::{AsideKind, Digest, ShardStore, StoreFactory, StoreSpec};
 use apply::Outcome;
@@ -186,6 +186,7 @@ impl Replica {
     ) -> Result<Arc<Replica>> {
         let spec = store_spec(ctx, shard);
         let _permit = ctx.opens.acquire().await.map_err(|_| Error::Unavailable("stopping".into()))?;
+        let _place = ctx.opening.room_for_a_store().await?;
         let factory = stores.clone();
         let store = blocking(move || factory.open(&spec)).await?;
         let (retiring, stop) = (ctx.stop.child_token(), ctx.stop.child_token());
@@ -524,6 +525,10 @@ impl Replica {
             };
             let Err(error) = round else { continue };
             failures += 1;
+            // Applying, and loading a copy.
+            if matches!(error, Error::Full(_)) {
+                self.ctx.used_disk::<()>(self.shard, "apply entries", &Err(error.clone()));
+            }
             let text = format!("the replica on {} does not follow its log: {error}", self.ctx.node);
             self.ctx.causes.retry("replica_stuck", self.shard, Severity::Yellow, text);
             let pause = Duration::from_millis(100 * 2u64.pow(failures.min(5)));
@@ -577,15 +582,11 @@ impl Replica {
             if !due {
                 continue;
             }
-            if let Err(error) = self.make_durable().await {
-                // The next apply meets the same error, closes the gate and says so.
+            let flushed = self.make_durable().await;
+            self.ctx.used_disk(self.shard, "make entries durable", &flushed);
+            if let Err(error) = flushed {
+                // The next apply meets the same error and closes the gate.
                 debug!(shard = %self.shard, "flushing: {error}");
-                if matches!(error, Error::Full(_)) {
-                    let text = format!(
-                        "{error}: free space there; writes wait until then, and logs are not truncated"
-                    );
-                    self.ctx.causes.retry("disk_full", Subject::Node, Severity::Red, text);
-                }
                 if matches!(error, Error::Corrupt(_) | Error::Internal(_)) {
                     self.mend().await;
                 }
@@ -637,8 +638,9 @@ impl Replica {
             Err(Error::Corrupt(_)) => store.rewrite().map(|()| true),
             other => other.map(|()| false),
         });
-        let shard = self.shard;
-        match mended.await {
+        let (shard, mended) = (self.shard, mended.await);
+        self.ctx.used_disk(shard, "write its copy anew", &mended);
+        match mended {
             Ok(true) => {
                 let text = format!(
                     "the copy of shard {shard} on {} was damaged on the disk, and was written anew from memory; what was \

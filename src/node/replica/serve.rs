@@ -22,6 +22,7 @@ use crate::nats::bus::{Message, sender};
 use crate::nats::leave::{Member, leave};
 use crate::nats::log::LogInfo;
 use crate::nats::room::{IN_MEMORY, Room};
+use crate::node::causes::Severity;
 use crate::node::lag::awake;
 use crate::node::places::{Places, Seat};
 use crate::store::Found;
@@ -94,12 +95,17 @@ impl Replica {
             }
             match self.subscribe().await {
                 Ok((writes, reads)) => {
+                    self.ctx.causes.withdraw("replica_not_subscribed", self.shard);
                     self.status.send_modify(|status| status.subscribed = true);
                     self.clone().serve_until_stopped(writes, reads, &in_hand).await;
                     self.status.send_modify(|status| status.subscribed = false);
                 }
                 Err(error) => {
-                    warn!(shard = %self.shard, "cannot serve: {error}");
+                    if let Some(unsaid) = self.ctx.metrics.may_log("replica_not_subscribed") {
+                        warn!(shard = %self.shard, unsaid, "cannot serve: {error}");
+                    }
+                    let text = format!("its replica on {} cannot take requests: {error}", self.ctx.node);
+                    self.ctx.causes.retry("replica_not_subscribed", self.shard, Severity::Yellow, text);
                     tokio::time::sleep(Duration::from_millis(500)).await;
                 }
             }

@@ -72,6 +72,7 @@ pub(crate) async fn stream_snapshot(
         };
         match sent {
             Ok(()) => info!(%shard, transfer, chunks = sender.index, "the snapshot was sent"),
+            // The target asks again, and says what keeps it.
             Err(error) => debug!(%shard, transfer, "sending the snapshot ended early: {error}"),
         }
     };

@@ -230,6 +230,8 @@ async fn persist(target: &Target, body: bytes::Bytes, deadline: Instant) -> Resu
             Appended::Refused(error) => {
                 return Err(Error::Unavailable(format!("{error}; an earlier try may have worked")));
             }
+            // Neither soon nor here: said at once, as another node may be allowed to.
+            Appended::Denied(error) => return Err(error),
             Appended::Unknown(error) => {
                 unknown = true;
                 error
