@@ -3,7 +3,9 @@
 //! Nothing that may be the last copy is deleted. A copy that is damaged, or that does not belong here, gets another
 //! name; the replica begins again with nothing, and replays its log or loads a snapshot. What was set aside goes when
 //! a whole copy serves elsewhere: another replica has answered that it serves and has had the same content as the one
-//! here at one sequence of the log. Whoever dies between any two of these steps leaves a file too many, which is
+//! here at one sequence of the log. And that content continues the one in the file: it is of the same log, and at least as far;
+//! or all that can still be read of the file is in it, as it is there. Two replicas that have begun again with nothing
+//! agree, too. Whoever dies between any two of these steps leaves a file too many, which is
 //! found at the next start; a message that is lost, late or doubled only makes it stay longer.
 //!
 //! Where the shard has moved away, nobody here can compare: its primary is asked to compare all holders, twice, some time
@@ -16,6 +18,7 @@ use crate::model::events::{Event, ReplicaState};
 use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, PingReply, PingRequest};
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
+use crate::node::replica::apply::{HELD_NOTE, held_log};
 use crate::node::replica::{Replica, blocking};
 use crate::node::replicas::Replicas;
 use crate::store::{AsideKind, Digest, SetAside, StoreFactory};
@@ -23,6 +26,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tracing::{debug, info, warn};
+use uuid::Uuid;
 
 /// Pause between two looks at what was set aside.
 const LOOK: Duration = Duration::from_secs(2);
@@ -35,6 +39,8 @@ const SINGLE: Duration = Duration::from_secs(24 * 3_600);
 const SET_ASIDE_AGAIN: Duration = Duration::from_secs(1);
 /// One comparison.
 const COMPARE: Duration = Duration::from_secs(5);
+/// Pause before a copy is looked at again that has something that is nowhere else; less where copies are kept for less.
+const KEPT_AGAIN: Duration = Duration::from_secs(3_600);
 /// Pause before damage is looked at again that could not be repaired.
 const NOT_MENDED: Duration = Duration::from_secs(60);
 /// Pause before a copy is read again that could not be.
@@ -155,6 +161,8 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut rest_until: BTreeMap<ShardId, Duration> = BTreeMap::new();
     // Since when whole copies of a shard that is not here any more are known to be elsewhere.
     let mut elsewhere: BTreeMap<ShardId, Duration> = BTreeMap::new();
+    // What has something that is not known to be anywhere else, and when it is looked at again.
+    let mut kept: BTreeMap<SetAside, Duration> = BTreeMap::new();
     let mut tick = tokio::time::interval(LOOK.min(ctx.config.retire_after));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -176,6 +184,7 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         };
         let now = ctx.clock.now();
         known.retain(|aside, _| asides.contains(aside));
+        kept.retain(|aside, _| asides.contains(aside));
         for kind in [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced] {
             let count = asides.iter().filter(|aside| aside.kind == kind).count();
             ctx.metrics.copies_aside.with_label_values(&[&kind.to_string()]).set(count as i64);
@@ -186,7 +195,14 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         });
         let unserved = unserved.map(|aside| (aside.shard.into(), Severity::Yellow, unusable(&ctx, aside)));
         ctx.causes.replace("copy_damaged", unserved.collect::<Vec<_>>());
+        // One that was sound had been judged by whoever replaced it: that is said once.
+        let damaged = kept.keys().filter(|aside| aside.kind == AsideKind::Damaged);
+        let damaged = damaged.map(|aside| (aside.shard.into(), Severity::Yellow, not_elsewhere(&ctx, aside)));
+        ctx.causes.replace("copy_kept", damaged.collect::<Vec<_>>());
         for aside in asides {
+            if kept.get(&aside).is_some_and(|again| now < *again) {
+                continue;
+            }
             let since = *known.entry(aside.clone()).or_insert(now);
             let shard = aside.shard;
             let rests = rest_until.get(&shard).is_some_and(|until| now < *until);
@@ -195,31 +211,48 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             }
             let replica = replicas.get(shard).ok();
             let serving = replica.as_ref().is_some_and(|r| r.status().state == ReplicaState::Serving);
-            let whole = match replica.filter(|_| serving) {
-                Some(replica) => serves_elsewhere(&ctx, &replica).await,
+            let replica = replica.filter(|_| serving);
+            let whole = match &replica {
+                Some(replica) => serves_elsewhere(&ctx, replica).await,
                 None if replicas.holds(shard) => continue,
                 None => match whole_elsewhere(&ctx, shard).await {
-                    Ok((nodes, apart)) => {
+                    Ok((whole, apart)) => {
                         let since = *elsewhere.entry(shard).or_insert(now);
                         if now < since + apart {
                             rest_until.insert(shard, since + apart);
                             continue;
                         }
-                        Ok(nodes)
+                        Ok(whole)
                     }
                     Err(error) => Err(error),
                 },
             };
-            match whole {
-                Ok(node) => {
+            let judged = match whole {
+                Ok(whole) => {
+                    let only = only_here(&ctx, replicas.stores(), &aside, &whole, replica).await;
+                    only.map(|only| (whole.nodes, only))
+                }
+                Err(error) => Err(error),
+            };
+            match judged {
+                Ok((nodes, None)) => {
                     let (stores, name) = (replicas.stores().clone(), aside.name.clone());
+                    kept.remove(&aside);
                     let done = blocking(move || stores.forget(&aside)).await;
                     ctx.used_disk(shard, "delete a copy that was set aside", &done);
                     match done {
                         Ok(()) => {
-                            info!(%shard, "{name} is deleted: {node} has a whole one")
+                            info!(%shard, "{name} is deleted: {nodes} has a whole one")
                         }
                         Err(error) => warn!(%shard, "{name} cannot be deleted: {error}"),
+                    }
+                }
+                Ok((_, Some(what))) => {
+                    let again = now + (ctx.config.retire_after * 60).min(KEPT_AGAIN);
+                    if kept.insert(aside.clone(), again).is_none() {
+                        let text = format!("{} ({what})", not_elsewhere(&ctx, &aside));
+                        let event = Event::new("shard.copy_kept", text).shard(shard).node(&ctx.node);
+                        ctx.event(event.with("file", aside.name).with("bytes", aside.bytes)).await;
                     }
                 }
                 Err(error) => {
@@ -232,8 +265,67 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     }
 }
 
+fn not_elsewhere(ctx: &Context, aside: &SetAside) -> String {
+    format!(
+        "{} on {} stays: it has vectors of shard {} that no replica is known to have; read it with `shards salvage`, import \
+         what is missed, then delete it by hand",
+        aside.name, ctx.node, aside.shard
+    )
+}
+
+/// Whole copies of a shard that serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Whole {
+    nodes: String,
+    /// The log that they follow.
+    log_id: Uuid,
+    /// Where they were compared.
+    applied: u64,
+}
+
+/// Whether whole copies continue what a copy that was set aside had applied. Nothing else says so: they may have begun again
+/// with nothing, or from another copy that had applied less.
+fn continues(whole: &Whole, log_id: Option<Uuid>, applied: Option<u64>) -> bool {
+    log_id == Some(whole.log_id) && applied.is_some_and(|applied| applied <= whole.applied)
+}
+
+/// What a copy that was set aside has that no whole copy is known to have, if there is anything.
+async fn only_here(
+    ctx: &Context,
+    stores: &Arc<dyn StoreFactory>,
+    aside: &SetAside,
+    whole: &Whole,
+    here: Option<Arc<Replica>>,
+) -> Result<Option<String>> {
+    let (factory, looked) = (stores.clone(), aside.clone());
+    let facts = blocking(move || factory.aside_facts(&looked, HELD_NOTE)).await?;
+    let log_id = facts.note.as_deref().and_then(held_log);
+    if continues(whole, log_id, facts.applied) {
+        return Ok(None);
+    }
+    let (factory, looked, dimensions) = (stores.clone(), aside.clone(), ctx.cluster.dimensions);
+    blocking(move || {
+        let mut only = Ok(None);
+        factory.aside_entries(&looked, dimensions, &mut |entry| {
+            let pause = entry.wire_bytes() as u64 * 1_000_000 / SCRUB_RATE;
+            std::thread::sleep(Duration::from_micros(pause));
+            let now = match &here {
+                // Whoever closes it waits for all who hold its store.
+                Some(here) if here.is_closing() => Err(Error::Unavailable("its replica is closing".into())),
+                Some(here) => here.store().get(&entry.id),
+                None => Ok(None),
+            };
+            only = now.map(|now| (now.as_ref() != Some(&entry)).then(|| format!("such as {:?}", entry.id)));
+            only == Ok(None)
+        })?;
+        only
+    })
+    .await
+}
+
 /// Another node whose replica serves and has had the same content as the one here at one sequence.
-async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<String> {
+async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<Whole> {
+    let log_id = replica.status().log_id;
     let (view, shard) = (ctx.view(), replica.shard);
     let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard} has no record")))?;
     let mut last = Error::Unavailable("no other replica serves".into());
@@ -258,7 +350,9 @@ async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<Strin
         };
         let ask = DigestRequest { shard, checkpoint, timeout_ms: COMPARE.as_millis() as u64 };
         match ctx.data.call::<_, Digest>(ctx.subjects.node(node, "digest"), &ask, COMPARE).await {
-            Ok(theirs) if theirs == digest => return Ok(node.clone()),
+            Ok(theirs) if theirs == digest && replica.status().log_id == log_id => {
+                return Ok(Whole { nodes: node.clone(), log_id, applied: digest.applied });
+            }
             Ok(_) => last = Error::Unavailable(format!("{node} has other content")),
             Err(error) => last = error,
         }
@@ -268,7 +362,7 @@ async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<Strin
 
 /// Those who hold a shard that is not here any more, if all of them have the same content now, and how long that must be so
 /// before a copy here is of no use.
-async fn whole_elsewhere(ctx: &Context, shard: ShardId) -> Result<(String, Duration)> {
+async fn whole_elsewhere(ctx: &Context, shard: ShardId) -> Result<(Whole, Duration)> {
     let view = ctx.view();
     let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard} has no record")))?;
     if record.holders().any(|node| *node == ctx.node) {
@@ -279,7 +373,12 @@ async fn whole_elsewhere(ctx: &Context, shard: ShardId) -> Result<(String, Durat
     let most = ctx.cluster.replication_factor as usize;
     let apart = enough(&reply, most, ctx.config.retire_after)?;
     let nodes: Vec<&str> = reply.holders.iter().map(|holder| holder.node.as_str()).collect();
-    Ok((nodes.join(" and "), apart))
+    // The log that was compared, if it is still the one that counts.
+    let log_id = match ctx.view().shard(shard) {
+        Some(now) if now.log_id == record.log_id => now.log_id,
+        _ => return Err(Error::Unavailable("its log is another one now".into())),
+    };
+    Ok((Whole { nodes: nodes.join(" and "), log_id, applied: reply.sequence }, apart))
 }
 
 /// For how long holders must have been compared like this before a copy elsewhere is of no use.
@@ -399,6 +498,17 @@ mod tests {
         assert_eq!(look_again(day, true), day);
         assert_eq!(look_again(day, false), Duration::from_secs(60));
         assert_eq!(look_again(Duration::from_secs(1), false), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn copies_that_have_begun_again_do_not_continue_what_was_set_aside() {
+        let (old, new) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let whole = |log_id, applied| Whole { nodes: "n2".into(), log_id, applied };
+        assert!(continues(&whole(old, 500), Some(old), Some(500)));
+        assert!(!continues(&whole(old, 499), Some(old), Some(500)), "it has more");
+        assert!(!continues(&whole(new, 9_000), Some(old), Some(500)), "two empty shards agree, too");
+        assert!(!continues(&whole(old, 500), None, Some(500)), "it does not say of which log it is");
+        assert!(!continues(&whole(old, 500), Some(old), None), "it does not say how far it was");
     }
 
     #[test]

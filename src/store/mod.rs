@@ -252,6 +252,15 @@ pub struct SetAside {
     pub name: String,
 }
 
+/// What a copy that was set aside says of itself, as far as that can be read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AsideFacts {
+    /// Highest sequence applied.
+    pub applied: Option<u64>,
+    /// The note that was asked for.
+    pub note: Option<Vec<u8>>,
+}
+
 /// Opens and removes the stores of one node. Bring your own database by implementing this and
 /// [`ShardStore`]; see `examples/custom_store.rs`.
 pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
@@ -288,6 +297,28 @@ pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
     /// Copies that were set aside and are still there.
     fn asides(&self) -> Result<Vec<SetAside>> {
         Ok(Vec::new())
+    }
+    /// What a copy that was set aside says of itself; costs a few pages, and those of its notes.
+    ///
+    /// # Errors
+    /// When it cannot be read now, and for stores that cannot look into such a copy: then it is kept.
+    fn aside_facts(&self, aside: &SetAside, note: u64) -> Result<AsideFacts> {
+        let _ = note;
+        Err(Error::Unavailable(format!("this kind of store cannot look into {}", aside.name)))
+    }
+    /// Hands out every intact entry of a copy that was set aside, also where its place in the copy is lost, until `see`
+    /// returns `false`. `dimensions` are those of the cluster, for a copy that does not say.
+    ///
+    /// # Errors
+    /// As for [`aside_facts`](Self::aside_facts).
+    fn aside_entries(
+        &self,
+        aside: &SetAside,
+        dimensions: usize,
+        see: &mut dyn FnMut(VectorEntry) -> bool,
+    ) -> Result<()> {
+        let _ = (dimensions, see);
+        Err(Error::Unavailable(format!("this kind of store cannot look into {}", aside.name)))
     }
     /// Deletes a copy that was set aside. Deleting what is not there is no error.
     fn forget(&self, aside: &SetAside) -> Result<()> {

@@ -32,7 +32,8 @@ mod tests;
 use super::claims::{Claim, Claims};
 use super::content::{Content, Shared, poisoned};
 use super::{
-    AsideKind, Batch, Digest, Found, Page, SetAside, ShardStore, StoreFactory, StoreSpec, StoreStats,
+    AsideFacts, AsideKind, Batch, Digest, Found, Page, SetAside, ShardStore, StoreFactory, StoreSpec,
+    StoreStats,
 };
 use crate::error::{Error, Result};
 use crate::model::{SearchQuery, SearchResult, ShardId, VectorEntry};
@@ -275,6 +276,19 @@ impl StoreFactory for RedbStores {
 
     fn asides(&self) -> Result<Vec<SetAside>> {
         self.folder.asides()
+    }
+
+    fn aside_facts(&self, aside: &SetAside, note: u64) -> Result<AsideFacts> {
+        self.folder.facts(aside, note)
+    }
+
+    fn aside_entries(
+        &self,
+        aside: &SetAside,
+        dimensions: usize,
+        see: &mut dyn FnMut(VectorEntry) -> bool,
+    ) -> Result<()> {
+        self.folder.entries(aside, dimensions, see)
     }
 
     fn forget(&self, aside: &SetAside) -> Result<()> {

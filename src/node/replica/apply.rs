@@ -23,7 +23,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 /// Key of the note with the log's id; keys below [`TOLD`] are sequences of the window.
-const HELD_NOTE: u64 = u64::MAX;
+pub(crate) const HELD_NOTE: u64 = u64::MAX;
 /// Key of the note of a snapshot that is being loaded.
 const SEED_NOTE: u64 = u64::MAX - 1;
 /// Added to a sequence: key of the note of what its operations came to where a snapshot was copied from.
@@ -86,6 +86,11 @@ struct HeldNote {
     /// Of the window.
     #[serde(default)]
     marks: WindowMarks,
+}
+
+/// The log that a copy counts in, by its note.
+pub(crate) fn held_log(note: &[u8]) -> Option<Uuid> {
+    decode::<HeldNote>(note).ok().map(|note| note.log_id)
 }
 
 /// The applying side of one replica.

@@ -12,9 +12,10 @@
 use super::file::io_error;
 use super::raw::{Found, Raw};
 use super::record::{Meta, read_entry};
-use crate::error::Result;
-use crate::model::ShardId;
-use crate::store::{AsideKind, SetAside};
+use crate::error::{Error, Result};
+use crate::model::{ShardId, VectorEntry};
+use crate::store::{AsideFacts, AsideKind, SetAside};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -141,6 +142,53 @@ impl Folder {
             Ok(()) => warn!(%shard, "{} is deleted: newer and better copies are kept aside", victim.name),
             Err(error) => warn!(%shard, "{} cannot be deleted: {error}", victim.name),
         }
+    }
+
+    /// A copy that was set aside; `None` where nothing can be in it.
+    fn look_into(&self, aside: &SetAside) -> Result<Option<Raw>> {
+        let path = self.0.join(&aside.name);
+        let failed = |e: std::io::Error| io_error("read", &path, &e);
+        if !std::fs::symlink_metadata(&path).map_err(failed)?.is_file() {
+            return Err(Error::Conflict(format!("{} is no file", path.display())));
+        }
+        match Raw::open(&path) {
+            Ok(raw) => Ok(Some(raw)),
+            Err(e) if e.kind() == ErrorKind::InvalidData => Ok(None),
+            Err(e) => Err(failed(e)),
+        }
+    }
+
+    /// What a copy that was set aside says of itself.
+    pub(super) fn facts(&self, aside: &SetAside, note: u64) -> Result<AsideFacts> {
+        let Some(mut raw) = self.look_into(aside)? else { return Ok(AsideFacts::default()) };
+        let facts = raw.facts(note).map_err(|e| io_error("read", &self.0.join(&aside.name), &e))?;
+        Ok(AsideFacts { applied: facts.0.map(|meta| meta.applied), note: facts.1 })
+    }
+
+    /// Its intact entries, until told to stop.
+    pub(super) fn entries(
+        &self,
+        aside: &SetAside,
+        dimensions: usize,
+        see: &mut dyn FnMut(VectorEntry) -> bool,
+    ) -> Result<()> {
+        let Some(mut raw) = self.look_into(aside)? else { return Ok(()) };
+        let failed = |e: std::io::Error| io_error("read", &self.0.join(&aside.name), &e);
+        let meta = raw.meta().map_err(failed)?;
+        let dimensions = meta.map_or(dimensions, |meta| meta.dimensions);
+        let goes_on = Cell::new(true);
+        let mut each = |record: Found<'_>| {
+            let Found::Entry(id, bytes) = record else { return };
+            let Ok(id) = std::str::from_utf8(id) else { return };
+            if let Some(entry) = read_entry(id, dimensions, bytes).filter(|_| goes_on.get()) {
+                goes_on.set(see(entry));
+            }
+        };
+        let walk = raw.walk(&mut |_| goes_on.get(), &mut each).map_err(failed)?;
+        if walk.lost_pages && goes_on.get() {
+            raw.scan(&mut each).map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// Makes the creation, renaming or removal of a file survive a crash of the machine.

@@ -9,7 +9,7 @@
 //! header names the root of a tree of tables, each of which names the root of its own. A page carries no checksum:
 //! whoever points to it does.
 
-use super::record::{Meta, read_meta};
+use super::record::{Meta, read_meta, read_note};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Result, Seek, SeekFrom};
@@ -96,6 +96,7 @@ pub(super) struct Raw {
     region_header: u64,
     region_bytes: u64,
     only_meta: bool,
+    no_entries: bool,
     seen: HashSet<u64>,
     walk: Walk,
 }
@@ -123,6 +124,7 @@ impl Raw {
             region_bytes: (header_pages + most) * page_bytes,
             header,
             only_meta: false,
+            no_entries: false,
             seen: HashSet::new(),
             walk: Walk::default(),
         })
@@ -168,7 +170,19 @@ impl Raw {
         walked.map(|_| meta)
     }
 
-    #[cfg(feature = "cli")]
+    /// The meta record and one note.
+    pub(super) fn facts(&mut self, note: u64) -> Result<(Option<Meta>, Option<Vec<u8>>)> {
+        let (mut meta, mut found) = (None, None);
+        self.no_entries = true;
+        let walked = self.walk(&mut |_| true, &mut |record| match record {
+            Found::Meta(bytes) => meta = read_meta(bytes),
+            Found::Note(key, bytes) if key == note.to_le_bytes() => found = read_note(note, bytes),
+            Found::Note(..) | Found::Entry(..) => {}
+        });
+        self.no_entries = false;
+        walked.map(|_| (meta, found))
+    }
+
     /// Hands out the records of every page that looks like one of entries, in use or not.
     pub(super) fn scan(&mut self, found: &mut dyn FnMut(Found<'_>)) -> Result<()> {
         let mut start = 0;
@@ -251,7 +265,10 @@ impl Raw {
                 if !sound && tables.iter().flatten().count() < 3 {
                     self.walk.lost_pages = true;
                 }
-                let wanted = |(table, _): &(Table, Root)| !self.only_meta || *table == Table::Meta;
+                let wanted = |(table, _): &(Table, Root)| {
+                    (!self.only_meta || *table == Table::Meta)
+                        && (!self.no_entries || *table != Table::Entries)
+                };
                 let tables: Vec<_> = tables.into_iter().flatten().filter(wanted).collect();
                 for (table, root) in tables {
                     self.tree(table, root, depth + 1, pace, found)?;

@@ -218,3 +218,37 @@ fn a_copy_without_a_file_beside_it_is_never_deleted() {
     let asides = stores.asides().unwrap();
     assert!(matches!(&asides[..], [one] if one.kind == AsideKind::Damaged), "{asides:?}");
 }
+
+#[test]
+fn a_copy_that_was_set_aside_says_how_far_it_was_and_what_is_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, _) = begun(dir.path(), 1);
+    store.apply(batch(9, vec![])).unwrap();
+    store.flush().unwrap();
+    let aside = stores.asides().unwrap().remove(0);
+    let seen = || {
+        let mut seen = Vec::new();
+        let see = &mut |entry| {
+            seen.push(entry);
+            true
+        };
+        stores.aside_entries(&aside, 2, see).unwrap();
+        seen
+    };
+    assert_eq!(stores.aside_facts(&aside, 9).unwrap().applied, Some(5));
+    assert_eq!(seen(), [entry("old", 1, 1)]);
+    // Of the present one, for the note.
+    store.rewrite().unwrap();
+    let newer = stores.asides().unwrap().remove(1);
+    let facts = stores.aside_facts(&newer, 9).unwrap();
+    assert_eq!((facts.applied, facts.note.as_deref()), (Some(9), Some(&b"a copy begins"[..])));
+    // Without its header nothing is said, and entries are found all the same.
+    let path = dir.path().join(&aside.name);
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[..320].fill(7);
+    std::fs::write(&path, bytes).unwrap();
+    assert_eq!(stores.aside_facts(&aside, 9).unwrap().applied, None);
+    assert!(seen().contains(&entry("old", 1, 1)));
+    std::fs::write(&path, "what is left of it").unwrap();
+    assert_eq!((stores.aside_facts(&aside, 9).unwrap().applied, seen().len()), (None, 0));
+}
