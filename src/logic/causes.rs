@@ -6,6 +6,7 @@
 //! a word leaves nothing behind.
 
 use crate::error::shortened_to;
+use crate::logic::jetstream::NO_QUORUM;
 use crate::model::ShardId;
 use crate::model::causes::{Cause, MOST_CAUSES, MOST_SHARDS, MOST_TEXT, Severity};
 use chrono::{DateTime, Utc};
@@ -225,10 +226,11 @@ impl Registry {
     }
 
     /// Why this node cannot do what is asked of a shard here: of the shard, or of the whole node. Neither what a leader
-    /// knows of others, nor what some other stream or connection does.
+    /// knows of others, nor what some other stream or connection does; but JetStream has a quorum for all, or for none.
     pub(crate) fn of_request(&self, now: Duration, shard: ShardId) -> Vec<Cause> {
-        self.found(now, |(scope, _, subject)| {
-            *scope == Scope::Node && (*subject == Subject::Shard(shard) || *subject == Subject::Node)
+        self.found(now, |(scope, kind, subject)| {
+            *scope == Scope::Node
+                && (*subject == Subject::Shard(shard) || *subject == Subject::Node || *kind == NO_QUORUM)
         })
     }
 

@@ -28,14 +28,10 @@ pub(crate) enum Failure {
 }
 
 /// The kinds of cause that are found here.
-pub(crate) const KINDS: [&str; 6] = [
-    "log_full",
-    "jetstream_full",
-    "jetstream_no_quorum",
-    "jetstream_no_answer",
-    "jetstream_no_consumer",
-    NOT_PERMITTED,
-];
+pub(crate) const KINDS: [&str; 6] =
+    ["log_full", "jetstream_full", NO_QUORUM, "jetstream_no_answer", "jetstream_no_consumer", NOT_PERMITTED];
+/// JetStream has no majority of its servers.
+pub(crate) const NO_QUORUM: &str = "jetstream_no_quorum";
 /// NATS does not permit something that this node does.
 pub(crate) const NOT_PERMITTED: &str = "nats_not_permitted";
 

@@ -16,7 +16,9 @@ const MOST: u32 = 16_384;
 /// Cuts a report into parts of so many bytes.
 pub(crate) fn cut(report: LoadReport, most_bytes: usize) -> Vec<LoadReport> {
     let most = (most_bytes / LOAD_BYTES).saturating_sub(1).max(1);
-    if report.shards.len() <= most {
+    // One that fits is sent whole, also to a leader that knows of no parts.
+    let fits = || serde_json::to_vec(&report).is_ok_and(|bytes| bytes.len() <= most_bytes);
+    if report.shards.len() <= most || fits() {
         return vec![report];
     }
     let count = report.shards.len().div_ceil(most) as u32;

@@ -185,6 +185,7 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let now = ctx.clock.now();
         known.retain(|aside, _| asides.contains(aside));
         kept.retain(|aside, _| asides.contains(aside));
+        elsewhere.retain(|shard, _| asides.iter().any(|aside| aside.shard == *shard));
         for kind in [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced] {
             let count = asides.iter().filter(|aside| aside.kind == kind).count();
             ctx.metrics.copies_aside.with_label_values(&[&kind.to_string()]).set(count as i64);

@@ -218,7 +218,10 @@ impl Driver {
         info!(term, "leader");
         let stop = self.ctx.stop.child_token();
         self.leader = Some(stop.clone());
-        let (ctx, resign, before) = (self.ctx.clone(), self.resign.clone(), self.before.1.clone());
+        // Of this claim: another one may come to the same revision, in a bucket that went back in time.
+        let before = std::mem::replace(&mut self.before.1, Before { term: None, view: self.ctx.view() });
+        self.before.0 = u64::MAX;
+        let (ctx, resign) = (self.ctx.clone(), self.resign.clone());
         self.ctx.tasks.spawn(async move {
             let story = Story::new("leader.elected", format!("{} leads in term {term}", ctx.node));
             ctx.event(Story { term: Some(term), ..story.node(&ctx.node) }).await;

@@ -221,6 +221,7 @@ impl Replicas {
             // What was said of this replica is not true of the next one.
             this.ctx.causes.withdraw("copy_not_mended", shard);
             this.ctx.causes.withdraw("replica_behind", shard);
+            this.ctx.causes.withdraw("log_clock_ahead", shard);
             if let Repair::SetAside(kind, why) = repair {
                 // Should that take long, the leader hears that there is no copy here.
                 let slot =

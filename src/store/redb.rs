@@ -132,7 +132,7 @@ impl RedbStores {
         let is_beside = file.path == self.folder.beside(spec.shard);
         let disk = |database, file: ShardFile, meta: Meta| Disk {
             database: Some(database),
-            identity: identity(&file.path),
+            identity: identity(&file.path).unwrap_or_default(),
             file,
             flush: meta.flush,
             has_content: meta.applied > 0 || meta.vectors > 0,
@@ -364,8 +364,10 @@ impl RedbStore {
                 Some(database) => database,
                 None => self.reopen(&mut disk)?,
             };
-            if identity(&disk.file.path) != disk.identity {
+            let found = identity(&disk.file.path);
+            if !matches!(&found, Ok(found) if *found == *disk.identity.get_or_insert(*found)) {
                 disk.database = Some(database);
+                found?;
                 return Err(disk
                     .file
                     .corrupt("it has disappeared while it was in use, or another file has taken its place"));
@@ -405,15 +407,30 @@ impl RedbStore {
     /// Other content begins: it goes into a file of its own, and the one that is there stays until the new one is
     /// complete, which is when it says what it has `applied`. Whoever dies before that finds both, and goes on.
     fn begin_beside(&self, disk: &mut Disk) -> Result<()> {
-        let path = self.folder.beside(disk.file.spec.shard);
-        remove(&path)?;
-        let file = ShardFile { path, ..disk.file.clone() };
+        let shard = disk.file.spec.shard;
+        let file = self.beside(disk)?;
         let database = file.open()?;
+        let identity = identity(&file.path)?;
         close(disk.database.replace(database));
-        disk.beside = Some(disk.flush);
-        disk.identity = identity(&file.path);
+        disk.beside = Some(self.replaced(shard, disk));
+        disk.identity = identity;
         (disk.file, disk.flush, disk.has_content) = (file, 0, false);
         Ok(())
+    }
+
+    /// The place of a new file; its folder may be gone.
+    fn beside(&self, disk: &Disk) -> Result<ShardFile> {
+        let folder = self.folder.dir();
+        std::fs::create_dir_all(folder).map_err(|e| io_error("create", folder, &e))?;
+        let path = self.folder.beside(disk.file.spec.shard);
+        remove(&path)?;
+        Ok(ShardFile { path, ..disk.file.clone() })
+    }
+
+    /// The durable point that the file is at which a new one is to replace: what it says itself, as it may have got a point
+    /// whose sync failed, or be another one than was opened.
+    fn replaced(&self, shard: ShardId, disk: &Disk) -> u64 {
+        meta_of(&self.folder.main(shard)).map_or(disk.flush, |meta| meta.flush)
     }
 
     /// The new file takes the place of the old one, which is kept under another name until somebody has seen that
@@ -437,20 +454,18 @@ impl RedbStore {
             self.pending()?.rewrite(&*self.content.read()?);
             disk.flush = flush;
         }
-        disk.identity = identity(&disk.file.path);
+        disk.identity = identity(&disk.file.path)?;
         Ok(database)
     }
 
     /// Writes all that is in memory into a new file.
     fn write_anew(&self, disk: &mut Disk) -> Result<u64> {
-        let path = self.folder.beside(disk.file.spec.shard);
-        remove(&path)?;
-        let file = ShardFile { path, ..disk.file.clone() };
+        let file = self.beside(disk)?;
         let point = {
             let (mut pending, content) = (self.pending()?, self.content.read()?);
             if pending.fresh {
                 // What is in memory is a part of a copy, and must not take the place of what is there.
-                return Err(Error::Unavailable(
+                return Err(Error::Conflict(
                     "a copy is being made: it is checked when it is complete".into(),
                 ));
             }
@@ -461,11 +476,11 @@ impl RedbStore {
             point
         };
         let written = file.open().and_then(|database| {
-            let written = file.write(&database, &point).map(|()| database);
+            let written = file.write(&database, &point).and_then(|()| Ok((database, identity(&file.path)?)));
             written.inspect_err(|_| drop(remove(&file.path)))
         });
-        let database = match written {
-            Ok(database) => database,
+        let (database, identity) = match written {
+            Ok(written) => written,
             Err(error) => {
                 // None of it is certain to be in the old file, either.
                 let (mut pending, content) = (self.pending()?, self.content.read()?);
@@ -475,7 +490,7 @@ impl RedbStore {
             }
         };
         close(disk.database.replace(database));
-        disk.identity = identity(&file.path);
+        disk.identity = identity;
         (disk.file, disk.flush, disk.has_content) = (file, 1, point.applied > 0);
         Ok(point.applied)
     }
@@ -564,9 +579,9 @@ impl ShardStore for RedbStore {
     fn rewrite(&self) -> Result<()> {
         let mut disk = self.disk.lock().map_err(|_| poisoned())?;
         if disk.beside.is_some() {
-            return Err(Error::Unavailable("a copy is being made: it is checked when it is complete".into()));
+            return Err(Error::Conflict("a copy is being made: it is checked when it is complete".into()));
         }
-        disk.beside = Some(disk.flush);
+        disk.beside = Some(self.replaced(disk.file.spec.shard, &disk));
         let applied = self.write_anew(&mut disk).inspect_err(|_| disk.beside = None)?;
         self.finish_beside(&mut disk, AsideKind::Damaged)?;
         if !self.pending()?.cleared {

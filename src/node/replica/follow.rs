@@ -488,7 +488,7 @@ impl Replica {
         }
         drop(waiting);
         // Not before: what keeps it from following may be the next entry.
-        if applied.entries > 0 {
+        if applied.entries > 0 && self.stuck.swap(false, Ordering::SeqCst) {
             self.ctx.causes.withdraw("replica_stuck", self.shard);
         }
         let seq = applier.held.applied;

@@ -142,6 +142,8 @@ pub(crate) struct Replica {
     clock: Mutex<HeardClock>,
     /// Held while the log is asked for its time.
     asking: tokio::sync::Mutex<()>,
+    /// Whether there may be a cause `replica_stuck`.
+    stuck: AtomicBool,
     /// Whether it was said that the log's timestamps are behind its time.
     clock_said: AtomicBool,
     /// The log's time at the last entry that was applied.
@@ -236,6 +238,7 @@ impl Replica {
             clock: Mutex::default(),
             asking: tokio::sync::Mutex::default(),
             log_time_ms: AtomicU64::default(),
+            stuck: AtomicBool::new(true),
             clock_said: AtomicBool::default(),
             checkpoints: Mutex::default(),
             checkpointed: watch::Sender::new(0),
@@ -530,6 +533,7 @@ impl Replica {
                 self.ctx.used_disk::<()>(self.shard, "apply entries", &Err(error.clone()));
             }
             let text = format!("the replica on {} does not follow its log: {error}", self.ctx.node);
+            self.stuck.store(true, Ordering::SeqCst);
             self.ctx.causes.retry("replica_stuck", self.shard, Severity::Yellow, text);
             let pause = Duration::from_millis(100 * 2u64.pow(failures.min(5)));
             match &error {
@@ -657,7 +661,8 @@ impl Replica {
                 self.ctx.causes.withdraw("copy_not_mended", shard);
                 true
             }
-            Err(error @ (Error::Full(_) | Error::Busy(_))) => {
+            // What is in memory is all there, and serves; the disk, or its folder, may come back.
+            Err(error @ (Error::Full(_) | Error::Busy(_) | Error::Unavailable(_))) => {
                 let text = format!(
                     "its copy on {} is damaged on the disk, and cannot be written anew from memory: {error}",
                     self.ctx.node

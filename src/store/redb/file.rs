@@ -256,17 +256,24 @@ impl ShardFile {
 }
 
 /// Which file has this name now, where the system can tell. One that was deleted or replaced lives on as long as it is
-/// open, and nobody ever finds it again.
-pub(super) fn identity(path: &Path) -> Option<(u64, u64)> {
+/// open, and nobody ever finds it again. `None`: there is none, or the system cannot tell.
+///
+/// # Errors
+/// The system's: nothing is known then.
+pub(super) fn identity(path: &Path) -> Result<Option<(u64, u64)>> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+        match std::fs::metadata(path) {
+            Ok(file) => Ok(Some((file.dev(), file.ino()))),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error("look at", path, &error)),
+        }
     }
     #[cfg(not(unix))]
     {
         let _ = path;
-        None
+        Ok(None)
     }
 }
 

@@ -18,6 +18,9 @@ use xxhash_rust::xxh3::xxh3_128;
 
 const MAGIC: &[u8] = b"redb\x1A\x0A\xA9\x0D\x0A";
 const HEADER_BYTES: usize = 320;
+/// Flags of the byte behind the magic bytes.
+const PRIMARY_SLOT: u8 = 1;
+const TWO_PHASES: u8 = 4;
 const SLOTS: [usize; 2] = [64, 192];
 const SLOT_BYTES: usize = 128;
 const LEAF: u8 = 1;
@@ -152,7 +155,7 @@ impl Raw {
         }
         Ok(first.unwrap_or_else(|| {
             let mut walk = Walk { lost_pages: true, ..Walk::default() };
-            walk.damaged("both commit slots of its header".into());
+            walk.damaged("the commit slots of its header".into());
             walk
         }))
     }
@@ -203,8 +206,13 @@ impl Raw {
         Ok(())
     }
 
-    /// Roots to try, newest first; `None` is a commit without tables.
+    /// Roots to try, in the order in which redb would; `None` is a commit without tables. Written in two phases, only the
+    /// slot that the header names counts, as the other may never have got to the disk; and where that one is damaged, the
+    /// other is an older state, which nothing may take for this file's.
     fn roots(&self) -> Vec<Option<Root>> {
+        let flags = self.header[MAGIC.len()];
+        let primary = usize::from(flags & PRIMARY_SLOT != 0);
+        let two_phases = self.header.starts_with(MAGIC) && flags & TWO_PHASES != 0;
         let good = |slot: &&[u8]| {
             let (content, sum) = slot.split_at(SLOT_BYTES - 16);
             sum == xxh3_128(content).to_le_bytes()
@@ -216,9 +224,14 @@ impl Raw {
             })
         };
         let slots = SLOTS.map(|at| &self.header[at..at + SLOT_BYTES]);
-        let mut slots: Vec<&[u8]> = slots.into_iter().filter(good).collect();
-        slots.sort_by_key(|slot| std::cmp::Reverse(number(slot, 104, 8)));
-        slots.into_iter().map(root).collect()
+        if two_phases && !good(&slots[primary]) {
+            return Vec::new();
+        }
+        let mut order = [primary, 1 - primary];
+        if !two_phases {
+            order.sort_by_key(|slot| std::cmp::Reverse(number(slots[*slot], 104, 8)));
+        }
+        order.into_iter().map(|slot| slots[slot]).filter(good).map(root).collect()
     }
 
     fn tree(
