@@ -365,7 +365,10 @@ impl RedbStore {
                 None => self.reopen(&mut disk)?,
             };
             let found = identity(&disk.file.path);
-            if !matches!(&found, Ok(found) if *found == *disk.identity.get_or_insert(*found)) {
+            if disk.identity.is_none() {
+                disk.identity = found.clone().unwrap_or_default();
+            }
+            if !matches!(&found, Ok(found) if *found == disk.identity) {
                 disk.database = Some(database);
                 found?;
                 return Err(disk

@@ -122,7 +122,7 @@ fn a_copy_in_the_making_is_not_written_anew_over_what_is_there() {
     let dir = tempfile::tempdir().unwrap();
     for parts in [0, 2] {
         let (stores, store, old) = begun(&dir.path().join(parts.to_string()), parts);
-        assert!(matches!(store.rewrite(), Err(Error::Unavailable(_))));
+        assert!(matches!(store.rewrite(), Err(Error::Conflict(_))));
         assert_eq!(meta_of(&stores.path(ShardId(7))).unwrap().applied, old.applied);
     }
 }
