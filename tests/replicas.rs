@@ -12,7 +12,7 @@ use ruvector_cluster::store::{Batch, Mutation, RedbOptions, RedbStores, StoreFac
 use ruvector_cluster::{Client, Consistency, DistanceMetric, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::time::Instant;
 
 /// The map names it, and nothing of it can be opened.
@@ -77,14 +77,15 @@ async fn read_at(
     }
 }
 
-/// Writes to shard 0 once, as a client that does not ask anybody else.
+/// Writes to shard 0 once, as a client that does not ask anybody else. It says when: a busy node may refuse what does not.
+#[allow(clippy::disallowed_methods, reason = "what a client's own clock says")]
 async fn write_once(client: async_nats::Client, subject: &'static str) -> Result<u64, String> {
     let request = WriteRequest {
         shard: ShardId(0),
         op_id: Client::operation_id(),
         op: WriteOp::Upsert(vec![VectorEntry::new("w", vec![1.0, 2.0, 3.0, 4.0])]),
         timeout_ms: 10_000,
-        born_ms: None,
+        born_ms: SystemTime::now().duration_since(UNIX_EPOCH).ok().map(|at| at.as_millis() as u64),
     };
     let asked = async_nats::Request::new().payload(encode(&request).unwrap().into());
     let asked = asked.timeout(Some(Duration::from_secs(10)));
