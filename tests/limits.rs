@@ -3,27 +3,13 @@
 
 mod harness;
 
-use harness::{Setup, TestCluster, eventually, http_get, program, tamper};
-use ruvector_cluster::playground::{NatsServer, NodeProcess, ServerOptions, find_nats_server};
+use harness::{Setup, TestCluster, eventually, http_get, program, server, tamper};
+use ruvector_cluster::playground::{NodeProcess, find_nats_server};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
-
-/// A nats-server with a configuration of the test's own.
-async fn server(dir: &Path, config: &str) -> NatsServer {
-    std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("test.conf"), config).unwrap();
-    let options = ServerOptions {
-        program: find_nats_server().unwrap(),
-        config: "test.conf".into(),
-        args: vec![],
-        port: 0,
-        own_group: false,
-    };
-    NatsServer::start_with(dir, options).await.unwrap()
-}
 
 fn run(program: &str, args: &[&str]) {
     let ran = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));

@@ -2,10 +2,9 @@
 
 mod harness;
 
-use harness::{Setup, TestCluster, eventually, http_get, program};
-use ruvector_cluster::playground::{NatsServer, NodeProcess, ServerOptions, find_nats_server};
+use harness::{Setup, TestCluster, eventually, http_get, program, server};
+use ruvector_cluster::playground::{NodeProcess, find_nats_server};
 use serde_json::{Value, json};
-use std::path::Path;
 use std::time::Duration;
 
 async fn refused(mut node: NodeProcess) -> String {
@@ -14,20 +13,6 @@ async fn refused(mut node: NodeProcess) -> String {
     let status = status.unwrap_or_else(|_| panic!("it goes on: {text}")).unwrap();
     assert_eq!(status.code(), Some(1), "{text}");
     text
-}
-
-/// A nats-server with a configuration of the test's own.
-async fn server(dir: &Path, config: &str) -> NatsServer {
-    std::fs::create_dir_all(dir).unwrap();
-    std::fs::write(dir.join("test.conf"), config).unwrap();
-    let options = ServerOptions {
-        program: find_nats_server().unwrap(),
-        config: "test.conf".into(),
-        args: vec![],
-        port: 0,
-        own_group: false,
-    };
-    NatsServer::start_with(dir, options).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,7 +9,7 @@ pub(crate) mod program;
 pub(crate) mod tamper;
 
 use ruvector_cluster::model::wire::{PingReply, PingRequest, ReplicaReport, Reply};
-use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess};
+use ruvector_cluster::playground::{NatsServer, NodeOptions, NodeProcess, ServerOptions, find_nats_server};
 use ruvector_cluster::{Client, ClientOptions, NatsOptions, ShardId};
 use serde_json::{Value, json};
 use std::future::Future;
@@ -43,6 +43,20 @@ where
             Err(_) => tokio::time::sleep(Duration::from_millis(30)).await,
         }
     }
+}
+
+/// A nats-server with a configuration of the test's own.
+pub(crate) async fn server(dir: &Path, config: &str) -> NatsServer {
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::write(dir.join("test.conf"), config).unwrap();
+    let options = ServerOptions {
+        program: find_nats_server().unwrap(),
+        config: "test.conf".into(),
+        args: vec![],
+        port: 0,
+        own_group: false,
+    };
+    NatsServer::start_with(dir, options).await.unwrap()
 }
 
 /// How a test cluster is set up.
