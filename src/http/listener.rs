@@ -50,7 +50,7 @@ impl Listener for Bounded {
                 }
             };
             let place = self.places.clone().try_acquire_owned();
-            let has_room = Descriptors::now().is_none_or(Descriptors::has_room);
+            let has_room = Descriptors::now().is_none_or(|now| now.has_room_beside(0));
             match place {
                 Ok(place) if has_room => {
                     let end = Box::pin(tokio::time::sleep(LONGEST));

@@ -58,12 +58,14 @@ impl DataDir {
     }
 
     /// Locks a folder that is only to be read; `None` while another process uses it.
+    #[cfg(any(feature = "cli", test))]
     pub(crate) fn look(path: &Path) -> Option<Self> {
         DataDir::open(path).ok().or_else(|| DataDir::look_without_writing(path))
     }
 
     /// The same on a disk that cannot be written, as failing ones often are mounted. No node can start there, and one that
     /// runs since before holds the lock.
+    #[cfg(any(feature = "cli", test))]
     fn look_without_writing(path: &Path) -> Option<Self> {
         let lock = match File::open(path.join(LOCK)) {
             Ok(lock) => lock.try_lock().ok().map(|()| Some(lock))?,

@@ -98,13 +98,8 @@ impl Descriptors {
         self.limit.saturating_sub(self.used)
     }
 
-    /// Whether what was taken last may be kept.
-    pub(crate) fn has_room(self) -> bool {
-        self.has_room_beside(0)
-    }
-
-    /// Whether there is room when so many more are taken.
-    fn has_room_beside(self, more: usize) -> bool {
+    /// Whether there is room when so many more are taken (0: whether what was taken last may be kept).
+    pub(crate) fn has_room_beside(self, more: usize) -> bool {
         self.left() > RESERVE + more
     }
 
@@ -176,7 +171,7 @@ mod tests {
 
     #[test]
     fn the_last_ones_are_kept() {
-        let of = |used, limit| Descriptors { used, limit }.has_room();
+        let of = |used, limit| Descriptors { used, limit }.has_room_beside(0);
         assert!(of(100 - RESERVE - 1, 100));
         assert!(!of(100 - RESERVE, 100));
         assert!(!of(200, 100), "the limit was lowered since");
