@@ -271,20 +271,23 @@ async fn three_founders_at_once_do_not_take_each_others_measuring_for_a_full_dis
     assert!(context.get_stream("ruvector_room").await.is_err(), "what was tried is gone");
 }
 
-/// An account with less room than default logs reserve, which wants every stream to have a bound: logs are as large as fits.
+/// An account with less room than default logs reserve, which wants every stream to have a bound and allows it few consumers:
+/// logs are as large as fits, and streams promise no more.
 /// What can never fit is told before anything is made, and so is a message size that is too small.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn logs_are_as_large_as_nats_has_room_for_and_what_cannot_be_is_refused_at_the_start() {
     let cluster = TestCluster::start_nats(Setup::default()).await;
     let config = r#"
-        jetstream { store_dir: "./js", max_file_store: 2GB }
+        jetstream { store_dir: "./js", max_file_store: 3GB }
         http: "127.0.0.1:0"
         accounts {
-            A { jetstream: { max_mem: 10MB, max_file: 1GB, max_streams: 13, max_bytes_required: true }
+            A { jetstream: { max_mem: 10MB, max_file: 1GB, max_streams: 13, max_consumers: 24, max_bytes_required: true }
                 users: [{ user: a, password: a }] }
             B { jetstream: { max_mem: 10MB, max_file: 100MB, max_streams: 10 }, users: [{ user: b, password: b }] }
             C { jetstream: { max_mem: 10MB, max_file: 100MB }, users: [{ user: c, password: c }] }
             D { jetstream: { max_mem: 1MB, max_file: 1MB }, users: [{ user: d, password: d }] }
+            E { jetstream: { max_mem: 10MB, max_file: 100MB, max_consumers: 3 }, users: [{ user: e, password: e }] }
+            F { users: [{ user: f, password: f }] }
         }
         no_auth_user: d
     "#;
@@ -310,13 +313,17 @@ async fn logs_are_as_large_as_nats_has_room_for_and_what_cannot_be_is_refused_at
     assert!((16 << 20..110 << 20).contains(&bytes), "{bytes}");
     for stream in ["KV_ruvector_cluster", "KV_ruvector_nodes", "KV_ruvector_shards", "ruvector_log_00003"] {
         let config = context.get_stream(stream).await.unwrap().cached_info().config.clone();
-        assert!(config.max_bytes > 0 && config.max_consumers > 0, "{stream}: {config:?}");
+        assert!(config.max_bytes > 0 && config.max_consumers == 24, "{stream}: {config:?}");
     }
     assert!(context.get_stream("ruvector_room").await.is_err(), "what was tried is gone");
     let text = refused(start("b")).await;
     assert!(text.contains("max_streams"), "{text}");
     let text = refused(start("c")).await;
     assert!(text.contains("max_file") && text.contains("--num-shards"), "{text}");
+    let text = refused(start("e")).await;
+    assert!(text.contains("raise max_consumers of the account") && text.contains("16"), "{text}");
+    let text = refused(start("f")).await;
+    assert!(text.contains("not enabled for the account"), "{text}");
     let config = r#"
         jetstream { store_dir: "./js", max_file_store: 100GB }
         http: "127.0.0.1:0"

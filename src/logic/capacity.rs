@@ -11,6 +11,8 @@ pub(crate) const EVENT_BYTES: u64 = 256 << 20;
 const MESSAGES: u64 = 8;
 /// Buckets and the events.
 pub(crate) const OTHER_STREAMS: u64 = 5;
+/// Consumers that every stream must be allowed to have: each node, and each client, has one at each bucket, and for a while two.
+pub(crate) const LEAST_CONSUMERS: u64 = 16;
 /// Part of what there is that is left alone.
 const SPARE: u64 = 10;
 const MIB: u64 = 1 << 20;
@@ -24,6 +26,8 @@ pub(crate) struct Room {
     pub(crate) stream_bytes: Option<u64>,
     /// Streams that may still be made.
     pub(crate) streams: Option<u64>,
+    /// Consumers that a stream may have.
+    pub(crate) consumers: Option<u64>,
 }
 
 impl Room {

@@ -107,6 +107,11 @@ pub fn decode_entry(bytes: &[u8]) -> Result<LogEntry> {
     if decoded.as_ref().is_ok_and(|entry| entry.v <= LOG_FORMAT) {
         return decoded;
     }
+    // Every version writes a map. What stands in an array by chance is no form and no operation of anybody.
+    if !matches!(bytes.first(), Some(0x80..=0x8f | 0xde | 0xdf)) {
+        return decoded
+            .and_then(|_| Err(Error::Invalid("the message does not parse: an entry is a map".into())));
+    }
     let form = decode::<Form>(bytes).ok().map(|form| form.v).filter(|v| *v > u64::from(LOG_FORMAT));
     let form = form.map(|v| format!("form {v}"));
     let what = form.or_else(|| decode::<Outline>(bytes).ok().and_then(|outline| outline.unknown()));
@@ -602,6 +607,11 @@ mod tests {
             serde_json::json!({"v": "three", "ops": []}),
             serde_json::json!(null),
             serde_json::json!({"v": 2, "ops": [{"checkpoint": "not an id"}]}),
+            // Random bytes are an array more often than one thinks.
+            serde_json::json!([241, 5]),
+            serde_json::json!([241, ["barrier"]]),
+            serde_json::json!([["compact"]]),
+            serde_json::json!(241),
         ];
         for entry in garbage {
             let decoded = decode_entry(&packed(entry.clone()));

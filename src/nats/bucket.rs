@@ -7,6 +7,7 @@ use super::connect::Nats;
 use super::trouble::{Asking, Reason};
 use super::{API_TIMEOUT, api_code, is_no_room, unavailable};
 use crate::error::{Error, Result};
+use crate::logic::capacity::LEAST_CONSUMERS;
 use async_nats::HeaderMap;
 use async_nats::datetime::DateTime;
 use async_nats::jetstream::{self, context::PublishErrorKind, kv, stream};
@@ -127,7 +128,7 @@ impl Bucket {
         let mut last = None;
         let sizes = if self.name.ends_with("_shards") { SIZES_OF_MAP } else { SIZES };
         for max_bytes in sizes {
-            match self.nats.jetstream.create_stream(bucket_config(&self.name, replicas, max_bytes)).await {
+            match self.nats.create_stream(bucket_config(&self.name, replicas, max_bytes)).await {
                 Ok(_) => return Ok(()),
                 // Somebody else was faster, perhaps with other replicas.
                 Err(_) if self.store().await.is_ok() => return Ok(()),
@@ -531,6 +532,10 @@ pub(crate) fn creation_error(
         )),
         Some(10_027) => Error::Full(format!(
             "NATS does not let this account make {name}, it has as many streams as it may: raise max_streams"
+        )),
+        Some(10_026) => Error::Full(format!(
+            "NATS lets a stream of this account have too few consumers for {name}: raise max_consumers of the account; \
+             each node and each client needs one at each bucket, and {LEAST_CONSUMERS} are the least"
         )),
         Some(10_120) => Error::Invalid(format!(
             "{name} cannot have {replicas} replicas, this account has no tier R{replicas}: give it one, or create the \

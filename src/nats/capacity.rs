@@ -4,9 +4,10 @@ use super::connect::Nats;
 use super::trouble::Reason;
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
-use crate::logic::capacity::Room;
+use crate::logic::capacity::{LEAST_CONSUMERS, Room};
 use async_nats::jetstream::account::{Account, Limits};
-use async_nats::jetstream::stream::{Config, StorageType};
+use async_nats::jetstream::context::CreateStreamError;
+use async_nats::jetstream::stream::{Config, Info, StorageType, Stream};
 use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -39,10 +40,31 @@ fn left(account: &Account, replicas: usize) -> Room {
         bytes: Room::left(positive(limits.max_storage), reserved.max(used), copies),
         stream_bytes: positive(limits.storage_max_stream_bytes).filter(|bytes| *bytes > 0),
         streams: positive(limits.max_streams).map(|most| most.saturating_sub(streams as u64)),
+        consumers: positive(limits.max_consumers).filter(|most| *most > 0),
     }
 }
 
 impl Nats {
+    /// Creates a stream, or says why not. Where the account allows a stream fewer consumers than ours may have, it gets as
+    /// many as that: NATS refuses a stream that promises more. Whoever dies in between leaves no stream, or a whole one.
+    pub(super) async fn create_stream(
+        &self,
+        config: Config,
+    ) -> std::result::Result<Stream<Info>, CreateStreamError> {
+        let refused = match self.jetstream.create_stream(config.clone()).await {
+            Err(error) if Reason::of(&error) == Reason::NoConsumer => error,
+            created => return created,
+        };
+        let room = self.room(config.num_replicas).await.unwrap_or_default();
+        let most = room.consumers.filter(|most| *most >= LEAST_CONSUMERS);
+        match most.and_then(|most| i32::try_from(most).ok()) {
+            Some(most) if most < config.max_consumers => {
+                self.jetstream.create_stream(Config { max_consumers: most, ..config }).await
+            }
+            _ => Err(refused),
+        }
+    }
+
     /// What is left for streams with so many copies, by the limits of the account.
     pub(crate) async fn room(&self, replicas: usize) -> Result<Room> {
         let asked = tokio::time::timeout(API_TIMEOUT, self.jetstream.query_account()).await;

@@ -514,6 +514,13 @@ impl Nats {
                 if let Some(violation) = self.violation() {
                     return Err(permission_error(&violation));
                 }
+                if text.contains("not enabled for account") {
+                    return Err(Error::Invalid(format!(
+                        "JetStream is not enabled for the account of this user on NATS server {}: enable it there (jetstream: \
+                         enabled), or use a user of another account",
+                        named(&info)
+                    )));
+                }
                 if text.contains("not enabled") || text.contains("no responders") || !info.jetstream {
                     return Err(Error::Invalid(format!(
                         "the NATS server {} has JetStream switched off: start it with -js, or with nats/single.conf",

@@ -158,7 +158,7 @@ pub(crate) async fn ensure_event_stream(
     loop {
         let max_bytes = sizes.next().unwrap_or(EVENT_SIZES[0]);
         let config = Config { max_bytes, ..config.clone() };
-        match nats.jetstream.create_stream(config).await {
+        match nats.create_stream(config).await {
             Ok(_) => return Ok(()),
             Err(_) if nats.jetstream.get_stream(&name).await.is_ok() => return Ok(()),
             // Fewer events are kept where there is less room.
@@ -259,8 +259,7 @@ impl Logs {
     ) -> Result<LogInfo> {
         let name = self.subjects.log_stream(shard);
         let Settings(config) = self.settings(shard, id, first_seq, cluster);
-        let created =
-            tokio::time::timeout(Duration::from_secs(20), self.nats.jetstream.create_stream(config));
+        let created = tokio::time::timeout(Duration::from_secs(20), self.nats.create_stream(config));
         let error = match self.nats.unless_denied(&[&format!(".{name}\"")], created).await? {
             Ok(Ok(stream)) => return Ok(LogInfo::of(stream.cached_info())),
             Ok(Err(error)) => creation_error(&name, cluster.log_replicas, &error),

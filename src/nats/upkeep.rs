@@ -93,7 +93,8 @@ fn bounds(found: &Config, wanted: &Config) -> (Vec<Setting>, Option<String>) {
         all.retain(|setting| setting.is != setting.wanted);
     }
     let (is, wanted) = (found.max_consumers, wanted.max_consumers);
-    let fixed = (wanted > 0 && is != wanted)
+    // Fewer are what the account allows.
+    let fixed = (wanted > 0 && !(1..=wanted).contains(&is))
         .then(|| format!("max_consumers {} instead of {wanted}", limit(is.into())));
     (all, fixed)
 }

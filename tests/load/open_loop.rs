@@ -117,7 +117,9 @@ pub(crate) async fn offer(
         if due > Instant::now() {
             tokio::time::sleep_until(due).await;
         }
-        while tasks.try_join_next().is_some() {}
+        while let Some(done) = tasks.try_join_next() {
+            done.expect("an operation ends without a panic");
+        }
         if in_flight.load(Ordering::Relaxed) >= IN_FLIGHT {
             shed += 1;
             continue;
@@ -133,12 +135,25 @@ pub(crate) async fn offer(
         });
     }
     let took = start.elapsed().max(time);
-    // The machine may be slow, the client's own bound may not be missed by much.
-    let ended = async { while tasks.join_next().await.is_some() {} };
-    tokio::time::timeout(timeout * 2 + GRACE, ended).await.expect("every operation ends by its time-out");
+    // The client's own bound may not be missed by much, but by what keeps the load itself waiting: tasks begin late and end late.
+    let late = outcome.lock().expect("not poisoned").late.max(start.elapsed().saturating_sub(time));
+    let bound = timeout * 2 + GRACE + 2 * late;
+    let ended = async {
+        while let Some(done) = tasks.join_next().await {
+            done.expect("an operation ends without a panic");
+        }
+    };
+    let ended = tokio::time::timeout(bound, ended).await;
     let mut outcome = std::mem::take(&mut *outcome.lock().expect("not poisoned"));
     outcome.times.sort_unstable();
     (outcome.offered, outcome.shed, outcome.took) = (count as usize, shed, took);
+    assert!(
+        ended.is_ok(),
+        "{} operations have not ended {bound:.1?} after the last one was begun: {}; {:#?}",
+        in_flight.load(Ordering::Relaxed),
+        outcome.figures(),
+        outcome.examples
+    );
     outcome
 }
 
