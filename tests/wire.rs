@@ -233,6 +233,8 @@ fn the_records() {
             updated_at: at(9),
             moved_at: None,
             error: None,
+            given_up: vec![],
+            not_compared: vec![],
         },
     );
     json_form(

@@ -348,6 +348,8 @@ pub(crate) mod tests {
                 .is_success()
                 .then_some(DateTime::UNIX_EPOCH + chrono::TimeDelta::milliseconds(1_500)),
             error: None,
+            given_up: Vec::new(),
+            not_compared: Vec::new(),
         }
     }
 

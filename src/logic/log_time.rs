@@ -43,10 +43,11 @@ impl LogClock {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct HeardClock {
     clock: LogClock,
-    heard_at: Option<Duration>,
+    /// By the monotonic clock, and by the wall clock: the first may stand still while the machine sleeps.
+    heard_at: Option<(Duration, u64)>,
 }
 
-/// For so long what was heard is no guess, although the machine may have slept.
+/// For so long what was heard is no guess, by both clocks.
 const FRESH: Duration = Duration::from_secs(1);
 
 fn millis(now: Duration) -> u64 {
@@ -60,19 +61,28 @@ impl HeardClock {
     }
 
     /// Whether it was ever heard.
-    pub(crate) fn is_known(&self) -> bool {
+    fn is_known(&self) -> bool {
         self.heard_at.is_some()
     }
 
     /// Whether it was heard a moment ago.
-    pub(crate) fn is_fresh(&self, now: Duration) -> bool {
-        self.heard_at.is_some_and(|at| now.saturating_sub(at) < FRESH)
+    pub(crate) fn is_fresh(&self, now: Duration, wall_ms: u64) -> bool {
+        let fresh_ms = millis(FRESH);
+        self.heard_at
+            .is_some_and(|(at, wall)| now.saturating_sub(at) < FRESH && wall_ms.abs_diff(wall) < fresh_ms)
+    }
+
+    /// Whether the log is to be asked for its time before a write is taken, or refused. `dated`: the write says when it was
+    /// born; `fits`: by what is known it may be taken. A guess refuses nothing, and gives no write its birth: the log would
+    /// refuse what was born too early.
+    pub(crate) fn asks_log(&self, now: Duration, wall_ms: u64, dated: bool, fits: bool) -> bool {
+        !(self.is_fresh(now, wall_ms) || (dated && fits))
     }
 
     /// An entry got the time `log_time_ms` somewhen between `sent` and now.
-    pub(crate) fn heard(&mut self, sent: Duration, now: Duration, log_time_ms: u64) {
+    pub(crate) fn heard(&mut self, sent: Duration, now: Duration, wall_ms: u64, log_time_ms: u64) {
         self.clock.heard(millis(sent), millis(now), log_time_ms);
-        self.heard_at = Some(now);
+        self.heard_at = Some((now, wall_ms));
     }
 }
 
@@ -111,10 +121,26 @@ mod tests {
     #[test]
     fn what_was_heard_is_no_guess_for_a_moment() {
         let (mut clock, at) = (HeardClock::default(), Duration::from_millis);
-        assert!(!clock.is_known() && !clock.is_fresh(at(0)));
+        assert!(!clock.is_known() && !clock.is_fresh(at(0), 0));
         assert_eq!(clock.at(at(5), 77_000), 77_000, "the wall clock's");
-        clock.heard(at(5_000), at(5_010), 90_000_000);
-        assert!(clock.is_known() && clock.is_fresh(at(6_009)) && !clock.is_fresh(at(6_010)));
+        clock.heard(at(5_000), at(5_010), 76_000, 90_000_000);
+        assert!(clock.is_known() && clock.is_fresh(at(6_009), 76_999) && !clock.is_fresh(at(6_010), 76_999));
         assert_eq!(clock.at(at(5_110), 77_000), 90_000_100, "whatever the wall clock says");
+    }
+
+    /// Its monotonic clock had stood still, and what it took for the log's time was as old as the sleep was long: a write that
+    /// did not say when it was born got a birth that the log refused.
+    #[test]
+    fn a_machine_that_has_slept_asks_the_log_for_its_time() {
+        let (mut clock, at) = (HeardClock::default(), Duration::from_millis);
+        assert!(clock.asks_log(at(0), 0, false, true), "nothing was heard yet");
+        clock.heard(at(5_000), at(5_010), 1_000_000, 90_000_000);
+        let asks = |now, wall, dated, fits| clock.asks_log(at(now), wall, dated, fits);
+        assert!(!asks(5_500, 1_000_490, false, true) && !asks(5_500, 1_000_490, true, false));
+        assert!(asks(5_500, 1_600_490, false, true), "it has slept for ten minutes");
+        assert!(asks(5_500, 1_600_490, true, false), "nothing is refused by a guess");
+        assert!(asks(9_000, 1_003_990, false, true), "it may have slept for less than the rest");
+        assert!(!asks(9_000, 1_003_990, true, true), "what says when it was born and fits costs nothing");
+        assert!(asks(5_500, 400_000, false, true), "the wall clock was set back");
     }
 }

@@ -8,12 +8,17 @@ use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
 use crate::model::wire::ReplicaReport;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Entries behind that count as "close behind": the target may compare its content with a source.
 pub(crate) const CLOSE: u64 = 64;
 /// How old what the leader saw may be when it writes a swap.
 const LOOK_COUNTS: Duration = Duration::from_secs(2);
+
+/// Longest that the comparison before a swap waits for a holder that does not answer, where nodes are waited for even longer.
+/// Less than the leader waits for progress.
+const HOLDER: Duration = Duration::from_secs(300);
 
 /// A live source that has said for so long that it has no replica, while its target was ready, cannot open its store.
 const OPENS_WITHIN: Duration = Duration::from_secs(60);
@@ -26,6 +31,56 @@ pub(crate) fn has_none_for_long(since: &mut Option<Duration>, none: bool, now: D
         return false;
     }
     now.saturating_sub(*since.get_or_insert(now)) > OPENS_WITHIN
+}
+
+/// How the comparison before a swap stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Compared {
+    /// Every holder has answered.
+    All,
+    /// These have not, and are waited for: what was copied may be what nobody else holds.
+    Waits(Vec<NodeId>),
+    /// These have not, and are not waited for any more.
+    Without(Vec<NodeId>),
+}
+
+/// Since when holders have not answered that comparison, try after try.
+#[derive(Debug, Default)]
+pub(crate) struct Silence(BTreeMap<NodeId, Duration>);
+
+impl Silence {
+    /// Takes in who has not answered. A holder is waited for as long as a node may be away (`patience`), then no longer, so that
+    /// a shard can leave a node that hangs, or whose store cannot be opened; and not at all where the leader has given it up.
+    /// A target that dies begins to wait anew.
+    pub(crate) fn compared(
+        &mut self,
+        silent: &[NodeId],
+        given_up: &[NodeId],
+        now: Duration,
+        patience: Duration,
+    ) -> Compared {
+        self.0.retain(|node, _| silent.contains(node));
+        let patience = patience.min(HOLDER);
+        let mut waits = Vec::new();
+        for node in silent {
+            let since = *self.0.entry(node.clone()).or_insert(now);
+            if !given_up.contains(node) && now.saturating_sub(since) < patience {
+                waits.push(node.clone());
+            }
+        }
+        match (silent, waits.is_empty()) {
+            ([], _) => Compared::All,
+            (_, false) => Compared::Waits(waits),
+            (_, true) => Compared::Without(silent.to_vec()),
+        }
+    }
+}
+
+/// Holders that a migration does not wait for: those that count as gone, and those that did so for an earlier leader and have
+/// not come back. `holders`: whether each is live, and whether it counts as gone.
+pub(crate) fn given_up(before: &[NodeId], holders: &[(&NodeId, bool, bool)]) -> Vec<NodeId> {
+    let gone = holders.iter().filter(|(node, live, gone)| *gone || (!live && before.contains(node)));
+    gone.map(|(node, ..)| (*node).clone()).collect()
 }
 
 /// What the leader knows of a running migration.
@@ -223,6 +278,42 @@ mod tests {
         assert!(!has_none_for_long(&mut since, true, at(362)));
         assert!(!has_none_for_long(&mut since, true, at(422)));
         assert!(has_none_for_long(&mut since, true, at(423)));
+    }
+
+    /// The others were being restarted, and a copy of the one that was wrong was compared with that one alone.
+    #[test]
+    fn a_move_is_not_finished_by_a_comparison_without_a_holder_that_may_come_back() {
+        let (names, at) = (crate::sim::records::names, Duration::from_secs);
+        let mut silence = Silence::default();
+        assert_eq!(silence.compared(&[], &[], at(100), at(60)), Compared::All);
+        let both = names(&["b", "c"]);
+        assert_eq!(silence.compared(&both, &[], at(100), at(60)), Compared::Waits(both.clone()));
+        assert_eq!(silence.compared(&both[..1], &[], at(130), at(60)), Compared::Waits(names(&["b"])));
+        assert_eq!(silence.compared(&both, &[], at(150), at(60)), Compared::Waits(both.clone()));
+        let later = silence.compared(&both, &[], at(160), at(60));
+        assert_eq!(later, Compared::Waits(names(&["c"])), "it had answered in between");
+        let without = silence.compared(&both, &[], at(210), at(60));
+        assert_eq!(without, Compared::Without(both.clone()), "a shard can leave nodes that hang");
+    }
+
+    #[test]
+    fn who_is_gone_for_the_leader_is_not_waited_for_and_nobody_for_ever() {
+        let (names, at) = (crate::sim::records::names, Duration::from_secs);
+        let (silent, gone) = (names(&["b"]), names(&["a", "b"]));
+        assert_eq!(
+            Silence::default().compared(&silent, &gone, at(1), at(60)),
+            Compared::Without(silent.clone())
+        );
+        let mut silence = Silence::default();
+        let mut compared = |now| silence.compared(&silent, &[], at(now), at(3_600));
+        assert_eq!(compared(0), Compared::Waits(silent.clone()));
+        assert_eq!(compared(299), Compared::Waits(silent.clone()));
+        assert_eq!(compared(300), Compared::Without(silent.clone()), "the leader would begin anew");
+        let (a, b, c) = (&"a".to_owned(), &"b".to_owned(), &"c".to_owned());
+        let holders = [(a, true, false), (b, false, true), (c, false, false)];
+        assert_eq!(given_up(&[], &holders), names(&["b"]), "c may come back");
+        let before = names(&["a", "c"]);
+        assert_eq!(given_up(&before, &holders), names(&["b", "c"]), "a is back; a new leader waits anew");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Pure. The replica looks (record, store, stream), asks here, and does what it is told.
 
+use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
@@ -74,10 +75,10 @@ pub(crate) struct Peers {
     pub(crate) held: Vec<(u64, String)>,
     /// One of them holds another entry than the log does.
     pub(crate) differs: bool,
-    /// One of them is away: it has said nothing, and is not waited for where a live one decides.
-    pub(crate) away: bool,
-    /// One of them has nothing: what it had may be set aside there.
-    pub(crate) bare: bool,
+    /// These are away: they have said nothing, and are not waited for where a live one decides.
+    pub(crate) away: Vec<NodeId>,
+    /// These have nothing: what they had may be set aside there.
+    pub(crate) bare: Vec<NodeId>,
 }
 
 impl Peers {
@@ -89,15 +90,17 @@ impl Peers {
         empty: true,
         held: Vec::new(),
         differs: false,
-        away: false,
-        bare: false,
+        away: Vec::new(),
+        bare: Vec::new(),
     };
 
     /// Takes in one answer about a replica.
-    pub(crate) fn said(&mut self, report: Option<&ReplicaReport>, log_id: Uuid) {
+    pub(crate) fn said(&mut self, node: &str, report: Option<&ReplicaReport>, log_id: Uuid) {
         self.all_have_said &= report.is_some_and(ReplicaReport::is_settled);
         self.empty &= report.is_some_and(|report| report.applied == 0);
-        self.bare |= report.is_none_or(|report| report.applied == 0);
+        if report.is_none_or(|report| report.applied == 0) {
+            self.bare.push(node.to_owned());
+        }
         if let Some(report) = report.filter(|report| report.log_id == log_id) {
             self.applied = self.applied.max(Some(report.applied));
             self.lost |= report.state == ReplicaState::LogLost;
@@ -124,9 +127,9 @@ impl Peers {
 
     /// Takes in that one did not answer. One that is not connected, and that the cluster has given up, is not
     /// waited for.
-    pub(crate) fn silent(&mut self, live: bool, connected: bool) {
+    pub(crate) fn silent(&mut self, node: &str, live: bool, connected: bool) {
         self.all_have_said &= !live && !connected;
-        self.away = true;
+        self.away.push(node.to_owned());
         // Its disk may well have everything.
         self.empty = false;
     }
@@ -322,19 +325,62 @@ pub(crate) fn course_beside(
 /// cuts a log only up to what every holder has on its disk, so then it was cut by hand. Replicas that wait for a copy from each
 /// other would wait for ever; what nobody has applied was not acknowledged. So the log is lost, and is built anew
 /// behind what the most advanced replica has. A holder that is silent may have it, also one that is away for long: it is
-/// waited for until it is back or forgotten. (What is here may be a backup of old times, and the entries between be on that
-/// one's disk.) One that has nothing may have set a damaged copy aside that has it: then an operator is asked.
+/// waited for until it is back. (What is here may be a backup of old times, and the entries between be on that
+/// one's disk.) One that has nothing may have set a damaged copy aside that has it: then an operator is asked, see
+/// [`gap_for_an_operator`].
 pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
     let known = held.applied.max(peers.applied.unwrap_or(0));
     let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);
     match (course, first) {
         (Course::Snapshot, Some(first))
-            if held.applied > 0 && peers.all_have_said && !peers.away && !peers.bare && known + 1 < first =>
+            if held.applied > 0
+                && peers.all_have_said
+                && peers.away.is_empty()
+                && peers.bare.is_empty()
+                && known + 1 < first =>
         {
             Course::LogLost(format!("the log begins at {first}, no replica has more than up to {known}"))
         }
         (course, _) => course,
     }
+}
+
+/// Why nobody builds a log anew that begins behind what all have that answer, where [`course_over_gap`] does not, and who may
+/// have what lies between. It heals when one of those has it after all; else an operator decides.
+pub(crate) fn gap_for_an_operator(
+    course: &Course,
+    held: &Held,
+    ordered: &Ordered,
+    log: Option<LogFacts>,
+    peers: &Peers,
+) -> Option<String> {
+    let first = log.filter(|log| log.id == ordered.log_id)?.first_seq;
+    let mine = if held.log_id == ordered.log_id { held.applied } else { 0 };
+    let known = mine.max(peers.applied.unwrap_or(0));
+    if *course != Course::Snapshot || !peers.all_have_said || known == 0 || known + 1 >= first {
+        return None;
+    }
+    let mut who = Vec::new();
+    if !peers.away.is_empty() {
+        who.push(format!(
+            "{}, which may have it, is away: start it with its data folder",
+            peers.away.join(", ")
+        ));
+    }
+    if held.applied == 0 {
+        who.push("nothing is here: look whether it is in a copy that was set aside".to_owned());
+    }
+    if !peers.bare.is_empty() {
+        let names = peers.bare.join(", ");
+        who.push(format!("{names} has nothing: look there whether it is in a copy that was set aside"));
+    }
+    if who.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "its log begins at {first}, and nobody who answers has more than up to {known}; {}",
+        who.join("; ")
+    ))
 }
 
 /// Whether what is here belongs to another log although the shard's own is whole: every other holder has said what it
@@ -442,13 +488,33 @@ mod tests {
         let silent = Peers { all_have_said: false, ..peers(12) };
         assert_eq!(over(log(A, 14, 20), silent), Course::Snapshot, "it may have it");
         let mut away = peers(12);
-        away.silent(false, false);
+        away.silent("n4", false, false);
         assert_eq!(over(log(A, 14, 20), away), Course::Snapshot, "who is away for long may have it, too");
         let mut bare = peers(12);
-        bare.said(Some(&report(ReplicaState::Recovering, 0, None)), A);
+        bare.said("n2", Some(&report(ReplicaState::Recovering, 0, None)), A);
         assert!(bare.all_have_said);
         assert_eq!(over(log(A, 14, 20), bare), Course::Snapshot, "what it has set aside may have it");
         assert_eq!(over(log(B, 14, 20), peers(12)), Course::Snapshot, "another log");
+        let said = |held: &Held, log, peers: &Peers| {
+            gap_for_an_operator(&Course::Snapshot, held, &ordered(A, 1), log, peers)
+        };
+        let names = |said: Option<String>, who: &str| said.is_some_and(|said| said.contains(who));
+        let mut away = peers(12);
+        away.silent("n4", false, false);
+        assert!(names(said(&held, log(A, 14, 20), &away), "up to 12; n4, which may have it, is away"));
+        let mut bare = peers(12);
+        bare.said("n3", Some(&report(ReplicaState::Recovering, 0, None)), A);
+        assert!(names(said(&held, log(A, 14, 20), &bare), "n3 has nothing"));
+        assert!(
+            names(said(&Held::default(), log(A, 14, 20), &peers(12)), "nothing is here"),
+            "the one itself"
+        );
+        assert_eq!(said(&held, log(A, 14, 20), &peers(12)), None, "it is built anew");
+        assert_eq!(said(&held, log(A, 13, 20), &bare), None, "somebody has what is needed");
+        let asked = Peers { all_have_said: false, ..bare.clone() };
+        assert_eq!(said(&held, log(A, 14, 20), &asked), None, "one that is silent may have it");
+        assert_eq!(said(&held, log(B, 14, 20), &bare), None, "that log does not count");
+        assert_eq!(said(&Held::default(), log(A, 14, 20), &Peers::NONE), None, "nobody has anything yet");
         assert_eq!(course_over_gap(Course::Follow, &held, log(A, 11, 20), &peers(12)), Course::Follow);
     }
 
@@ -469,9 +535,9 @@ mod tests {
     fn no_writes_before_every_live_holder_has_said_what_it_has_applied() {
         let mut silent = Peers::NONE;
         assert!(may_go_on(&silent, Duration::ZERO));
-        silent.silent(false, false);
+        silent.silent("n4", false, false);
         assert!(may_go_on(&silent, Duration::ZERO), "it was given up");
-        silent.silent(true, false);
+        silent.silent("n4", true, false);
         assert!(!may_go_on(&silent, Duration::from_secs(9)));
         assert!(may_go_on(&silent, SILENT_PEERS), "one that never answers does not stop the shard");
     }
@@ -481,9 +547,9 @@ mod tests {
         for applied in [0, 30] {
             let report = report(ReplicaState::Serving, applied, None);
             let mut peers = Peers::NONE;
-            peers.said(Some(&report), A);
+            peers.said("n2", Some(&report), A);
             assert!(may_go_on(&peers, Duration::ZERO));
-            peers.said(Some(&report.unsettled()), A);
+            peers.said("n2", Some(&report.unsettled()), A);
             assert!(!may_go_on(&peers, Duration::ZERO));
             assert!(!peers.empty, "nobody may say that nothing is left");
         }
@@ -521,9 +587,9 @@ mod tests {
     fn a_replica_that_is_behind_does_not_go_on_where_another_entry_is_than_others_hold() {
         let report = |applied, sum| report(ReplicaState::Serving, applied, Some(sum));
         let mut peers = Peers::NONE;
-        peers.said(Some(&report(30, "x-1")), A);
-        peers.said(Some(&report(30, "x-1")), A);
-        peers.said(Some(&report(50, "y-1")), A);
+        peers.said("n2", Some(&report(30, "x-1")), A);
+        peers.said("n2", Some(&report(30, "x-1")), A);
+        peers.said("n2", Some(&report(50, "y-1")), A);
         assert_eq!(
             peers.to_compare(log(A, 1, 40)),
             [(30, "x-1".to_owned())],
@@ -583,9 +649,9 @@ mod tests {
     fn no_writes_into_a_log_that_another_holder_has_found_damaged() {
         let report = report(ReplicaState::LogLost, 30, None);
         let mut peers = Peers::NONE;
-        peers.said(Some(&report), B);
+        peers.said("n2", Some(&report), B);
         assert!(may_go_on(&peers, Duration::ZERO), "that was the log before");
-        peers.said(Some(&report), A);
+        peers.said("n2", Some(&report), A);
         assert!(!may_go_on(&peers, SILENT_PEERS));
     }
 
@@ -603,13 +669,13 @@ mod tests {
         };
         let nowhere = |peers: &Peers| is_nowhere(&Course::Snapshot, &Held::default(), peers);
         let mut peers = Peers::NONE;
-        peers.said(Some(&report(0)), A);
+        peers.said("n2", Some(&report(0)), A);
         assert!(nowhere(&peers));
         assert!(!is_nowhere(&Course::Follow, &Held::default(), &peers), "the log begins at 1");
         let (mut has, mut absent, mut opening) = (peers.clone(), peers.clone(), peers);
-        has.said(Some(&report(7)), A);
-        absent.silent(false, false);
-        opening.said(None, A);
+        has.said("n2", Some(&report(7)), A);
+        absent.silent("n4", false, false);
+        opening.said("n2", None, A);
         assert!(!nowhere(&has) && !nowhere(&absent) && !nowhere(&opening));
     }
 

@@ -670,6 +670,12 @@ pub struct MigrationRecord {
     /// What went wrong last.
     #[serde(default)]
     pub error: Option<String>,
+    /// Holders that the comparison before the swap does not wait for, as the leader counts them as gone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given_up: Vec<NodeId>,
+    /// Holders that have not taken part in it: what they hold was not looked at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_compared: Vec<NodeId>,
 }
 
 impl MigrationRecord {
@@ -679,9 +685,8 @@ impl MigrationRecord {
     /// [`Error::Invalid`] that names what is wrong.
     pub fn check(&self, key: &str) -> Result<()> {
         validate_name("migration id", &self.id)?;
-        validate_name("node id", &self.to)?;
-        if let Some(from) = &self.from {
-            validate_name("node id", from)?;
+        for node in [&self.to].into_iter().chain(&self.from).chain(&self.given_up).chain(&self.not_compared) {
+            validate_name("node id", node)?;
         }
         same_key(key, &self.id)
     }

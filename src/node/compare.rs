@@ -55,16 +55,18 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             () = ctx.stop.cancelled() => return,
             _ = tick.tick() => {}
         }
-        let all = replicas.all();
-        known.retain(|shard, _| all.iter().any(|replica| replica.shard == *shard));
-        for replica in all {
+        let open = replicas.open_shards();
+        known.retain(|shard, _| open.contains(shard));
+        for shard in open {
+            // This one alone: whoever closes another waits for all who hold its store.
+            let Ok(replica) = replicas.get(shard) else { continue };
             let Some(holders) = ours(&ctx, &replica) else {
                 // Whoever is primary now knows nothing of when it was compared last, and looks soon enough.
-                known.remove(&replica.shard);
-                ctx.causes.withdraw(NOT_COMPARED, replica.shard);
+                known.remove(&shard);
+                ctx.causes.withdraw(NOT_COMPARED, shard);
                 continue;
             };
-            let (shard, applied, now) = (replica.shard, replica.status().applied, ctx.clock.now());
+            let (applied, now) = (replica.status().applied, ctx.clock.now());
             let first = first_turn(started, shard.0, every);
             let last = known.get(&shard);
             if !is_due(last, now, every, first, applied, &holders) {
@@ -156,7 +158,14 @@ pub(crate) async fn compare(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Resul
     let mut found = verdict(&said, holders, None);
     let mut why = String::new();
     if found == Verdict::Unclear {
-        match replay(ctx, &record, checkpoint).await {
+        let replayed = tokio::select! {
+            // Whoever closes it waits for all who hold its store, and a replay takes minutes.
+            () = replica.closing() => {
+                return Err(Error::Unavailable(format!("the replica of shard {shard} here is closing")));
+            }
+            replayed = replay(ctx, &record, checkpoint) => replayed,
+        };
+        match replayed {
             Ok(replayed) => found = verdict(&said, holders, Some(&replayed)),
             Err(error) => why = error.to_string(),
         }

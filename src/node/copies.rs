@@ -13,6 +13,8 @@
 //! each, does the copy here go. An answer that is lost or that comes late counts for nothing.
 
 use crate::error::{Error, Result};
+use crate::failpoint::pause;
+use crate::logic::holding::{Order, order};
 use crate::model::ShardId;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, PingReply, PingRequest};
@@ -21,10 +23,13 @@ use crate::node::context::Context;
 use crate::node::replica::apply::{HELD_NOTE, held_log};
 use crate::node::replica::{Replica, blocking};
 use crate::node::replicas::Replicas;
-use crate::store::{AsideKind, Digest, SetAside, StoreFactory};
+use crate::store::{AsideKind, Digest, SetAside, ShardStore, StoreFactory};
+use crate::view::View;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
@@ -108,26 +113,48 @@ async fn try_set_aside(
 /// Who still holds the store, such as a read that is under way, lets go of it in time. Until then, and while the disk refuses,
 /// this goes on: it must not be opened again as it is. A process that dies here has not set it aside; the next one opens
 /// it, and whoever found it wrong finds that again.
+///
+/// Says whether it is done. It is given up when the map does not want the shard here any more, as a disk that nothing can be
+/// renamed on stays as it is; or when the node stops.
 pub(crate) async fn surely_set_aside(
     ctx: &Context,
     stores: &Arc<dyn StoreFactory>,
     shard: ShardId,
     kind: AsideKind,
     why: &str,
-) {
+) -> bool {
     let waits = |error: &Error| {
         let text =
             format!("the {kind} copy on {} cannot be set aside, and is not opened again: {error}", ctx.node);
         ctx.causes.retry("copy_not_set_aside", shard, Severity::Yellow, text);
     };
+    let setting = until_set_aside(stores, shard, kind, SET_ASIDE_AGAIN, waits);
+    let aside = tokio::select! {
+        () = ctx.stop.cancelled() => return false,
+        aside = unless_unwanted(ctx.views.subscribe(), shard, &ctx.node, setting) => aside,
+    };
+    ctx.causes.withdraw("copy_not_set_aside", shard);
+    match aside {
+        None => return false,
+        Some(None) => {}
+        Some(Some(aside)) => announce(ctx, &aside, why).await,
+    }
+    true
+}
+
+/// Goes on with this until it is done, or until the map does not order the shard here any more.
+async fn unless_unwanted<T>(
+    mut views: watch::Receiver<Arc<View>>,
+    shard: ShardId,
+    me: &str,
+    what: impl Future<Output = T>,
+) -> Option<T> {
+    let unwanted =
+        |view: &Arc<View>| view.shard(shard).is_some_and(|record| order(record, me) == Order::Close);
     tokio::select! {
-        () = ctx.stop.cancelled() => {}
-        aside = until_set_aside(stores, shard, kind, SET_ASIDE_AGAIN, waits) => {
-            ctx.causes.withdraw("copy_not_set_aside", shard);
-            if let Some(aside) = aside {
-                announce(ctx, &aside, why).await;
-            }
-        }
+        biased;
+        done = what => Some(done),
+        Ok(_) = views.wait_for(unwanted) => None,
     }
 }
 
@@ -161,8 +188,8 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut rest_until: BTreeMap<ShardId, Duration> = BTreeMap::new();
     // Since when whole copies of a shard that is not here any more are known to be elsewhere.
     let mut elsewhere: BTreeMap<ShardId, Duration> = BTreeMap::new();
-    // What has something that is not known to be anywhere else, and when it is looked at again.
-    let mut kept: BTreeMap<SetAside, Duration> = BTreeMap::new();
+    // What may have something that is not known to be anywhere else: when it is looked at again, and why it stays.
+    let mut kept: BTreeMap<SetAside, (Duration, String)> = BTreeMap::new();
     let mut tick = tokio::time::interval(LOOK.min(ctx.config.retire_after));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -185,7 +212,9 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let now = ctx.clock.now();
         known.retain(|aside, _| asides.contains(aside));
         kept.retain(|aside, _| asides.contains(aside));
-        elsewhere.retain(|shard, _| asides.iter().any(|aside| aside.shard == *shard));
+        let unheld: Vec<ShardId> =
+            asides.iter().map(|aside| aside.shard).filter(|shard| !replicas.holds(*shard)).collect();
+        forget_returned(&mut elsewhere, &unheld);
         for kind in [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced] {
             let count = asides.iter().filter(|aside| aside.kind == kind).count();
             ctx.metrics.copies_aside.with_label_values(&[&kind.to_string()]).set(count as i64);
@@ -197,11 +226,11 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let unserved = unserved.map(|aside| (aside.shard.into(), Severity::Yellow, unusable(&ctx, aside)));
         ctx.causes.replace("copy_damaged", unserved.collect::<Vec<_>>());
         // One that was sound had been judged by whoever replaced it: that is said once.
-        let damaged = kept.keys().filter(|aside| aside.kind == AsideKind::Damaged);
-        let damaged = damaged.map(|aside| (aside.shard.into(), Severity::Yellow, not_elsewhere(&ctx, aside)));
+        let damaged = kept.iter().filter(|(aside, _)| aside.kind == AsideKind::Damaged);
+        let damaged = damaged.map(|(aside, (_, why))| (aside.shard.into(), Severity::Yellow, why.clone()));
         ctx.causes.replace("copy_kept", damaged.collect::<Vec<_>>());
         for aside in asides {
-            if kept.get(&aside).is_some_and(|again| now < *again) {
+            if kept.get(&aside).is_some_and(|(again, _)| now < *again) {
                 continue;
             }
             let since = *known.entry(aside.clone()).or_insert(now);
@@ -231,12 +260,12 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let judged = match whole {
                 Ok(whole) => {
                     let only = only_here(&ctx, replicas.stores(), &aside, &whole, replica).await;
-                    only.map(|only| (whole.nodes, only))
+                    judge(only, whole.nodes, &aside, &ctx.node)
                 }
-                Err(error) => Err(error),
+                Err(error) => Judged::Later(error),
             };
             match judged {
-                Ok((nodes, None)) => {
+                Judged::Useless(nodes) => {
                     let (stores, name) = (replicas.stores().clone(), aside.name.clone());
                     kept.remove(&aside);
                     let done = blocking(move || stores.forget(&aside)).await;
@@ -248,15 +277,14 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                         Err(error) => warn!(%shard, "{name} cannot be deleted: {error}"),
                     }
                 }
-                Ok((_, Some(what))) => {
+                Judged::Stays(text) => {
                     let again = now + (ctx.config.retire_after * 60).min(KEPT_AGAIN);
-                    if kept.insert(aside.clone(), again).is_none() {
-                        let text = format!("{} ({what})", not_elsewhere(&ctx, &aside));
+                    if kept.insert(aside.clone(), (again, text.clone())).is_none() {
                         let event = Event::new("shard.copy_kept", text).shard(shard).node(&ctx.node);
                         ctx.event(event.with("file", aside.name).with("bytes", aside.bytes)).await;
                     }
                 }
-                Err(error) => {
+                Judged::Later(error) => {
                     rest_until.insert(shard, now + COMPARE_AGAIN.min(ctx.config.retire_after));
                     elsewhere.remove(&shard);
                     debug!(%shard, "{} is kept: {error}", aside.name);
@@ -266,12 +294,37 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     }
 }
 
-fn not_elsewhere(ctx: &Context, aside: &SetAside) -> String {
-    format!(
-        "{} on {} stays: it has vectors of shard {} that no replica is known to have; read it with `shards salvage`, import \
-         what is missed, then delete it by hand",
-        aside.name, ctx.node, aside.shard
-    )
+/// What follows for a copy that was set aside.
+#[derive(Debug, PartialEq, Eq)]
+enum Judged {
+    /// These have a whole one that continues it.
+    Useless(String),
+    /// It may be the only one that has something: why, and what to do. Looked at again much later, as each look begins with an
+    /// entry in the shard's log.
+    Stays(String),
+    /// Nothing was found out.
+    Later(Error),
+}
+
+fn judge(only: Result<Option<String>>, nodes: String, aside: &SetAside, me: &str) -> Judged {
+    let SetAside { name, shard, .. } = aside;
+    match only {
+        Ok(None) => Judged::Useless(nodes),
+        Ok(Some(what)) => Judged::Stays(format!(
+            "{name} on {me} stays: it has vectors of shard {shard} that no replica is known to have; read it with `shards \
+             salvage`, import what is missed, then delete it by hand ({what})"
+        )),
+        Err(error @ Error::Busy(_)) => Judged::Later(error),
+        Err(error) => Judged::Stays(format!(
+            "{name} on {me} stays, as nobody can say what it has of shard {shard}: {error}; read it with `shards salvage` if \
+             anything is missed, then delete it by hand"
+        )),
+    }
+}
+
+/// A shard that has come back here, or of which nothing is set aside any more, begins anew when it leaves again.
+fn forget_returned(elsewhere: &mut BTreeMap<ShardId, Duration>, unheld: &[ShardId]) {
+    elsewhere.retain(|shard, _| unheld.contains(shard));
 }
 
 /// Whole copies of a shard that serve.
@@ -290,7 +343,8 @@ fn continues(whole: &Whole, log_id: Option<Uuid>, applied: Option<u64>) -> bool 
     log_id == Some(whole.log_id) && applied.is_some_and(|applied| applied <= whole.applied)
 }
 
-/// What a copy that was set aside has that no whole copy is known to have, if there is anything.
+/// What a copy that was set aside has that no whole copy is known to have, if there is anything. `Busy` if its replica closes
+/// meanwhile. A large one is read for minutes, at the rate of a scrub; nothing else that was set aside is looked at until then.
 async fn only_here(
     ctx: &Context,
     stores: &Arc<dyn StoreFactory>,
@@ -312,7 +366,7 @@ async fn only_here(
             std::thread::sleep(Duration::from_micros(pause));
             let now = match &here {
                 // Whoever closes it waits for all who hold its store.
-                Some(here) if here.is_closing() => Err(Error::Unavailable("its replica is closing".into())),
+                Some(here) if here.is_closing() => Err(Error::Busy("its replica is closing".into())),
                 Some(here) => here.store().get(&entry.id),
                 None => Ok(None),
             };
@@ -404,25 +458,31 @@ pub(crate) async fn scrub(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         return;
     }
     let mut due: BTreeMap<ShardId, Duration> = BTreeMap::new();
-    let pause = (every / 100).clamp(Duration::from_millis(100), Duration::from_secs(60));
+    let rest = (every / 100).clamp(Duration::from_millis(100), Duration::from_secs(60));
     loop {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
-            () = tokio::time::sleep(pause) => {}
+            () = tokio::time::sleep(rest) => {}
         }
-        let (all, now) = (replicas.all(), ctx.clock.now());
-        due.retain(|shard, _| all.iter().any(|replica| replica.shard == *shard));
-        for replica in &all {
+        let (open, now) = (replicas.open_shards(), ctx.clock.now());
+        due.retain(|shard, _| open.contains(shard));
+        for shard in open {
             // Spread over the interval, instead of all at once.
-            let part = f64::from(replica.shard.0.wrapping_mul(2_654_435_769) >> 8) / f64::from(1 << 24);
-            due.entry(replica.shard).or_insert(now + every.mul_f64(part));
+            let part = f64::from(shard.0.wrapping_mul(2_654_435_769) >> 8) / f64::from(1 << 24);
+            due.entry(shard).or_insert(now + every.mul_f64(part));
         }
         while let Some((shard, at)) = due.iter().min_by_key(|(_, at)| **at).map(|(shard, at)| (*shard, *at)) {
-            let Some(replica) = all.iter().find(|replica| replica.shard == shard) else { break };
             if at > ctx.clock.now() || ctx.stop.is_cancelled() {
                 break;
             }
-            let scrubbed = scrub_one(&ctx, replica).await;
+            // This one alone: whoever closes another waits for all who hold its store.
+            let Ok(replica) = replicas.get(shard) else {
+                due.remove(&shard);
+                continue;
+            };
+            pause(&format!("scrubbing-{}", shard.token())).await;
+            let scrubbed = scrub_one(&ctx, &replica).await;
+            drop(replica);
             ctx.used_disk(shard, "read its copy", &scrubbed);
             // What could not be read is tried again soon, not in a day.
             let next = match scrubbed {
@@ -443,12 +503,12 @@ fn look_again(every: Duration, whole: bool) -> Duration {
     if whole { every } else { every.min(NOT_MENDED) }
 }
 
-/// Says whether the disk has what it should have, as far as is known.
+/// Says whether all of the disk was read and has what it should have.
 async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<bool> {
     let (store, bytes) = (replica.store().clone(), ctx.metrics.scrubbed_bytes.clone());
     let closing = replica.clone();
     let scrubbed = blocking(move || {
-        store.scrub(&mut |read| {
+        scrub_all(&*store, &mut |read| {
             bytes.inc_by(read as u64);
             std::thread::sleep(Duration::from_micros(read as u64 * 1_000_000 / SCRUB_RATE));
             // Whoever closes it waits for all who hold its store. When the node stops, all replicas are closed.
@@ -457,15 +517,27 @@ async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<bool> {
     });
     match scrubbed.await {
         Err(Error::Corrupt(why)) => Ok(replica.write_anew(&why).await),
-        other => other.map(|()| true),
+        other => other,
     }
+}
+
+/// Whether it was read to the end.
+fn scrub_all(store: &dyn ShardStore, pace: &mut dyn FnMut(usize) -> bool) -> Result<bool> {
+    let broken_off = AtomicBool::new(false);
+    store.scrub(&mut |read| {
+        let goes_on = pace(read);
+        broken_off.fetch_or(!goes_on, Ordering::Relaxed);
+        goes_on
+    })?;
+    Ok(!broken_off.load(Ordering::Relaxed))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::wire::HolderDigest;
-    use std::sync::atomic::{AtomicU32, Ordering};
+    use crate::sim::records::shard_record;
+    use std::sync::atomic::AtomicU32;
 
     /// A read, or a scrub, held the store of a replica that was known to be wrong: it was opened again as it was.
     #[tokio::test]
@@ -491,6 +563,64 @@ mod tests {
         let aside = tokio::time::timeout(Duration::from_secs(10), setting).await.unwrap().unwrap();
         assert_eq!((aside.shard, aside.kind), (shard, AsideKind::Damaged));
         assert_eq!(stores.open(&spec).unwrap().applied(), 0);
+    }
+
+    /// A disk that has become read-only never lets go of a name. The shard had been moved elsewhere, and its migration stayed in
+    /// cleanup for ever, as here it was still being set aside.
+    #[tokio::test]
+    async fn a_copy_that_cannot_be_set_aside_is_given_up_when_the_shard_is_not_wanted_here_any_more() {
+        let mut view = View::default();
+        view.shards.insert(ShardId(0), (1, shard_record(1, &["n1", "n2"])));
+        let views = watch::Sender::new(Arc::new(view));
+        let never = std::future::pending::<()>();
+        let mut waiting = std::pin::pin!(unless_unwanted(views.subscribe(), ShardId(0), "n1", never));
+        let moment = Duration::from_millis(20);
+        assert!(tokio::time::timeout(moment, &mut waiting).await.is_err(), "it is wanted");
+        // NATS has lost the record: that is no order.
+        views.send_modify(|view| drop(Arc::make_mut(view).shards.remove(&ShardId(0))));
+        assert!(tokio::time::timeout(moment, &mut waiting).await.is_err(), "nobody has said anything");
+        views.send_modify(|view| {
+            Arc::make_mut(view).shards.insert(ShardId(0), (2, shard_record(1, &["n3", "n2"])));
+        });
+        let ended = tokio::time::timeout(Duration::from_secs(10), waiting).await;
+        assert_eq!(ended.expect("it was moved to n3"), None);
+        let done = unless_unwanted(views.subscribe(), ShardId(0), "n1", std::future::ready(7)).await;
+        assert_eq!(done, Some(7), "what can be done is done");
+    }
+
+    /// Each look began with an entry in the shard's log, every thirty seconds, for ever.
+    #[test]
+    fn a_copy_that_cannot_be_read_is_said_and_looked_at_again_much_later() {
+        let kind = AsideKind::Damaged;
+        let aside = SetAside { shard: ShardId(1), kind, bytes: 1, name: "shard-00001.redb.damaged-1".into() };
+        let judge = |only| judge(only, "n2".into(), &aside, "n1");
+        let stays = |judged, what: &str| matches!(judged, Judged::Stays(text) if text.contains(what));
+        assert!(stays(judge(Err(Error::Conflict("it is no file".into()))), "it is no file"));
+        assert!(stays(judge(Err(Error::Unavailable("EIO".into()))), "EIO"));
+        assert!(stays(judge(Ok(Some("such as \"a\"".into()))), "such as \"a\""));
+        assert_eq!(judge(Ok(None)), Judged::Useless("n2".into()));
+        assert!(matches!(judge(Err(Error::Busy("its replica is closing".into()))), Judged::Later(_)));
+    }
+
+    #[test]
+    fn a_shard_that_came_back_is_compared_twice_again_when_it_leaves_once_more() {
+        let at = Duration::from_secs(5);
+        let mut elsewhere = BTreeMap::from([(ShardId(1), at), (ShardId(2), at), (ShardId(3), at)]);
+        // 1 is here again, though its old copy is still there; of 2 there is none any more.
+        forget_returned(&mut elsewhere, &[ShardId(3), ShardId(3), ShardId(4)]);
+        assert_eq!(elsewhere, BTreeMap::from([(ShardId(3), at)]));
+    }
+
+    #[test]
+    fn a_scrub_that_is_broken_off_has_not_seen_all_of_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let stores = crate::RedbStores::new(dir.path().into(), crate::RedbOptions::default());
+        let metric = crate::DistanceMetric::Euclidean;
+        let spec =
+            crate::store::StoreSpec { shard: ShardId(1), dimensions: 2, metric, cluster: uuid::Uuid::nil() };
+        let store = stores.open(&spec).unwrap();
+        assert_eq!(scrub_all(&*store, &mut |_| true), Ok(true));
+        assert_eq!(scrub_all(&*store, &mut |_| false), Ok(false));
     }
 
     #[test]

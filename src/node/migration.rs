@@ -16,7 +16,7 @@ use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::failpoint::pause;
 use crate::logic::compare::groups;
-use crate::logic::migration::is_close;
+use crate::logic::migration::{Compared, Silence, is_close};
 use crate::model::NodeId;
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
@@ -34,6 +34,8 @@ use tracing::{debug, info, warn};
 
 /// A move that is tried again.
 const STUCK: &str = "move_stuck";
+/// A move that was finished although a holder had not answered.
+const NOT_COMPARED: &str = "move_not_compared";
 /// How often progress is written while nothing else happens.
 const PROGRESS: Duration = Duration::from_millis(500);
 /// One digest comparison.
@@ -43,8 +45,8 @@ const COMPARE: Duration = Duration::from_secs(5);
 pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) {
     let mut views = ctx.views.subscribe();
     let driving = async {
-        let mut pause = Duration::from_millis(200);
-        while let Err(error) = steps(ctx, id, replica).await {
+        let (mut pause, mut silence) = (Duration::from_millis(200), Silence::default());
+        while let Err(error) = steps(ctx, id, replica, &mut silence).await {
             debug!(migration = id, "trying again: {error}");
             let text = format!("its move to {} does not go on: {error}", ctx.node);
             ctx.causes.retry(STUCK, replica.shard, Severity::Yellow, text);
@@ -78,13 +80,14 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
         () = ctx.stop.cancelled() => {}
     }
     ctx.causes.withdraw(STUCK, replica.shard);
+    ctx.causes.withdraw(NOT_COMPARED, replica.shard);
 }
 
-async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()> {
+async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>, silence: &mut Silence) -> Result<()> {
     pause("migration-prepare").await;
     load(ctx, id, replica).await?;
     pause("migration-catch-up").await;
-    let digest = compare(ctx, id, replica).await?;
+    let (digest, without) = compare(ctx, id, replica, silence).await?;
     // Who led the shard before may have asked its holders when we were none yet, and cut the log long after: by then
     // what it cuts must be on our disk.
     replica.make_durable().await?;
@@ -100,6 +103,7 @@ async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<(
         record.phase = record.phase.max(MigrationPhase::Cutover);
         record.lag = 0;
         record.error = None;
+        record.not_compared.clone_from(&without);
     })
     .await?;
     let progress = replica.status().progress;
@@ -112,6 +116,7 @@ async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<(
         event
             .with("phase", "cutover")
             .with("digest", format!("{:032x}", digest.hash))
+            .with("not_compared", without)
             .with("vectors", digest.vectors)
             .with("bytes_done", progress.bytes_done)
             .with("bytes_total", progress.bytes_total),
@@ -145,7 +150,8 @@ async fn load(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()
                 record.bytes_total = now.progress.bytes_total.max(now.progress.bytes_done);
                 record.chunks = now.progress.chunks;
                 record.lag = now.lag;
-                if changed_phase {
+                // Close behind the log it compares, and why that did not do is said until it does.
+                if changed_phase && phase != MigrationPhase::CatchUp {
                     record.error = None;
                 }
             })
@@ -191,17 +197,24 @@ async fn progress_event(ctx: &Arc<Context>, id: &str, replica: &Replica, phase: 
     .await;
 }
 
-/// Puts a checkpoint into the log and compares what all live holders had right there, and what is here. Where they differ
-/// among themselves, nothing is moved: a copy of either would make the wrong one more. Whoever compares replicas is told.
-/// One that is asked twice and does not answer is left out: a shard must be able to move off a node that hangs.
-async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<Digest> {
+/// Puts a checkpoint into the log and compares what all holders had right there, and what is here; says who has not taken
+/// part. Where they differ among themselves, nothing is moved: a copy of either would make the wrong one more. Whoever compares
+/// replicas is told. One that does not answer, as it is being restarted, say, is waited for, as the others may be wrong; for how
+/// long, see [`Silence`]. Each try is a comparison of its own, with a checkpoint of its own: an answer to an earlier one that
+/// is late, or lost, counts for nothing.
+async fn compare(
+    ctx: &Arc<Context>,
+    id: &str,
+    replica: &Arc<Replica>,
+    silence: &mut Silence,
+) -> Result<(Digest, Vec<NodeId>)> {
     let shard = replica.shard;
     let (checkpoint, mine) = replica.checkpoint(COMPARE).await?;
     let view = ctx.view();
     let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard}")))?;
-    let live = record.replicas.iter().filter(|n| view.node_status(n).is_live());
+    let given_up = view.migrations.get(id).map(|(_, record)| record.given_up.clone()).unwrap_or_default();
     let mut said: Vec<(NodeId, Digest)> = Vec::new();
-    let mut silent: Vec<NodeId> = live.cloned().collect();
+    let mut silent: Vec<NodeId> = record.replicas.clone();
     let mut last = Error::Unavailable(format!("shard {shard} has no live replica to compare with"));
     for _ in 0..2 {
         for (node, answer) in ask(ctx, shard, checkpoint, &silent.clone()).await {
@@ -210,10 +223,11 @@ async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result
                     silent.retain(|n| *n != node);
                     said.push((node, theirs));
                 }
-                Err(error) => last = error,
+                Err(error) => last = error.context(node),
             }
         }
-        if silent.is_empty() {
+        // Whoever is gone anyway is asked once.
+        if silent.iter().all(|node| given_up.contains(node)) {
             break;
         }
     }
@@ -249,8 +263,31 @@ async fn compare(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result
             return Err(error);
         }
     };
+    let patience = ctx.config.rereplicate_after;
+    let without = match silence.compared(&silent, &given_up, ctx.clock.now(), patience) {
+        Compared::All => Vec::new(),
+        Compared::Without(nodes) => nodes,
+        Compared::Waits(nodes) => {
+            let named = |n: &NodeId| format!("{n} ({})", view.node_status(n));
+            return Err(Error::Unavailable(format!(
+                "{} did not answer the comparison of all holders that comes before a move ({last}): it is waited for as long as \
+                 a node may be away, or until it is drained",
+                nodes.iter().map(named).collect::<Vec<_>>().join(", ")
+            )));
+        }
+    };
     if agreed == mine {
-        return Ok(mine);
+        if !without.is_empty() {
+            let text = format!(
+                "its move to {} is finished without {}, which did not answer for as long as a node may be away: what is there was \
+                 not compared; see `ruvector-cluster check --shard {shard}`",
+                ctx.node,
+                without.join(", ")
+            );
+            warn!(migration = id, %shard, "{text}");
+            ctx.causes.raise(NOT_COMPARED, shard, Severity::Yellow, text);
+        }
+        return Ok((mine, without));
     }
     let nodes = others.join(", ");
     warn!(migration = id, %shard, nodes, ?mine, ?agreed, "the content differs");

@@ -44,6 +44,8 @@ pub(crate) struct Replicas {
     leaving: AtomicBool,
     /// Migrations to this node whose driver runs.
     driving: Mutex<BTreeSet<String>>,
+    /// Copies that are known to be wrong and still have their name: each is set aside before anything is opened there.
+    wrong: Mutex<BTreeMap<ShardId, (AsideKind, String)>>,
 }
 
 /// How often to compare even if nothing seems to have changed.
@@ -60,6 +62,7 @@ impl Replicas {
             slots: Mutex::default(),
             leaving: AtomicBool::new(false),
             driving: Mutex::default(),
+            wrong: Mutex::default(),
         })
     }
 
@@ -88,6 +91,11 @@ impl Replicas {
             Slot::Opening { .. } | Slot::Closing => None,
         };
         self.slots().values().filter_map(open).collect()
+    }
+
+    /// Their shards: for whoever looks at one after the other. To close one is to wait for all who hold its store.
+    pub(crate) fn open_shards(&self) -> BTreeSet<ShardId> {
+        self.all().iter().map(|replica| replica.shard).collect()
     }
 
     /// Shards whose replica here cannot be opened, and since when.
@@ -144,9 +152,9 @@ impl Replicas {
                 }
                 (Some(Slot::Opening { .. } | Slot::Closing), _) => {}
                 (Some(Slot::Open(open)), Order::Serve | Order::Build(_)) if open.repair().is_some() => {
-                    let (open, repair) = (open.clone(), open.repair().unwrap_or(Repair::Reopen));
+                    let open = open.clone();
                     slots.insert(*shard, Slot::Closing);
-                    self.repair(*shard, open, repair);
+                    self.repair(*shard, open);
                 }
                 (Some(Slot::Open(open)), Order::Serve) => open.allow_serving(),
                 (Some(Slot::Open(open)), Order::Build(Some(id))) => self.drive(&id, open),
@@ -168,6 +176,16 @@ impl Replicas {
         slots.insert(shard, Slot::Opening { not_before: Duration::MAX, failing_since });
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
+            let failing_since = match this.without_what_is_wrong(shard).await {
+                Some(true) => None,
+                Some(false) => failing_since,
+                None => {
+                    // It is not wanted here any more: the next look frees its slot.
+                    let not_before = this.ctx.clock.now();
+                    this.slots().insert(shard, Slot::Opening { not_before, failing_since });
+                    return;
+                }
+            };
             let opened = Replica::open(&this.ctx, &this.stores, shard, may_serve).await;
             // Anything else is said as `replica_not_open`.
             if matches!(opened, Ok(_) | Err(Error::Full(_))) {
@@ -200,6 +218,26 @@ impl Replicas {
         });
     }
 
+    fn wrong(&self) -> std::sync::MutexGuard<'_, BTreeMap<ShardId, (AsideKind, String)>> {
+        self.wrong.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a copy was set aside that is known to be wrong; `None` if the shard is not wanted here any more before that is
+    /// done. Should it come back, that is gone on with.
+    async fn without_what_is_wrong(&self, shard: ShardId) -> Option<bool> {
+        let known = self.wrong().get(&shard).cloned();
+        let Some((kind, why)) = known else { return Some(false) };
+        // Should it take long, the leader hears that there is no copy here.
+        let failing_since = Some(self.ctx.clock.now());
+        self.slots().insert(shard, Slot::Opening { not_before: Duration::MAX, failing_since });
+        if !copies::surely_set_aside(&self.ctx, &self.stores, shard, kind, &why).await {
+            return None;
+        }
+        self.wrong().remove(&shard);
+        self.slots().insert(shard, Slot::Opening { not_before: Duration::MAX, failing_since: None });
+        Some(true)
+    }
+
     async fn set_aside(&self, shard: ShardId, kind: AsideKind, why: &str) {
         copies::set_aside(&self.ctx, &self.stores, shard, kind, why).await;
     }
@@ -214,31 +252,33 @@ impl Replicas {
     }
 
     /// Its store is of no use as it is: closes it, and opens it again, or another one.
-    fn repair(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>, repair: Repair) {
+    fn repair(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>) {
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
-            replica.close().await;
+            this.close_fully(shard, replica).await;
             // What was said of this replica is not true of the next one.
             this.ctx.causes.withdraw("copy_not_mended", shard);
             this.ctx.causes.withdraw("replica_behind", shard);
             this.ctx.causes.withdraw("log_clock_ahead", shard);
-            if let Repair::SetAside(kind, why) = repair {
-                // Should that take long, the leader hears that there is no copy here.
-                let slot =
-                    Slot::Opening { not_before: Duration::MAX, failing_since: Some(this.ctx.clock.now()) };
-                this.slots().insert(shard, slot);
-                copies::surely_set_aside(&this.ctx, &this.stores, shard, kind, &why).await;
-            }
             this.slots().remove(&shard);
             this.reconcile();
         });
+    }
+
+    /// Closes it, and remembers if it is wrong: that may have been found while it was being closed for another reason.
+    async fn close_fully(&self, shard: ShardId, replica: Arc<Replica>) {
+        let closed = replica.clone();
+        replica.close().await;
+        if let Some(Repair::SetAside(kind, why)) = closed.repair() {
+            self.wrong().insert(shard, (kind, why));
+        }
     }
 
     fn close(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>) {
         info!(%shard, "the replica moves away or is not needed any more");
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
-            replica.close().await;
+            this.close_fully(shard, replica).await;
             this.ctx.causes.forget_shard(shard);
             this.slots().remove(&shard);
             this.reconcile();

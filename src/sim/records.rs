@@ -45,6 +45,8 @@ pub(crate) fn migration_record(id: &str, from: Option<&str>, to: &str) -> Migrat
         updated_at: DateTime::UNIX_EPOCH,
         moved_at: None,
         error: None,
+        given_up: Vec::new(),
+        not_compared: Vec::new(),
     }
 }
 

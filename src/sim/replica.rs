@@ -268,8 +268,8 @@ impl Replica {
             let limit = Duration::from_millis(500);
             let asked = world.ask(self.proc, to, limit, |_, node, reply| reply.set(node.state.reports()));
             match asked.await {
-                Ok(said) => peers.said(said.iter().find(|r| r.shard == self.shard), log_id),
-                Err(no_responders) => peers.silent(live, !no_responders),
+                Ok(said) => peers.said(node, said.iter().find(|r| r.shard == self.shard), log_id),
+                Err(no_responders) => peers.silent(node, live, !no_responders),
             }
         }
         peers

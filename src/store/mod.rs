@@ -288,7 +288,7 @@ pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
     ///
     /// # Errors
     /// [`Error::Unavailable`](crate::Error::Unavailable) while an `Arc` to it is still alive, and for stores that
-    /// cannot do so: then the shard stays closed here until somebody has repaired or removed its copy.
+    /// cannot do so: then the shard stays closed here until somebody has removed its copy, or it is not wanted here any more.
     fn set_aside(&self, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
         Err(Error::Unavailable(format!(
             "the {kind} copy of shard {shard} is left where it is: this kind of store cannot set it aside"

@@ -186,11 +186,15 @@ impl RedbStores {
             (false, false) => remove(&beside).map(|()| false),
             (false, true) if has_main => Ok(true),
             (_, true) => {
-                if has_main {
-                    self.folder.keep(&main, spec.shard, AsideKind::Replaced)?;
-                }
+                let kept = match has_main {
+                    true => self.folder.keep(&main, spec.shard, AsideKind::Replaced)?,
+                    false => None,
+                };
                 std::fs::rename(&beside, &main).map_err(|e| io_error("rename", &beside, &e))?;
                 self.folder.sync()?;
+                if let Some(kept) = kept {
+                    self.folder.bound(&kept);
+                }
                 Ok(false)
             }
         }
@@ -391,8 +395,9 @@ impl RedbStore {
         disk.database = Some(database);
         disk.flush += 1;
         disk.has_content |= point.applied > 0;
+        let mut kept = None;
         if disk.beside.is_some() && point.applied > 0 {
-            self.finish_beside(&mut disk, AsideKind::Replaced).inspect_err(|_| {
+            kept = self.finish_beside(&mut disk, AsideKind::Replaced).inspect_err(|_| {
                 // It is all in the file, but under the wrong name: the next attempt finishes that.
                 if let Ok(mut pending) = self.pending() {
                     pending.touch(now());
@@ -400,9 +405,12 @@ impl RedbStore {
             })?;
         }
         // Unless the content was cleared meanwhile: then this was the old history.
-        let pending = self.pending()?;
-        if !pending.cleared {
+        if !self.pending()?.cleared {
             self.durable.store(point.applied, Ordering::Release);
+        }
+        drop(disk);
+        if let Some(kept) = kept {
+            self.folder.bound(&kept);
         }
         Ok(())
     }
@@ -437,15 +445,22 @@ impl RedbStore {
     }
 
     /// The new file takes the place of the old one, which is kept under another name until somebody has seen that
-    /// another whole copy serves.
-    fn finish_beside(&self, disk: &mut Disk, kind: AsideKind) -> Result<()> {
+    /// another whole copy serves. That one's number is to be bounded, when the disk is not locked any more.
+    fn finish_beside(&self, disk: &mut Disk, kind: AsideKind) -> Result<Option<SetAside>> {
         let shard = disk.file.spec.shard;
         let main = self.folder.main(shard);
-        self.folder.keep(&main, shard, kind)?;
-        std::fs::rename(&disk.file.path, &main).map_err(|e| io_error("rename", &disk.file.path, &e))?;
+        let kept = self.folder.keep(&main, shard, kind)?;
+        let renamed = std::fs::rename(&disk.file.path, &main);
+        renamed.map_err(|e| io_error("rename", &disk.file.path, &e)).inspect_err(|_| {
+            // It is kept once more by each attempt.
+            if let Some(kept) = &kept {
+                self.folder.bound(kept);
+            }
+        })?;
         disk.file.path = main;
         disk.beside = None;
-        self.folder.sync()
+        self.folder.sync()?;
+        Ok(kept)
     }
 
     /// Opens the file after an error. Only a first step to writing: what was pending still is.
@@ -586,9 +601,13 @@ impl ShardStore for RedbStore {
         }
         disk.beside = Some(self.replaced(disk.file.spec.shard, &disk));
         let applied = self.write_anew(&mut disk).inspect_err(|_| disk.beside = None)?;
-        self.finish_beside(&mut disk, AsideKind::Damaged)?;
+        let kept = self.finish_beside(&mut disk, AsideKind::Damaged)?;
         if !self.pending()?.cleared {
             self.durable.store(applied, Ordering::Release);
+        }
+        drop(disk);
+        if let Some(kept) = kept {
+            self.folder.bound(&kept);
         }
         Ok(())
     }

@@ -13,14 +13,15 @@ use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::failpoint::pause;
 use crate::logic::migration::{
-    Facts, Look, Step, has_none_for_long, joined, may_swap, next_step, released, swapped,
+    Facts, Look, Step, given_up, has_none_for_long, joined, may_swap, next_step, released, swapped,
 };
+use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
-use crate::model::records::{MigrationPhase, MigrationRecord};
+use crate::model::records::{MigrationPhase, MigrationRecord, ShardRecord};
 use crate::model::wire::ReplicaReport;
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
-use crate::node::migration::{store, stored};
+use crate::node::migration::{store, stored, update};
 use crate::node::replica::facts;
 use crate::view::parse;
 use std::time::Duration;
@@ -84,6 +85,8 @@ impl Leader {
             updated_at: now,
             moved_at: None,
             error: None,
+            given_up: self.given_up(&[], &record),
+            not_compared: Vec::new(),
         };
         let value = serde_json::to_vec(&migration).map_err(|e| Error::Internal(e.to_string()))?;
         match self.ctx.buckets.migrations.create(&id, value).await? {
@@ -130,6 +133,11 @@ impl Leader {
         let stalled = now.saturating_sub(entry_since) > STALLED;
         let young = now.saturating_sub(entry_since) < Duration::from_secs(2);
         let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
+        let gone = self.given_up(&migration.given_up, record);
+        if gone != migration.given_up && migration.phase < MigrationPhase::Cutover {
+            self.check_lease()?;
+            update(&self.ctx, &migration.id, |record| record.given_up.clone_from(&gone)).await?;
+        }
         let target = self.ctx.view().node_status(&migration.to);
         let step = next_step(Facts { migration, record, target, stalled, young });
         if step != Step::Swap {
@@ -157,6 +165,20 @@ impl Leader {
             Step::End(why) => self.end(migration, MigrationPhase::Failed, &why).await,
             Step::Abort(why) => self.abort(migration, MigrationPhase::Failed, &why).await,
         }
+    }
+
+    /// Holders that the target does not wait for when it compares; it says so itself. That a leader which has been stopped
+    /// writes this late does no harm: each list was true once, and the next leader writes its own.
+    fn given_up(&self, before: &[NodeId], record: &ShardRecord) -> Vec<NodeId> {
+        let view = self.ctx.view();
+        let holders = record.replicas.iter().map(|node| {
+            let role = match view.node(node) {
+                Some(known) => self.role(known),
+                None => self.role_of_stranger(node),
+            };
+            (node, self.is_live(node), role == Role::Gone || self.is_broken(node, record.shard))
+        });
+        given_up(before, &holders.collect::<Vec<_>>())
     }
 
     async fn look(&mut self, migration: &MigrationRecord, now: Duration) -> Result<Look> {

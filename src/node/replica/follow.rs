@@ -7,7 +7,7 @@ use crate::failpoint::pause;
 use crate::logic::log_time::NOTICEABLE_MS;
 use crate::logic::replica::{
     Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, course_over_gap,
-    is_foreign, is_nowhere, may_go_on, still_has,
+    gap_for_an_operator, is_foreign, is_nowhere, may_go_on, still_has,
 };
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest, WindowMarks};
@@ -136,7 +136,11 @@ impl Replica {
                 *failures = 0;
                 Ok(())
             }
-            Course::Snapshot => self.load_snapshot(applier).await,
+            Course::Snapshot => {
+                let gap = gap_for_an_operator(&course, &applier.held, &ordered, log, &peers);
+                let loaded = self.load_snapshot(applier).await;
+                loaded.map_err(|error| gap.map_or(error, |gap| self.gap(&gap)))
+            }
             Course::Wait => {
                 self.close_gate(Error::Unavailable(format!(
                     "the log of shard {} is being created",
@@ -207,6 +211,15 @@ impl Replica {
         Error::Corrupt(text)
     }
 
+    /// What to do about entries that may be on a disk that nobody reads at the moment.
+    fn gap(&self, gap: &str) -> Error {
+        let (shard, stream) = (self.shard, self.ctx.subjects.log_stream(self.shard));
+        Error::Unavailable(format!(
+            "shard {shard} waits for an operator: {gap}; `shards salvage {shard}` reads copies that were set aside; to go on \
+             with what is left, delete the stream {stream}"
+        ))
+    }
+
     pub(super) fn ordered(&self) -> Option<Ordered> {
         let view = self.ctx.view();
         let record = view.shard(self.shard)?;
@@ -243,16 +256,16 @@ impl Replica {
             let subject = self.ctx.subjects.node(node, "ping");
             let request = PingRequest { shards: vec![self.shard] };
             let live = view.node_status(node).is_live();
-            async move { (live, self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await) }
+            async move { (node, live, self.ctx.data.ask::<_, PingReply>(subject, &request, PEERS).await) }
         });
         let mut peers = Peers::NONE;
-        for (live, answer) in futures::future::join_all(asks).await {
+        for (node, live, answer) in futures::future::join_all(asks).await {
             match answer {
                 Asked::Answer(Ok(reply)) => {
-                    peers.said(reply.replicas.iter().find(|r| r.shard == self.shard), log_id);
+                    peers.said(node, reply.replicas.iter().find(|r| r.shard == self.shard), log_id);
                 }
-                Asked::NoResponders => peers.silent(live, false),
-                Asked::Answer(Err(_)) | Asked::NoAnswer(_) => peers.silent(live, true),
+                Asked::NoResponders => peers.silent(node, live, false),
+                Asked::Answer(Err(_)) | Asked::NoAnswer(_) => peers.silent(node, live, true),
             }
         }
         peers

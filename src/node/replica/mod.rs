@@ -4,6 +4,7 @@
 //! anything has changed. Nothing here decides where replicas live.
 
 pub(crate) mod apply;
+mod dated;
 mod follow;
 mod seed;
 mod serve;
@@ -47,6 +48,8 @@ const FLUSH: Duration = Duration::from_secs(1);
 const FLUSH_ANYWAY: Duration = Duration::from_secs(10);
 /// How long a replica that is being closed still works on what it has in hand.
 const FINISH: Duration = Duration::from_secs(5);
+/// How long whoever serves may take, after that, to see that it is over: it leaves busy queue groups, and drops its requests.
+const LET_GO: Duration = Duration::from_secs(2);
 /// Digests of this many checkpoints are remembered.
 const CHECKPOINTS: usize = 16;
 
@@ -140,6 +143,8 @@ pub(crate) struct Replica {
     waiting: Mutex<HashMap<OpId, Vec<mpsc::Sender<Outcome>>>>,
     /// What the log's clock says, as far as this node knows it.
     clock: Mutex<HeardClock>,
+    /// Whether writes carry births.
+    dated: Mutex<dated::Dated>,
     /// Held while the log is asked for its time.
     asking: tokio::sync::Mutex<()>,
     /// Whether there may be a cause `replica_stuck`.
@@ -236,6 +241,7 @@ impl Replica {
             writer,
             waiting: Mutex::default(),
             clock: Mutex::default(),
+            dated: Mutex::default(),
             asking: tokio::sync::Mutex::default(),
             log_time_ms: AtomicU64::default(),
             stuck: AtomicBool::new(true),
@@ -265,18 +271,13 @@ impl Replica {
     /// what becomes of everything in hand if this process dies or is stopped here.
     pub(crate) async fn close(self: Arc<Self>) {
         self.retiring.cancel();
-        self.serving.close();
         let mut status = self.status.subscribe();
-        tokio::select! {
-            () = self.serving.wait() => {}
-            // Nothing will be applied any more.
-            _ = status.wait_for(|status| status.failed) => {}
-            () = tokio::time::sleep(FINISH) => {
-                debug!(shard = %self.shard, "closing while {} requests are in hand", self.serving.len());
-            }
+        // Nothing will be applied any more.
+        let failed = async { drop(status.wait_for(|status| status.failed).await) };
+        let left = wind_down(&self.serving, &self.stop, &self.tasks, failed).await;
+        if left > 0 {
+            debug!(shard = %self.shard, "closed while {left} requests were in hand");
         }
-        self.stop.cancel();
-        self.tasks.wait().await;
         let store = self.store.clone();
         if let Err(error) = blocking(move || store.flush()).await {
             warn!(shard = %self.shard, "closing without making the last entries durable: {error}");
@@ -709,6 +710,27 @@ impl Replica {
     }
 }
 
+/// Lets what serves finish what it has in hand, unless it has failed, then ends what appends and applies; says how many have
+/// not let go of the replica. Whoever opens its store next finds it still open while one of them has not, so they are waited
+/// for, too, once all of them have been told.
+async fn wind_down(
+    serving: &TaskTracker,
+    stop: &CancellationToken,
+    tasks: &TaskTracker,
+    failed: impl Future<Output = ()>,
+) -> usize {
+    serving.close();
+    tokio::select! {
+        () = serving.wait() => {}
+        () = failed => {}
+        () = tokio::time::sleep(FINISH) => {}
+    }
+    stop.cancel();
+    tasks.wait().await;
+    let _ = tokio::time::timeout(LET_GO, serving.wait()).await;
+    serving.len()
+}
+
 /// What a shard's store is opened for.
 pub(crate) fn store_spec(ctx: &Context, shard: ShardId) -> StoreSpec {
     let cluster = &ctx.cluster;
@@ -742,5 +764,34 @@ pub(crate) fn ping_outcome(asked: &Asked<Result<PingReply>>) -> PingOutcome {
         Asked::Answer(Ok(reply)) => PingOutcome::Answered(reply.instance),
         Asked::NoResponders => PingOutcome::NoResponders,
         Asked::Answer(Err(_)) | Asked::NoAnswer(_) => PingOutcome::Silent,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A replica that has failed, and what serves it, which takes some time to see that it is over.
+    async fn closed_while_serving(for_so_long: Duration) -> (usize, Duration) {
+        let (serving, tasks) = (TaskTracker::new(), TaskTracker::new());
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        serving.spawn(async move {
+            stopped.cancelled().await;
+            tokio::time::sleep(for_so_long).await;
+        });
+        tasks.close();
+        let began = Instant::now();
+        let left = wind_down(&serving, &stop, &tasks, std::future::ready(())).await;
+        (left, began.elapsed())
+    }
+
+    /// It was opened again while the queue groups were still being left: "the store is still open", a cause, and two seconds more.
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_replica_is_closed_when_whoever_serves_has_let_go_of_it() {
+        let (left, _) = closed_while_serving(Duration::from_millis(1_200)).await;
+        assert_eq!(left, 0);
+        let (left, took) = closed_while_serving(Duration::from_secs(600)).await;
+        assert!(left == 1 && took < FINISH, "it is waited for, but not for ever: {took:?}");
     }
 }

@@ -255,7 +255,7 @@ impl Replica {
         let op = LogOp::Write {
             op_id,
             op: request.op,
-            born_ms: self.ctx.view().dates_writes().then_some(born_ms),
+            born_ms: lock(&self.dated).by(&self.ctx.view()).then_some(born_ms),
         };
         if mutant("ack-early") && upsert {
             let writer = self.writer.clone();
@@ -299,7 +299,7 @@ impl Replica {
                 return Err(self.stopping().context("the write is in the log, but was not applied here"));
             }
         };
-        lock(&self.clock).heard(sent, self.ctx.clock.now(), outcome.log_time_ms);
+        lock(&self.clock).heard(sent, self.ctx.clock.now(), wall_ms(), outcome.log_time_ms);
         let Effected { deleted, repeated } = outcome.result?;
         let log_time_ms = Some(outcome.log_time_ms);
         Ok(WriteReply { seq: placed.seq, deleted: deleted.into(), repeated, log_time_ms })
@@ -310,19 +310,13 @@ impl Replica {
     /// entry, with a margin for the time until it is in the log. That is a courtesy; safety is with the log. So no guess
     /// of the log's time refuses anything: before that the log is asked, once a second at most.
     async fn time_left(&self, request: &WriteRequest) -> Result<(u64, Duration)> {
-        let (guess, now) = (*lock(&self.clock), self.ctx.clock.now());
-        let sure = match request.born_ms {
-            Some(_) => guess.is_fresh(now),
-            None => guess.is_known(),
-        };
-        match self.time_left_by(request, guess.at(now, wall_ms())) {
-            Ok(left) if sure || request.born_ms.is_some() => Ok(left),
-            Err(error) if sure => Err(error),
-            Ok(_) | Err(_) => {
-                let clock = self.ask_clock(ASK_CLOCK).await?;
-                self.time_left_by(request, clock.at(self.ctx.clock.now(), wall_ms()))
-            }
+        let (guess, now, wall) = (*lock(&self.clock), self.ctx.clock.now(), wall_ms());
+        let left = self.time_left_by(request, guess.at(now, wall));
+        if !guess.asks_log(now, wall, request.born_ms.is_some(), left.is_ok()) {
+            return left;
         }
+        let clock = self.ask_clock(ASK_CLOCK).await?;
+        self.time_left_by(request, clock.at(self.ctx.clock.now(), wall_ms()))
     }
 
     /// The same by what the log's clock says now.
@@ -344,22 +338,23 @@ impl Replica {
         Ok((born_ms, left))
     }
 
-    /// Asks the log for its time, by a barrier; whoever else asks meanwhile waits for the same answer.
+    /// Asks the log for its time, by a barrier; whoever else asks meanwhile waits for the same answer. Where that takes too
+    /// long, nothing has been appended for whoever asks: it is told to come again.
     async fn ask_clock(&self, timeout: Duration) -> Result<HeardClock> {
         let until = Instant::now() + timeout;
-        let late =
-            |_| Error::Unavailable(format!("the log of shard {} does not say its time in time", self.shard));
-        let _one = tokio::time::timeout_at(until, self.asking.lock()).await.map_err(late)?;
+        let late = || Error::Busy(format!("the log of shard {} does not say its time in time", self.shard));
+        let _one = tokio::time::timeout_at(until, self.asking.lock()).await.map_err(|_| late())?;
         let known = *lock(&self.clock);
-        if known.is_fresh(self.ctx.clock.now()) {
+        if known.is_fresh(self.ctx.clock.now(), wall_ms()) {
             return Ok(known);
         }
         let sent = self.ctx.clock.now();
         let seq = self.barrier(until.saturating_duration_since(Instant::now())).await?;
-        self.wait_applied(seq, until.saturating_duration_since(Instant::now())).await?;
+        let applied = self.wait_applied(seq, until.saturating_duration_since(Instant::now())).await;
+        applied.map_err(|error| if self.stop.is_cancelled() { error } else { late() })?;
         let log_time_ms = self.log_time_ms.load(Ordering::SeqCst);
         let mut clock = lock(&self.clock);
-        clock.heard(sent, self.ctx.clock.now(), log_time_ms);
+        clock.heard(sent, self.ctx.clock.now(), wall_ms(), log_time_ms);
         Ok(*clock)
     }
 

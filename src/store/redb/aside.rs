@@ -97,8 +97,16 @@ impl Folder {
         Ok(format!("shard-{}.redb.{kind}-{number}", shard.token()))
     }
 
-    /// Gives whatever lies at `path` another name.
+    /// Gives whatever lies at `path` another name, and keeps the number of the shard's copies within its bound.
     pub(super) fn set_aside(&self, path: &Path, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
+        let aside = self.put_aside(path, shard, kind)?;
+        if let Some(aside) = &aside {
+            self.bound(aside);
+        }
+        Ok(aside)
+    }
+
+    fn put_aside(&self, path: &Path, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
         if std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
             return Ok(None);
         }
@@ -107,7 +115,8 @@ impl Folder {
         self.set(shard, kind, name)
     }
 
-    /// Gives the file a second name, so that another one can take its place in one step.
+    /// Gives the file a second name, so that another one can take its place in one step. When it has, their number is to
+    /// be [bounded](Self::bound).
     pub(super) fn keep(&self, path: &Path, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
         let name = self.free_name(shard, kind)?;
         match std::fs::hard_link(path, self.0.join(&name)) {
@@ -115,32 +124,40 @@ impl Folder {
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
             // A file system without such links: for a moment there is only the complete copy beside it, which the
             // next opening takes up.
-            Err(_) => self.set_aside(path, shard, kind),
+            Err(_) => self.put_aside(path, shard, kind),
         }
     }
 
     fn set(&self, shard: ShardId, kind: AsideKind, name: String) -> Result<Option<SetAside>> {
         self.sync()?;
         let bytes = std::fs::metadata(self.0.join(&name)).map_or(0, |file| file.len());
-        let aside = SetAside { shard, kind, bytes, name };
-        self.bound(shard, &aside);
-        Ok(Some(aside))
+        Ok(Some(SetAside { shard, kind, bytes, name }))
     }
 
-    /// Keeps the number of a shard's copies within its bound.
-    fn bound(&self, shard: ShardId, newest: &SetAside) {
+    /// Keeps the number of a shard's copies within its bound. Each is read from end to end for that, so nobody is to wait for
+    /// it. Whoever dies before it leaves one too many, which goes the next time.
+    pub(super) fn bound(&self, newest: &SetAside) {
+        let shard = newest.shard;
         let Ok(asides) = self.asides() else { return };
-        let of_shard = bounded(asides, shard);
+        let mut of_shard = bounded(asides, shard);
         if of_shard.len() <= MOST {
             return;
         }
-        let intact: Vec<u64> =
+        #[cfg(test)]
+        super::faults::reading_asides(&self.0);
+        let mut intact: Vec<u64> =
             of_shard.iter().map(|aside| intact_entries(&self.0.join(&aside.name))).collect();
-        let plain = |aside: &SetAside| self.0.join(&aside.name).is_file();
-        let Some(victim) = surplus(&of_shard, &intact, newest).filter(|aside| plain(aside)) else { return };
-        match std::fs::remove_file(self.0.join(&victim.name)) {
-            Ok(()) => warn!(%shard, "{} is deleted: newer and better copies are kept aside", victim.name),
-            Err(error) => warn!(%shard, "{} cannot be deleted: {error}", victim.name),
+        while of_shard.len() > MOST {
+            let Some(at) = surplus(&of_shard, &intact, newest) else { return };
+            let (victim, _) = (of_shard.remove(at), intact.remove(at));
+            let path = self.0.join(&victim.name);
+            if !path.is_file() {
+                return;
+            }
+            match std::fs::remove_file(path) {
+                Ok(()) => warn!(%shard, "{} is deleted: newer and better copies are kept aside", victim.name),
+                Err(error) => return warn!(%shard, "{} cannot be deleted: {error}", victim.name),
+            }
         }
     }
 
@@ -279,12 +296,12 @@ fn bounded(asides: Vec<SetAside>, shard: ShardId) -> Vec<SetAside> {
 
 /// Which of too many copies goes: the poorest of those that are neither the newest nor the best, and of equals the
 /// oldest. `intact` are their entries.
-fn surplus<'a>(asides: &'a [SetAside], intact: &[u64], newest: &SetAside) -> Option<&'a SetAside> {
+fn surplus(asides: &[SetAside], intact: &[u64], newest: &SetAside) -> Option<usize> {
     // Of equals the newest is the best.
     let best = intact.iter().enumerate().max_by_key(|(_, entries)| **entries).map(|(at, _)| at);
     let others = asides.iter().zip(intact).enumerate();
     let others = others.filter(|(at, (aside, _))| Some(*at) != best && *aside != newest);
-    others.min_by_key(|(_, (_, entries))| **entries).map(|(_, (aside, _))| aside)
+    others.min_by_key(|(_, (_, entries))| **entries).map(|(at, _)| at)
 }
 
 #[cfg(test)]
@@ -309,8 +326,7 @@ mod tests {
             kept.push((aside.clone(), intact));
             if kept.len() > MOST {
                 let (list, intact): (Vec<SetAside>, Vec<u64>) = kept.iter().cloned().unzip();
-                let victim = surplus(&list, &intact, &aside).unwrap().clone();
-                kept.retain(|(kept, _)| *kept != victim);
+                kept.remove(surplus(&list, &intact, &aside).unwrap());
             }
             assert!(kept.iter().any(|(kept, _)| *kept == aside), "the newest");
         }

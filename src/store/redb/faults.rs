@@ -4,7 +4,7 @@ use ::redb::StorageBackend;
 use ::redb::backends::FileBackend;
 use std::fs::OpenOptions;
 use std::io::{Error, ErrorKind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// What all files of one factory lie on.
@@ -97,5 +97,24 @@ impl StorageBackend for Backend {
 
     fn close(&self) -> Result<(), Error> {
         self.file.close()
+    }
+}
+
+static READS: Mutex<Vec<(PathBuf, Then)>> = Mutex::new(Vec::new());
+
+/// Does this the next time that the copies set aside in a folder are read to find out which of them goes.
+pub(super) fn at_reading_asides(folder: &Path, then: impl FnOnce() + Send + 'static) {
+    READS.lock().unwrap().push((folder.into(), Then(Box::new(then))));
+}
+
+/// They are about to be read.
+pub(super) fn reading_asides(folder: &Path) {
+    let then = {
+        let mut reads = READS.lock().unwrap();
+        let at = reads.iter().position(|(of, _)| of == folder);
+        at.map(|at| reads.swap_remove(at).1)
+    };
+    if let Some(Then(then)) = then {
+        then();
     }
 }

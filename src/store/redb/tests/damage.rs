@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::model::ShardId;
 use crate::store::conformance::{Model, Random, batch, entry, redb_stores, spec, upsert};
-use crate::store::redb::RedbStores;
+use crate::store::redb::{RedbStores, faults};
 use crate::store::{AsideKind, SetAside, ShardStore, StoreFactory, StoreSpec};
 use ::redb::{Database, TableDefinition};
 use std::path::Path;
@@ -368,4 +368,33 @@ fn a_file_that_is_deleted_or_replaced_under_a_store_is_noticed_and_written_anew(
         drop(store);
         assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), all);
     }
+}
+
+/// Each of them is read from end to end. That was done under the lock of the disk, while batches waited, and before the new file
+/// had its name.
+#[test]
+fn which_copy_goes_is_found_out_while_the_store_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = redb_stores(dir.path());
+    let store = stores.open(&spec()).unwrap();
+    for round in 1..=5 {
+        store.apply(batch(round, vec![upsert(entry("needle", 1, 1))])).unwrap();
+        store.flush().unwrap();
+        flip(&stores.path(ShardId(7)), "needle");
+        if round == 5 {
+            let (beside, new) = (store.clone(), stores.path(ShardId(7)).with_extension("redb.new"));
+            faults::at_reading_asides(dir.path(), move || {
+                assert!(!new.exists(), "the new file has taken its place");
+                let (tell, told) = std::sync::mpsc::channel();
+                std::thread::spawn(move || {
+                    beside.apply(batch(6, vec![upsert(entry("b", 2, 2))])).unwrap();
+                    tell.send(beside.flush())
+                });
+                let flushed = told.recv_timeout(std::time::Duration::from_secs(20));
+                assert_eq!(flushed, Ok(Ok(())), "a durable point waited for it");
+            });
+        }
+        store.rewrite().unwrap();
+    }
+    assert_eq!((store.durable(), stores.asides().unwrap().len()), (6, 4));
 }
