@@ -55,6 +55,9 @@
 //! | `applied`, `durable` | highest sequence that a replica has applied, has fsynced |
 //! | `migration` | bringing a replica to a node, and for a move retiring another |
 
+// A node does not end because something is not as it was thought to be. Tests do.
+#![cfg_attr(not(any(test, fuzzing)), deny(clippy::expect_used, clippy::panic, clippy::unwrap_used))]
+
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;

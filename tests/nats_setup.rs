@@ -196,7 +196,7 @@ async fn a_node_that_starts_while_nats_hangs_joins_when_it_answers_again() {
 /// Two of three NATS servers are gone: no write is acknowledged, nobody can lead, and everybody says why.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_a_jetstream_majority_everybody_says_so_and_eventual_reads_go_on() {
-    let mut cluster = TestCluster::start(Setup { nats_cluster: true, ..Setup::default() }).await;
+    let mut cluster = TestCluster::start(Setup { nats_cluster: true, shards: 2, ..Setup::default() }).await;
     let entry = json!({"entries": [{"id": "a", "vector": [1, 2, 3, 4]}]});
     assert_eq!(cluster.api("upsert", entry.clone()).await["upserted"], 1);
     let bucket = cluster.bucket("nodes").await;
@@ -205,32 +205,35 @@ async fn without_a_jetstream_majority_everybody_says_so_and_eventual_reads_go_on
     for server in [1, 2] {
         cluster.nats[server].kill().await.unwrap();
     }
-    eventually("the node is not ready, and says why", || async {
-        let text = http_get(&addr, "/readyz").await.map_err(|e| e.to_string())?;
-        if text.starts_with("HTTP/1.1 503") && text.contains("quorum") { Ok(()) } else { Err(text) }
-    })
-    .await;
-    let metrics = http_get(&addr, "/metrics").await.unwrap();
-    assert!(metrics.contains("ruvector_causes{kind=\"jetstream_no_quorum\"}"), "{metrics}");
     let url = cluster.nats[0].url();
     let raw = async_nats::connect(&url).await.unwrap();
+    let ready = eventually("the node is not ready, and says why", || async {
+        let text = http_get(&addr, "/readyz").await.map_err(|e| e.to_string())?;
+        if text.starts_with("HTTP/1.1 503") && text.contains("quorum") { Ok(()) } else { Err(text) }
+    });
     // Any node answers, and each finds out for itself.
-    eventually("a writer hears the cause", || async {
+    let writes = eventually("a writer hears the cause", || async {
         let reply =
             raw.request("ruvector.api.upsert", entry.to_string().into()).await.map_err(|e| e.to_string())?;
         let reply: Value = serde_json::from_slice(&reply.payload).map_err(|e| e.to_string())?;
         let said = reply["error"]["message"].to_string().contains("quorum");
         if said && reply["error"]["code"] == "unavailable" { Ok(()) } else { Err(reply.to_string()) }
-    })
-    .await;
+    });
+    let status = eventually("the status command says it", || async {
+        let status = program::run(&url, &["status"]).await;
+        let said = status.code != Some(0) && status.err.contains("quorum");
+        if said { Ok(()) } else { Err(format!("{status:?}")) }
+    });
     let args = ["vectors", "get", "a", "--consistency", "eventual", "--output", "json"];
-    let got = program::run(&url, &args).await.done();
+    // NATS needs a while to notice, and a command is patient: all wait at once.
+    let ((), (), (), got) = tokio::join!(ready, writes, status, program::run(&url, &args));
+    let got = got.done();
     assert!(got.out.contains("[1.0") || got.out.contains("1.0,"), "{got:?}");
-    let status = program::run(&url, &["status"]).await;
-    assert!(status.code != Some(0) && status.err.contains("quorum"), "{status:?}");
-    for server in [1, 2] {
-        cluster.nats[server].restart().await.unwrap();
-    }
+    let metrics = http_get(&addr, "/metrics").await.unwrap();
+    assert!(metrics.contains("ruvector_causes{kind=\"jetstream_no_quorum\"}"), "{metrics}");
+    let [_, second, third] = &mut cluster.nats[..] else { panic!("three servers") };
+    let (second, third) = tokio::join!(second.restart(), third.restart());
+    second.and(third).unwrap();
     cluster.wait_green().await;
     let text = http_get(&addr, "/readyz").await.unwrap();
     assert!(text.starts_with("HTTP/1.1 200"), "{text}");

@@ -54,14 +54,12 @@ async fn main() {
     if wanted("move") {
         moves::run(&mut table).await;
     }
-    if wanted("idle") || wanted("failover") {
+    if wanted("idle") {
+        standing::idle(&mut table).await;
+    }
+    if wanted("failover") {
         let mut lab = Lab::start(64, 3, &[]).await;
-        if wanted("idle") {
-            standing::idle(&lab, &mut table).await;
-        }
-        if wanted("failover") {
-            standing::failover(&mut lab, &mut table).await;
-        }
+        standing::failover(&mut lab, &mut table).await;
         lab.end().await;
     }
     print!("{table}");

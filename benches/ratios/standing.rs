@@ -3,28 +3,68 @@
 use crate::lab::{Lab, NODES};
 use crate::measure::{Better, Samples, Table};
 use async_nats::client::RequestErrorKind;
+use futures::StreamExt;
+use ruvector_cluster::playground::{NatsServer, NodeProcess};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 /// `sysconf(_SC_CLK_TCK)`, 100 on every Linux of today.
 const TICKS_PER_S: f64 = 100.0;
 
-/// CPU of nodes at rest, beside what we allow them.
-pub(crate) async fn idle(lab: &Lab, table: &mut Table) {
-    const TIME: Duration = Duration::from_secs(10);
-    const ALLOWED: f64 = 3.0;
+/// CPU of a cluster at rest, beside that of a nats-server that nobody uses.
+///
+/// `IDLE_SHARDS` says how many shards there are.
+pub(crate) async fn idle(table: &mut Table) {
+    const TIME: Duration = Duration::from_secs(30);
+    let shards = std::env::var("IDLE_SHARDS").map_or(16, |text| text.parse().expect("a number of shards"));
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let alone = NatsServer::start(dir.path()).await.expect("a nats-server");
+    let lab = Lab::start(shards, NODES, &[]).await;
     // What starting has left to do.
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    let nodes: Vec<u32> = lab.cluster.nodes().iter().filter_map(|node| node.pid()).collect();
-    let server = lab.cluster.nats().pid().expect("it runs");
-    let (before, server_before, started) = (ticks(&nodes), ticks(&[server]), Instant::now());
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let status = lab.client.admin().status().await.expect("a leader answers");
+    let leader = status.leader.expect("it knows itself");
+    let (leads, follow): (Vec<_>, Vec<_>) = lab.cluster.nodes().iter().partition(|node| node.id() == leader);
+    let pids = |nodes: &[&NodeProcess]| nodes.iter().filter_map(|node| node.pid()).collect::<Vec<u32>>();
+    let server = |server: &NatsServer| vec![server.pid().expect("it runs")];
+    let all = [pids(&leads), pids(&follow), server(lab.cluster.nats()), server(&alone)];
+    let (before, started) = (all.each_ref().map(|pids| ticks(pids)), Instant::now());
     tokio::time::sleep(TIME).await;
-    let percent = |ticks: u64| ticks as f64 / TICKS_PER_S / started.elapsed().as_secs_f64() * 100.0;
-    let (all, server) = (percent(ticks(&nodes) - before), percent(ticks(&[server]) - server_before));
-    let each = all / nodes.len() as f64;
-    table.row("idle, 64 shards on 3 nodes, each node / allowed", Better::Lower, each, ALLOWED, "% core");
-    table.row("… its nats-server / allowed for a node", Better::Lower, server, ALLOWED, "% core");
+    let (after, took) = (all.each_ref().map(|pids| ticks(pids)), started.elapsed().as_secs_f64());
+    let each = |i: usize| (after[i] - before[i]) as f64 / TICKS_PER_S / took * 100.0 / all[i].len() as f64;
+    // A server that used no tick at all used less than one.
+    let raw = each(3).max(100.0 / TICKS_PER_S / took);
+    for (i, who) in ["its leader", "a node that does not lead", "its nats-server"].into_iter().enumerate() {
+        let name = format!("idle, {shards} shards on {NODES} nodes: {who} / a nats-server alone");
+        table.row(&name, Better::Lower, each(i), raw, "% core");
+    }
+    messages(&lab.nats).await;
+    lab.end().await;
+}
+
+/// Says what is sent in a cluster at rest, by kind: where its time goes.
+async fn messages(nats: &async_nats::Client) {
+    const TIME: Duration = Duration::from_secs(20);
+    let mut heard = nats.subscribe(">").await.expect("subscribed");
+    let mut kinds = BTreeMap::<String, u32>::new();
+    let _ = timeout(TIME, async {
+        while let Some(message) = heard.next().await {
+            // Without names: `$JS.API.CONSUMER.INFO`, `ruvector.node`, `$KV`, `_INBOX`.
+            let tokens = match message.subject.split('.').next() {
+                Some("$JS") => 4,
+                Some("ruvector") => 2,
+                _ => 1,
+            };
+            let kind: Vec<&str> = message.subject.split('.').take(tokens).collect();
+            *kinds.entry(kind.join(".")).or_default() += 1;
+        }
+    })
+    .await;
+    for (kind, count) in kinds {
+        eprintln!("  {kind}: {:.2} messages/s", f64::from(count) / TIME.as_secs_f64());
+    }
 }
 
 /// User and system time of processes.

@@ -91,9 +91,7 @@ fn screen(namespace: &str, settings: &ClusterRecord, status: &StatusReply) -> St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::DistanceMetric;
     use crate::model::admin::{NodeCounts, ShardCounts};
-    use chrono::DateTime;
 
     fn status(status: HealthStatus, degraded: usize, offline: usize) -> StatusReply {
         StatusReply {
@@ -111,20 +109,7 @@ mod tests {
     }
 
     fn settings() -> ClusterRecord {
-        ClusterRecord {
-            cluster_id: uuid::Uuid::nil(),
-            num_shards: 16,
-            replication_factor: 3,
-            hash: Default::default(),
-            hash_secret: None,
-            placement: Default::default(),
-            dimensions: 64,
-            metric: DistanceMetric::Cosine,
-            log_replicas: 1,
-            log_max_bytes: 1 << 30,
-            format_version: 1,
-            created_at: DateTime::UNIX_EPOCH,
-        }
+        ClusterRecord { dimensions: 64, replication_factor: 3, ..ClusterRecord::example() }
     }
 
     #[test]

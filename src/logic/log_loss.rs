@@ -263,20 +263,7 @@ mod tests {
     #[test]
     fn the_log_of_an_earlier_cluster_is_not_taken_for_a_log_of_this_one() {
         let time = |s| DateTime::from_timestamp(s, 0).unwrap();
-        let cluster = ClusterRecord {
-            cluster_id: A,
-            num_shards: 4,
-            replication_factor: 1,
-            hash: Default::default(),
-            hash_secret: None,
-            placement: Default::default(),
-            dimensions: 2,
-            metric: Default::default(),
-            log_replicas: 1,
-            log_max_bytes: 1 << 30,
-            format_version: 1,
-            created_at: time(100),
-        };
+        let cluster = ClusterRecord { cluster_id: A, created_at: time(100), ..ClusterRecord::example() };
         assert!(is_of(&cluster, Some(A), time(50), 9), "its own, whatever the clocks say");
         assert!(!is_of(&cluster, Some(B), time(150), 9) && !is_of(&cluster, Some(B), time(150), 0));
         assert!(is_of(&cluster, None, time(150), 9) && is_of(&cluster, None, time(50), 0));

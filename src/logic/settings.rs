@@ -132,20 +132,8 @@ mod tests {
     use chrono::DateTime;
 
     fn cluster(id: u128, created: i64) -> ClusterRecord {
-        ClusterRecord {
-            cluster_id: Uuid::from_u128(id),
-            num_shards: 4,
-            replication_factor: 1,
-            hash: Default::default(),
-            hash_secret: None,
-            placement: Default::default(),
-            dimensions: 2,
-            metric: Default::default(),
-            log_replicas: 1,
-            log_max_bytes: 1 << 30,
-            format_version: 1,
-            created_at: DateTime::from_timestamp(created, 0).unwrap(),
-        }
+        let created_at = DateTime::from_timestamp(created, 0).unwrap();
+        ClusterRecord { cluster_id: Uuid::from_u128(id), created_at, ..ClusterRecord::example() }
     }
 
     fn others(beat: bool, listened: u64) -> Others {

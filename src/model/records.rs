@@ -693,6 +693,27 @@ impl MigrationRecord {
 }
 
 #[cfg(test)]
+impl ClusterRecord {
+    /// Of a small cluster.
+    pub(crate) fn example() -> ClusterRecord {
+        ClusterRecord {
+            cluster_id: Uuid::nil(),
+            num_shards: 4,
+            replication_factor: 1,
+            hash: Default::default(),
+            hash_secret: None,
+            placement: Default::default(),
+            dimensions: 2,
+            metric: Default::default(),
+            log_replicas: 1,
+            log_max_bytes: 1 << 30,
+            format_version: 1,
+            created_at: DateTime::UNIX_EPOCH,
+        }
+    }
+}
+
+#[cfg(test)]
 pub(crate) mod tests {
     use super::*;
 
@@ -717,20 +738,7 @@ pub(crate) mod tests {
     }
 
     fn cluster(hash: KeyHash, hash_secret: Option<HashSecret>) -> ClusterRecord {
-        ClusterRecord {
-            cluster_id: Uuid::nil(),
-            num_shards: 4,
-            replication_factor: 1,
-            hash,
-            hash_secret,
-            placement: Placement::Jump,
-            dimensions: 2,
-            metric: DistanceMetric::Cosine,
-            log_replicas: 1,
-            log_max_bytes: 1 << 30,
-            format_version: FORMAT_VERSION,
-            created_at: DateTime::UNIX_EPOCH,
-        }
+        ClusterRecord { hash, hash_secret, placement: Placement::Jump, ..ClusterRecord::example() }
     }
 
     #[test]

@@ -54,15 +54,10 @@ fn bounded(waited: Duration) -> Result<Duration> {
 
 /// Asks until the node stops.
 pub(crate) async fn watch(ctx: Arc<Context>) {
-    let mut tick = tokio::time::interval(ASK);
     // After a pause, the next question comes half a second after the first one since.
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turns = ctx.every(ASK);
     let mut last = ctx.arrivals.since_ms.load(Ordering::Relaxed);
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    while turns.next().await {
         ctx.arrivals.since_ms.store(last, Ordering::Relaxed);
         let asked = wall_ms();
         // While NATS is away nothing is read either.

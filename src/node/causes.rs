@@ -170,13 +170,8 @@ impl Causes {
 
 /// Says what has begun and what has ended, until the node stops.
 pub(crate) async fn announce(ctx: Arc<Context>) {
-    let mut tick = tokio::time::interval(SAY);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    let mut turns = ctx.every(SAY);
+    while turns.next().await {
         let said = ctx.causes.lock().poll(ctx.clock.now());
         for said in said {
             let cause = said.cause;

@@ -39,14 +39,9 @@ impl Context {
 
 /// Asks NATS for its time now and then, and says whose clock is off, until the node stops.
 pub(crate) async fn watch(ctx: Arc<Context>) {
-    let mut tick = tokio::time::interval(LOOK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turns = ctx.every(LOOK);
     let mut turn = 0u32;
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    while turns.next().await {
         if turn.is_multiple_of(ASK) && ctx.control.nats.is_connected() {
             let asked = wall_ms() as i64;
             // Without an answer nothing is known; why there is none is said elsewhere.

@@ -45,16 +45,10 @@ static REPLAYS: Semaphore = Semaphore::const_new(1);
 /// Compares each shard whose primary is here, one after the other, until the node stops.
 pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let every = ctx.config.compare_every;
-    let mut tick =
-        tokio::time::interval((every / 20).clamp(Duration::from_millis(200), Duration::from_secs(5)));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turns = ctx.every((every / 20).clamp(Duration::from_millis(200), Duration::from_secs(5)));
     let mut known: BTreeMap<ShardId, Last> = BTreeMap::new();
     let started = ctx.clock.now();
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    while turns.next().await {
         let open = replicas.open_shards();
         known.retain(|shard, _| open.contains(shard));
         for shard in open {

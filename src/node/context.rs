@@ -102,7 +102,31 @@ pub(crate) struct Context {
     pub(crate) tasks: TaskTracker,
 }
 
+/// The turns of a task that looks again and again until its node stops.
+#[derive(Debug)]
+pub(crate) struct Turns {
+    tick: tokio::time::Interval,
+    stop: CancellationToken,
+}
+
+impl Turns {
+    /// Waits for the next one; `false`: the node stops.
+    pub(crate) async fn next(&mut self) -> bool {
+        tokio::select! {
+            () = self.stop.cancelled() => false,
+            _ = self.tick.tick() => true,
+        }
+    }
+}
+
 impl Context {
+    /// A first turn at once, and then one at a time: those that were missed are not made up for.
+    pub(crate) fn every(&self, time: Duration) -> Turns {
+        let mut tick = tokio::time::interval(time);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        Turns { tick, stop: self.stop.clone() }
+    }
+
     pub(crate) fn view(&self) -> Arc<View> {
         self.views.get()
     }

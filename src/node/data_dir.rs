@@ -193,24 +193,10 @@ fn write_whole<T: Serialize>(folder: &Path, name: &str, value: &T) -> Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use chrono::DateTime;
     use uuid::Uuid;
 
     fn cluster(id: u128) -> ClusterRecord {
-        ClusterRecord {
-            cluster_id: Uuid::from_u128(id),
-            num_shards: 4,
-            replication_factor: 1,
-            hash: Default::default(),
-            hash_secret: None,
-            placement: Default::default(),
-            dimensions: 2,
-            metric: Default::default(),
-            log_replicas: 1,
-            log_max_bytes: 1 << 30,
-            format_version: 1,
-            created_at: DateTime::UNIX_EPOCH,
-        }
+        ClusterRecord { cluster_id: Uuid::from_u128(id), ..ClusterRecord::example() }
     }
 
     #[test]

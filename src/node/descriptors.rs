@@ -117,13 +117,8 @@ fn soft_limit(limits: &str) -> Option<usize> {
 
 /// Says when there are too few, until the node stops.
 pub(crate) async fn watch(ctx: Arc<Context>) {
-    let mut tick = tokio::time::interval(LOOK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    let mut turns = ctx.every(LOOK);
+    while turns.next().await {
         let Ok(Some(now)) = blocking(|| Ok(Descriptors::now())).await else { continue };
         if now.is_short() {
             let text = format!(

@@ -97,13 +97,8 @@ impl Context {
 /// Looks, while the disk is said to be full, whether it still is, until the node stops. Whoever dies here leaves a small
 /// file, which the next one writes over.
 pub(crate) async fn watch(ctx: Arc<Context>, folder: Option<PathBuf>) {
-    let mut tick = tokio::time::interval(LOOK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    let mut turns = ctx.every(LOOK);
+    while turns.next().await {
         let (full, just_now) = ctx.disk.is_full(ctx.clock.now());
         if !full || just_now {
             continue;

@@ -28,15 +28,10 @@ const TRUNCATE: Duration = Duration::from_secs(5);
 
 /// Publishes heartbeats. They are not sent while disconnected, so that none is late.
 pub(crate) async fn heartbeats(ctx: Arc<Context>, replicas: Arc<Replicas>) {
-    let mut tick = tokio::time::interval(ctx.config.heartbeat_interval);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turns = ctx.every(ctx.config.heartbeat_interval);
     let (mut seq, mut ops, mut since) = (0, 0, ctx.clock.now());
     let mut away = BTreeMap::new();
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    while turns.next().await {
         seq += 1;
         look_at_connections(&ctx, &mut away);
         let (view, now) = (ctx.view(), ctx.clock.now());
@@ -164,15 +159,10 @@ pub(crate) async fn throttle(ctx: Arc<Context>) {
 /// holds everything back, and so does one that joined after we looked at the map. One that joins just then and finds
 /// the log too short takes a snapshot.
 pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
-    let mut tick = tokio::time::interval(TRUNCATE);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turns = ctx.every(TRUNCATE);
     // Up to where we have looked, and when; a restart only repeats one request.
     let mut done: BTreeMap<ShardId, (u64, Duration)> = BTreeMap::new();
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    while turns.next().await {
         if !ctx.data.nats.is_connected() {
             continue;
         }

@@ -34,15 +34,10 @@ const CLOSED: Duration = Duration::from_secs(3);
 
 /// Runs until the node stops.
 pub(crate) async fn run(ctx: Arc<Context>, replicas: Arc<Replicas>) {
-    let mut tick = tokio::time::interval(LOOK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut turns = ctx.every(LOOK);
     let (mut turn, mut applied) = (0usize, BTreeMap::new());
     let mut closed = BTreeMap::new();
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+    while turns.next().await {
         let failing = look(&ctx).await;
         look_at_gates(&ctx, &replicas, &mut closed);
         turn += 1;

@@ -1,8 +1,6 @@
 //! Records for tests.
 
-use crate::model::records::{
-    ClusterRecord, KeyHash, MigrationPhase, MigrationRecord, Placement, ShardRecord, ShardStatus,
-};
+use crate::model::records::{ClusterRecord, MigrationPhase, MigrationRecord, ShardRecord, ShardStatus};
 use crate::model::{DistanceMetric, NodeId, ShardId};
 use chrono::DateTime;
 use uuid::Uuid;
@@ -52,17 +50,9 @@ pub(crate) fn migration_record(id: &str, from: Option<&str>, to: &str) -> Migrat
 
 pub(crate) fn cluster() -> ClusterRecord {
     ClusterRecord {
-        cluster_id: Uuid::nil(),
         num_shards: 2,
         replication_factor: 3,
-        hash: KeyHash::Xxh3,
-        hash_secret: None,
-        placement: Placement::Ketama,
-        dimensions: 2,
         metric: DistanceMetric::Euclidean,
-        log_replicas: 1,
-        log_max_bytes: 1 << 30,
-        format_version: 1,
-        created_at: DateTime::UNIX_EPOCH,
+        ..ClusterRecord::example()
     }
 }

@@ -2,8 +2,8 @@
 
 use super::fault::Original;
 use super::harness::by_hand::log_stream;
-use super::harness::program;
 use super::harness::tamper::{copy_folder, flip_everywhere, signal, store_file};
+use super::harness::{program, report};
 use super::lab::Lab;
 use super::nemesis::Nemesis;
 use super::workload::SLOTS;
@@ -18,11 +18,9 @@ use tokio::time::Instant;
 const KNOWN: Duration = Duration::from_secs(20);
 /// A shard that begins again is whole then.
 const BEGUN: Duration = Duration::from_secs(60);
-/// Replicas write what they have applied to their disks each second.
-const ON_DISK: Duration = Duration::from_millis(2_500);
 
 /// Waits for something; says what was missing.
-async fn until<F: Future<Output = Result<(), String>>>(
+pub(super) async fn until<F: Future<Output = Result<(), String>>>(
     limit: Duration,
     mut check: impl FnMut() -> F,
 ) -> Result<(), String> {
@@ -82,10 +80,9 @@ impl Nemesis {
         let holders = reply["shards"][0]["replicas"].as_array().cloned().ok_or_else(|| reply.to_string())?;
         let holders: Vec<String> = holders.iter().filter_map(Value::as_str).map(str::to_owned).collect();
         let (hand, stream) = (lab.by_hand(), log_stream(shard));
-        tokio::time::sleep(ON_DISK).await;
-        let last = hand.stream(&stream).await?.cached_info().state.last_sequence;
-        tokio::time::sleep(ON_DISK).await;
         // Behind what all have on their disks, as the primary does when there is enough to cut off.
+        let last = hand.stream(&stream).await?.cached_info().state.last_sequence;
+        until(KNOWN, || on_disks(lab, &holders, shard, last)).await?;
         hand.stream(&stream).await?.purge().sequence(last).await.map_err(|e| e.to_string())?;
         for id in &holders {
             lab.kill(id).await;
@@ -198,6 +195,17 @@ impl Nemesis {
             lab.down.insert(id.to_owned());
         }
     }
+}
+
+/// Whether all holders of a shard have this entry of its log, and what precedes it, on their disks.
+async fn on_disks(lab: &Lab, holders: &[String], shard: u32, seq: u64) -> Result<(), String> {
+    for node in holders {
+        let report = report(&lab.raw, node, shard).await?;
+        if report.as_ref().is_none_or(|report| report.durable < seq) {
+            return Err(format!("{node} has not {seq} of shard {shard} on its disk: {report:?}"));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a process answers under this name.

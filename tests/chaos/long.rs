@@ -1,11 +1,14 @@
 //! Faults of minutes: longer than the two minutes for which operation ids are remembered. What a process had in its
 //! sockets when it was stopped is there when it goes on; everybody else has forgotten it by then.
 
+use super::copies;
 use super::fault::Fault;
+use super::harness::http_get;
 use super::lab::Lab;
 use super::nemesis::Nemesis;
 use super::process::{ClientProcess, Config, Speaks};
 use super::proxy::Link;
+use serde_json::json;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -20,8 +23,10 @@ const CLIENTS: [(Speaks, u64); 6] = [
 ];
 /// How long a fault lasts, in seconds.
 const LASTS: (u64, u64) = (180, 300);
-/// Until then the cluster knows of it: what is short may come.
-const KNOWN: Duration = Duration::from_secs(12);
+/// Until then the cluster must have noticed it and go on with what is left.
+const KNOWN: Duration = Duration::from_secs(60);
+/// What is left of a run must be as long, to begin another one.
+const LEAST: Duration = Duration::from_secs(12);
 
 /// Starts the client processes of a run with long faults.
 pub(crate) fn clients(lab: &mut Lab) -> Vec<ClientProcess> {
@@ -38,10 +43,11 @@ impl Nemesis {
     /// stands still, and so on.
     pub(crate) async fn rage_long(&mut self, lab: &mut Lab, time: Duration) {
         let (end, mut turn) = (Instant::now() + time, self.draw.dice.below(3));
-        while Instant::now() + KNOWN < end {
+        while Instant::now() + LEAST < end {
             if let Err(why) = lab.wait_green(Duration::from_secs(60)).await {
                 return self.recorder.wrong(format!("a long fault was not survived: {why}"));
             }
+            let addresses = http_addresses(lab).await;
             let faults = self.long_ones(lab, turn);
             turn += 1;
             for fault in &faults {
@@ -52,7 +58,10 @@ impl Nemesis {
             }
             let lasts = Duration::from_secs(self.draw.dice.between(LASTS.0, LASTS.1));
             let until = (Instant::now() + lasts).min(end);
-            tokio::time::sleep(KNOWN).await;
+            if let Err(why) = copies::until(KNOWN, || noticed(lab, &faults[0], &addresses)).await {
+                self.recorder.wrong(format!("{:?} was not noticed: {why}", faults[0]));
+            }
+            // What is short may come now.
             let spared = faults.iter().find_map(|fault| match fault {
                 Fault::LongPause(node) | Fault::LongCut(node, _) => Some(node.clone()),
                 _ => None,
@@ -73,6 +82,7 @@ impl Nemesis {
         }
     }
 
+    /// The one that the cluster notices first, then those of clients.
     fn long_ones(&mut self, lab: &Lab, turn: usize) -> Vec<Fault> {
         let dice = &mut self.draw.dice;
         let node = dice.pick(&lab.ids()).clone();
@@ -105,5 +115,40 @@ impl Nemesis {
             _ => false,
         };
         fits.then_some(fault)
+    }
+}
+
+/// Where nodes answer without NATS.
+async fn http_addresses(lab: &Lab) -> Vec<String> {
+    let hand = lab.by_hand();
+    let records = lab.ids().into_iter().map(|id| {
+        let hand = hand.clone();
+        async move { hand.record("nodes", &id).await.ok()??["addr"].as_str().map(str::to_owned) }
+    });
+    futures::future::join_all(records).await.into_iter().flatten().collect()
+}
+
+/// Whether the cluster has noticed this fault: what is gone is counted out, and the rest has a leader and takes writes;
+/// or, where nothing is left of NATS, all nodes say that they are not ready.
+async fn noticed(lab: &Lab, fault: &Fault, addresses: &[String]) -> Result<(), String> {
+    match fault {
+        Fault::LongPause(node) | Fault::LongCut(node, _) => {
+            let status = lab.admin("status", json!({})).await?;
+            let others = status["leader"].as_str().is_some_and(|leader| leader != node);
+            let up = status["nodes"]["up"].as_u64();
+            let noticed = others && up.is_some_and(|up| up < lab.nodes.len() as u64);
+            if noticed { Ok(()) } else { Err(status.to_string()) }
+        }
+        _ if lab.servers.len() == 1 => {
+            for address in addresses {
+                let text = http_get(address, "/readyz").await.map_err(|e| e.to_string())?;
+                if !text.starts_with("HTTP/1.1 503") {
+                    return Err(format!("{address} is ready: {text}"));
+                }
+            }
+            Ok(())
+        }
+        _ if lab.agrees(Duration::from_secs(5)).await => Ok(()),
+        _ => Err("not every log takes an entry".to_owned()),
     }
 }

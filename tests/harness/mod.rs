@@ -334,14 +334,7 @@ impl TestCluster {
 
     /// What a node says of its replica of a shard.
     pub(crate) async fn report(&self, node: &str, shard: u32) -> Result<Option<ReplicaReport>, String> {
-        let request = PingRequest { shards: vec![ShardId(shard)] };
-        let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
-        let reply = self.raw.request(format!("ruvector.node.{node}.ping"), request.into());
-        let reply = reply.await.map_err(|e| e.to_string())?;
-        match rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).expect("a reply") {
-            Reply::Ok(reply) => Ok(reply.replicas.into_iter().next()),
-            Reply::Error(error) => Err(format!("{error:?}")),
-        }
+        report(&self.raw, node, shard).await
     }
 
     pub(crate) async fn bucket(&self, name: &str) -> async_nats::jetstream::kv::Store {
@@ -377,6 +370,22 @@ impl TestCluster {
         let text = self.metrics(id).await?;
         let line = text.lines().find(|line| line.starts_with(name) && !line.starts_with('#'))?;
         line.rsplit(' ').next()?.parse().ok()
+    }
+}
+
+/// What a node says of its replica of a shard.
+pub(crate) async fn report(
+    nats: &async_nats::Client,
+    node: &str,
+    shard: u32,
+) -> Result<Option<ReplicaReport>, String> {
+    let request = PingRequest { shards: vec![ShardId(shard)] };
+    let request = rmp_serde::to_vec_named(&request).expect("MessagePack");
+    let reply = nats.request(format!("ruvector.node.{node}.ping"), request.into());
+    let reply = reply.await.map_err(|e| e.to_string())?;
+    match rmp_serde::from_slice::<Reply<PingReply>>(&reply.payload).map_err(|e| e.to_string())? {
+        Reply::Ok(reply) => Ok(reply.replicas.into_iter().next()),
+        Reply::Error(error) => Err(format!("{error:?}")),
     }
 }
 

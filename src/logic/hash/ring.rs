@@ -57,11 +57,12 @@ impl Ring {
             let wanted = POINTS * nodes.len() as u128 * u128::from(*weight).max(1);
             let count = ((2 * wanted + total) / (2 * total)).max(1) as u64;
             point.clear();
-            write!(point, "{name}-").expect("a string takes everything");
+            point.push_str(name);
+            point.push('-');
             let prefix = point.len();
             points.extend((0..count).map(|k| {
                 point.truncate(prefix);
-                write!(point, "{k}").expect("a string takes everything");
+                let _ = write!(point, "{k}");
                 (key_hash(point.as_bytes()), index as u32)
             }));
         }

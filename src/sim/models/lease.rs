@@ -43,10 +43,10 @@ enum Work {
     Idle,
     /// Read the record, then fence it.
     Fence(Term),
-    /// The record is ours at this revision: one write may follow.
+    /// The record is ours at this revision: one write may follow, and then nothing more.
     Fenced(Term, u64),
+    /// Waits for what became of its fencing.
     Waiting(Term),
-    Done,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -169,18 +169,17 @@ impl State {
     fn answer(&mut self, wire: &Wire, outcome: CasOutcome) {
         match wire.what {
             What::Lease(..) => self.feed(wire.node, Event::Cas(outcome)),
-            What::Shard(term, fence) => {
+            What::Shard(term, _) => {
                 if self.nodes[wire.node].work != Work::Waiting(term) {
                     return;
                 }
                 self.nodes[wire.node].work = match outcome {
-                    CasOutcome::Applied(revision) if fence => {
+                    CasOutcome::Applied(revision) => {
                         self.fenced = self.fenced.max(term);
                         Work::Fenced(term, revision)
                     }
                     // Look again, as `fence_one` does.
-                    CasOutcome::Lost | CasOutcome::Unknown if fence => Work::Fence(term),
-                    CasOutcome::Applied(_) | CasOutcome::Lost | CasOutcome::Unknown => Work::Done,
+                    CasOutcome::Lost | CasOutcome::Unknown => Work::Fence(term),
                 };
             }
         }
@@ -193,7 +192,7 @@ impl State {
             Work::Fence(term) if leads == Some(term) => {
                 let (revision, found) = self.shard;
                 if is_over(term, found) {
-                    (Work::Done, None)
+                    (Work::Idle, None)
                 } else if found == term || crate::logic::broken!(NoFence) {
                     // An earlier write of ours has landed; or the mutant takes it for granted.
                     self.fenced = self.fenced.max(term);
@@ -203,7 +202,8 @@ impl State {
                 }
             }
             Work::Fenced(term, revision) if leads == Some(term) => {
-                (Work::Waiting(term), Some((revision, What::Shard(term, false))))
+                // It is done, whatever becomes of it.
+                (Work::Idle, Some((revision, What::Shard(term, false))))
             }
             _ => return,
         };
@@ -211,6 +211,26 @@ impl State {
         if let Some((expected, what)) = write {
             self.wires.push(Wire { node, expected, what, awaited: true, answer: None });
         }
+    }
+
+    /// States that nobody can tell apart become one; what may happen from there is the same.
+    ///
+    /// - Revisions only grow: what expects an older one cannot apply any more, whenever it arrives. It is refused at once.
+    /// - Of a write that a leader has done with, or that it sent before it stepped down, the answer changes nothing.
+    fn merge(&mut self) {
+        let (lease, shard) = (self.lease.map_or(0, |(revision, ..)| revision), self.shard.0);
+        let nodes = &self.nodes;
+        self.wires.retain_mut(|wire| {
+            let (now, heard) = match wire.what {
+                What::Lease(..) => (lease, true),
+                What::Shard(term, fence) => (shard, fence && nodes[wire.node].work == Work::Waiting(term)),
+            };
+            wire.awaited &= heard;
+            if wire.answer.is_none() && wire.expected < now {
+                wire.answer = Some(CasOutcome::Lost);
+            }
+            wire.awaited || wire.answer.is_none()
+        });
     }
 
     fn record(&self) -> Option<(u64, LeaderRecord)> {
@@ -322,6 +342,7 @@ impl Model for World {
             Step::Forget(w) => drop(state.wires.remove(w)),
             Step::Work(n) => state.work(n),
         }
+        state.merge();
         state.wires.sort_by_key(|w| (w.node, w.expected, w.awaited, w.answer.is_some()));
         (state != *last).then_some(state)
     }
