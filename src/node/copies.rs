@@ -1,4 +1,4 @@
-//! Copies of shards on this node's disk that cannot be used, and looking for damage before somebody needs the copy.
+//! Copies of shards on this node's disk that cannot be used.
 //!
 //! Nothing that may be the last copy is deleted. A copy that is damaged, or that does not belong here, gets another
 //! name; the replica begins again with nothing, and replays its log or loads a snapshot. What was set aside goes when
@@ -12,46 +12,26 @@
 //! apart. Only if all of them had the same content both times, and they are at least two or the cluster keeps only one of
 //! each, does the copy here go. An answer that is lost or that comes late counts for nothing.
 
+mod keep;
+
+pub(crate) use keep::keep;
+
 use crate::error::{Error, Result};
-use crate::failpoint::pause;
 use crate::logic::holding::{Order, order};
 use crate::model::ShardId;
-use crate::model::events::{Event, ReplicaState};
-use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, PingReply, PingRequest};
-use crate::node::causes::{Severity, Subject};
+use crate::model::events::Event;
+use crate::node::causes::Severity;
 use crate::node::context::Context;
-use crate::node::replica::apply::{HELD_NOTE, held_log};
-use crate::node::replica::{Replica, blocking};
-use crate::node::replicas::Replicas;
-use crate::store::{AsideKind, Digest, SetAside, ShardStore, StoreFactory};
+use crate::node::replica::blocking;
+use crate::store::{AsideKind, SetAside, StoreFactory};
 use crate::view::View;
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
-use tracing::{debug, info, warn};
-use uuid::Uuid;
+use tracing::warn;
 
-/// Pause between two looks at what was set aside.
-const LOOK: Duration = Duration::from_secs(2);
-/// Pause before content is compared again that could not be, or was another: each takes an entry in the log.
-const COMPARE_AGAIN: Duration = Duration::from_secs(30);
-/// Where a cluster keeps one copy of each shard, nobody can say whether that one is right: then a copy that was set aside where
-/// the shard has been before stays for longer.
-const SINGLE: Duration = Duration::from_secs(24 * 3_600);
 /// Pause before a copy that could not be set aside is tried again.
 const SET_ASIDE_AGAIN: Duration = Duration::from_secs(1);
-/// One comparison.
-const COMPARE: Duration = Duration::from_secs(5);
-/// Pause before a copy is looked at again that has something that is nowhere else; less where copies are kept for less.
-const KEPT_AGAIN: Duration = Duration::from_secs(3_600);
-/// Pause before damage is looked at again that could not be repaired.
-const NOT_MENDED: Duration = Duration::from_secs(60);
-/// Pause before a copy is read again that could not be.
-const SCRUB_AGAIN: Duration = Duration::from_secs(10);
-/// Bytes per second that a scrub reads.
-const SCRUB_RATE: u64 = 8 << 20;
 
 /// Says that a copy is not what it should be, once for each.
 pub(crate) async fn announce(ctx: &Context, aside: &SetAside, why: &str) {
@@ -68,17 +48,6 @@ pub(crate) async fn announce(ctx: &Context, aside: &SetAside, why: &str) {
     );
     let event = Event::new(event, message).shard(*shard).node(&ctx.node);
     ctx.event(event.with("file", name.clone()).with("bytes", *bytes).with("reason", why.to_owned())).await;
-}
-
-fn unusable(ctx: &Context, aside: &SetAside) -> String {
-    let what = match aside.kind {
-        AsideKind::Damaged | AsideKind::Replaced => "was damaged",
-        AsideKind::Misplaced | AsideKind::Foreign => "did not belong there",
-    };
-    format!(
-        "its copy on {} {what} and is kept as {}, until there is another one, from its log or from another replica",
-        ctx.node, aside.name
-    )
 }
 
 /// Gives the shard's copy, which is closed, another name.
@@ -182,362 +151,11 @@ async fn until_set_aside(
     }
 }
 
-/// Looks after what was set aside until the node stops.
-pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
-    let mut known: BTreeMap<SetAside, Duration> = BTreeMap::new();
-    let mut rest_until: BTreeMap<ShardId, Duration> = BTreeMap::new();
-    // Since when whole copies of a shard that is not here any more are known to be elsewhere.
-    let mut elsewhere: BTreeMap<ShardId, Duration> = BTreeMap::new();
-    // What may have something that is not known to be anywhere else: when it is looked at again, and why it stays.
-    let mut kept: BTreeMap<SetAside, (Duration, String)> = BTreeMap::new();
-    let mut tick = tokio::time::interval(LOOK.min(ctx.config.retire_after));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
-        let stores = replicas.stores().clone();
-        let asides = match blocking(move || stores.asides()).await {
-            Ok(asides) => {
-                ctx.causes.withdraw("folder_unreadable", Subject::Node);
-                asides
-            }
-            Err(error) => {
-                let text = format!("{} cannot list its data folder: {error}", ctx.node);
-                ctx.causes.retry("folder_unreadable", Subject::Node, Severity::Yellow, text);
-                continue;
-            }
-        };
-        let now = ctx.clock.now();
-        known.retain(|aside, _| asides.contains(aside));
-        kept.retain(|aside, _| asides.contains(aside));
-        let unheld: Vec<ShardId> =
-            asides.iter().map(|aside| aside.shard).filter(|shard| !replicas.holds(*shard)).collect();
-        forget_returned(&mut elsewhere, &unheld);
-        for kind in [AsideKind::Damaged, AsideKind::Misplaced, AsideKind::Foreign, AsideKind::Replaced] {
-            let count = asides.iter().filter(|aside| aside.kind == kind).count();
-            ctx.metrics.copies_aside.with_label_values(&[&kind.to_string()]).set(count as i64);
-        }
-        let unserved = asides.iter().filter(|aside| {
-            let serving = replicas.get(aside.shard).is_ok_and(|r| r.status().state == ReplicaState::Serving);
-            aside.kind != AsideKind::Replaced && replicas.holds(aside.shard) && !serving
-        });
-        let unserved = unserved.map(|aside| (aside.shard.into(), Severity::Yellow, unusable(&ctx, aside)));
-        ctx.causes.replace("copy_damaged", unserved.collect::<Vec<_>>());
-        // One that was sound had been judged by whoever replaced it: that is said once.
-        let damaged = kept.iter().filter(|(aside, _)| aside.kind == AsideKind::Damaged);
-        let damaged = damaged.map(|(aside, (_, why))| (aside.shard.into(), Severity::Yellow, why.clone()));
-        ctx.causes.replace("copy_kept", damaged.collect::<Vec<_>>());
-        for aside in asides {
-            if kept.get(&aside).is_some_and(|(again, _)| now < *again) {
-                continue;
-            }
-            let since = *known.entry(aside.clone()).or_insert(now);
-            let shard = aside.shard;
-            let rests = rest_until.get(&shard).is_some_and(|until| now < *until);
-            if rests || !aside.kind.is_superseded() || now < since + ctx.config.retire_after {
-                continue;
-            }
-            let replica = replicas.get(shard).ok();
-            let serving = replica.as_ref().is_some_and(|r| r.status().state == ReplicaState::Serving);
-            let replica = replica.filter(|_| serving);
-            let whole = match &replica {
-                Some(replica) => serves_elsewhere(&ctx, replica).await,
-                None if replicas.holds(shard) => continue,
-                None => match whole_elsewhere(&ctx, shard).await {
-                    Ok((whole, apart)) => {
-                        let since = *elsewhere.entry(shard).or_insert(now);
-                        if now < since + apart {
-                            rest_until.insert(shard, since + apart);
-                            continue;
-                        }
-                        Ok(whole)
-                    }
-                    Err(error) => Err(error),
-                },
-            };
-            let judged = match whole {
-                Ok(whole) => {
-                    let only = only_here(&ctx, replicas.stores(), &aside, &whole, replica).await;
-                    judge(only, whole.nodes, &aside, &ctx.node)
-                }
-                Err(error) => Judged::Later(error),
-            };
-            match judged {
-                Judged::Useless(nodes) => {
-                    let (stores, name) = (replicas.stores().clone(), aside.name.clone());
-                    kept.remove(&aside);
-                    let done = blocking(move || stores.forget(&aside)).await;
-                    ctx.used_disk(shard, "delete a copy that was set aside", &done);
-                    match done {
-                        Ok(()) => {
-                            info!(%shard, "{name} is deleted: {nodes} has a whole one")
-                        }
-                        Err(error) => warn!(%shard, "{name} cannot be deleted: {error}"),
-                    }
-                }
-                Judged::Stays(text) => {
-                    let again = now + (ctx.config.retire_after * 60).min(KEPT_AGAIN);
-                    if kept.insert(aside.clone(), (again, text.clone())).is_none() {
-                        let event = Event::new("shard.copy_kept", text).shard(shard).node(&ctx.node);
-                        ctx.event(event.with("file", aside.name).with("bytes", aside.bytes)).await;
-                    }
-                }
-                Judged::Later(error) => {
-                    rest_until.insert(shard, now + COMPARE_AGAIN.min(ctx.config.retire_after));
-                    elsewhere.remove(&shard);
-                    debug!(%shard, "{} is kept: {error}", aside.name);
-                }
-            }
-        }
-    }
-}
-
-/// What follows for a copy that was set aside.
-#[derive(Debug, PartialEq, Eq)]
-enum Judged {
-    /// These have a whole one that continues it.
-    Useless(String),
-    /// It may be the only one that has something: why, and what to do. Looked at again much later, as each look begins with an
-    /// entry in the shard's log.
-    Stays(String),
-    /// Nothing was found out.
-    Later(Error),
-}
-
-fn judge(only: Result<Option<String>>, nodes: String, aside: &SetAside, me: &str) -> Judged {
-    let SetAside { name, shard, .. } = aside;
-    match only {
-        Ok(None) => Judged::Useless(nodes),
-        Ok(Some(what)) => Judged::Stays(format!(
-            "{name} on {me} stays: it has vectors of shard {shard} that no replica is known to have; read it with `shards \
-             salvage`, import what is missed, then delete it by hand ({what})"
-        )),
-        Err(error @ Error::Busy(_)) => Judged::Later(error),
-        Err(error) => Judged::Stays(format!(
-            "{name} on {me} stays, as nobody can say what it has of shard {shard}: {error}; read it with `shards salvage` if \
-             anything is missed, then delete it by hand"
-        )),
-    }
-}
-
-/// A shard that has come back here, or of which nothing is set aside any more, begins anew when it leaves again.
-fn forget_returned(elsewhere: &mut BTreeMap<ShardId, Duration>, unheld: &[ShardId]) {
-    elsewhere.retain(|shard, _| unheld.contains(shard));
-}
-
-/// Whole copies of a shard that serve.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Whole {
-    nodes: String,
-    /// The log that they follow.
-    log_id: Uuid,
-    /// Where they were compared.
-    applied: u64,
-}
-
-/// Whether whole copies continue what a copy that was set aside had applied. Nothing else says so: they may have begun again
-/// with nothing, or from another copy that had applied less.
-fn continues(whole: &Whole, log_id: Option<Uuid>, applied: Option<u64>) -> bool {
-    log_id == Some(whole.log_id) && applied.is_some_and(|applied| applied <= whole.applied)
-}
-
-/// What a copy that was set aside has that no whole copy is known to have, if there is anything. `Busy` if its replica closes
-/// meanwhile. A large one is read for minutes, at the rate of a scrub; nothing else that was set aside is looked at until then.
-async fn only_here(
-    ctx: &Context,
-    stores: &Arc<dyn StoreFactory>,
-    aside: &SetAside,
-    whole: &Whole,
-    here: Option<Arc<Replica>>,
-) -> Result<Option<String>> {
-    let (factory, looked) = (stores.clone(), aside.clone());
-    let facts = blocking(move || factory.aside_facts(&looked, HELD_NOTE)).await?;
-    let log_id = facts.note.as_deref().and_then(held_log);
-    if continues(whole, log_id, facts.applied) {
-        return Ok(None);
-    }
-    let (factory, looked, dimensions) = (stores.clone(), aside.clone(), ctx.cluster.dimensions);
-    blocking(move || {
-        let mut only = Ok(None);
-        factory.aside_entries(&looked, dimensions, &mut |entry| {
-            let pause = entry.wire_bytes() as u64 * 1_000_000 / SCRUB_RATE;
-            std::thread::sleep(Duration::from_micros(pause));
-            let now = match &here {
-                // Whoever closes it waits for all who hold its store.
-                Some(here) if here.is_closing() => Err(Error::Busy("its replica is closing".into())),
-                Some(here) => here.store().get(&entry.id),
-                None => Ok(None),
-            };
-            only = now.map(|now| (now.as_ref() != Some(&entry)).then(|| format!("such as {:?}", entry.id)));
-            only == Ok(None)
-        })?;
-        only
-    })
-    .await
-}
-
-/// Another node whose replica serves and has had the same content as the one here at one sequence.
-async fn serves_elsewhere(ctx: &Context, replica: &Arc<Replica>) -> Result<Whole> {
-    let log_id = replica.status().log_id;
-    let (view, shard) = (ctx.view(), replica.shard);
-    let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard} has no record")))?;
-    let mut last = Error::Unavailable("no other replica serves".into());
-    let others = record.replicas.iter().filter(|n| **n != ctx.node && view.node_status(n).is_live());
-    let mut mine: Option<(uuid::Uuid, Digest)> = None;
-    for node in others {
-        let ask = PingRequest { shards: vec![shard] };
-        let reply: PingReply = match ctx.data.call(ctx.subjects.node(node, "ping"), &ask, COMPARE).await {
-            Ok(reply) => reply,
-            Err(error) => {
-                last = error;
-                continue;
-            }
-        };
-        let serves = |r: &crate::model::wire::ReplicaReport| r.state == ReplicaState::Serving;
-        if !reply.replicas.iter().any(|report| report.shard == shard && serves(report)) {
-            continue;
-        }
-        let (checkpoint, digest) = match mine {
-            Some(mine) => mine,
-            None => *mine.insert(replica.checkpoint(COMPARE).await?),
-        };
-        let ask = DigestRequest { shard, checkpoint, timeout_ms: COMPARE.as_millis() as u64 };
-        match ctx.data.call::<_, Digest>(ctx.subjects.node(node, "digest"), &ask, COMPARE).await {
-            Ok(theirs) if theirs == digest && replica.status().log_id == log_id => {
-                return Ok(Whole { nodes: node.clone(), log_id, applied: digest.applied });
-            }
-            Ok(_) => last = Error::Unavailable(format!("{node} has other content")),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
-}
-
-/// Those who hold a shard that is not here any more, if all of them have the same content now, and how long that must be so
-/// before a copy here is of no use.
-async fn whole_elsewhere(ctx: &Context, shard: ShardId) -> Result<(Whole, Duration)> {
-    let view = ctx.view();
-    let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard} has no record")))?;
-    if record.holders().any(|node| *node == ctx.node) {
-        return Err(Error::Unavailable("it is to be made here".into()));
-    }
-    let subject = ctx.subjects.node(&record.primary, "compare");
-    let reply: CompareReply = ctx.data.call(subject, &CompareRequest { shard }, COMPARE * 4).await?;
-    let most = ctx.cluster.replication_factor as usize;
-    let apart = enough(&reply, most, ctx.config.retire_after)?;
-    let nodes: Vec<&str> = reply.holders.iter().map(|holder| holder.node.as_str()).collect();
-    // The log that was compared, if it is still the one that counts.
-    let log_id = match ctx.view().shard(shard) {
-        Some(now) if now.log_id == record.log_id => now.log_id,
-        _ => return Err(Error::Unavailable("its log is another one now".into())),
-    };
-    Ok((Whole { nodes: nodes.join(" and "), log_id, applied: reply.sequence }, apart))
-}
-
-/// For how long holders must have been compared like this before a copy elsewhere is of no use.
-fn enough(reply: &CompareReply, replication_factor: usize, grace: Duration) -> Result<Duration> {
-    match reply.holders.len() {
-        _ if !reply.is_proved() => {
-            Err(Error::Unavailable("its holders are not all known to be the same".into()))
-        }
-        2.. => Ok(grace),
-        1 if replication_factor == 1 => Ok(grace.max(SINGLE)),
-        _ => Err(Error::Unavailable("only one node holds it".into())),
-    }
-}
-
-/// Reads what is on the disk, one replica after the other, each once in the interval, until the node stops.
-///
-/// It only reads; what it finds is written anew from memory, which has been checked when it was read and holds all of
-/// the shard. So damage that is found while the replica serves costs nobody anything, also where it is the only one.
-pub(crate) async fn scrub(ctx: Arc<Context>, replicas: Arc<Replicas>) {
-    let every = ctx.config.scrub_interval;
-    if every.is_zero() {
-        return;
-    }
-    let mut due: BTreeMap<ShardId, Duration> = BTreeMap::new();
-    let rest = (every / 100).clamp(Duration::from_millis(100), Duration::from_secs(60));
-    loop {
-        tokio::select! {
-            () = ctx.stop.cancelled() => return,
-            () = tokio::time::sleep(rest) => {}
-        }
-        let (open, now) = (replicas.open_shards(), ctx.clock.now());
-        due.retain(|shard, _| open.contains(shard));
-        for shard in open {
-            // Spread over the interval, instead of all at once.
-            let part = f64::from(shard.0.wrapping_mul(2_654_435_769) >> 8) / f64::from(1 << 24);
-            due.entry(shard).or_insert(now + every.mul_f64(part));
-        }
-        while let Some((shard, at)) = due.iter().min_by_key(|(_, at)| **at).map(|(shard, at)| (*shard, *at)) {
-            if at > ctx.clock.now() || ctx.stop.is_cancelled() {
-                break;
-            }
-            // This one alone: whoever closes another waits for all who hold its store.
-            let Ok(replica) = replicas.get(shard) else {
-                due.remove(&shard);
-                continue;
-            };
-            pause(&format!("scrubbing-{}", shard.token())).await;
-            let scrubbed = scrub_one(&ctx, &replica).await;
-            drop(replica);
-            ctx.used_disk(shard, "read its copy", &scrubbed);
-            // What could not be read is tried again soon, not in a day.
-            let next = match scrubbed {
-                Ok(whole) => look_again(every, whole),
-                Err(error) => {
-                    debug!(%shard, "the disk could not be looked at: {error}");
-                    every.min(SCRUB_AGAIN)
-                }
-            };
-            due.insert(shard, ctx.clock.now() + next);
-        }
-    }
-}
-
-/// When a shard is looked at again. Damage that could not be repaired, as the disk was full or its store busy, is red, and what
-/// is whole is in memory only: a day is too long for that.
-fn look_again(every: Duration, whole: bool) -> Duration {
-    if whole { every } else { every.min(NOT_MENDED) }
-}
-
-/// Says whether all of the disk was read and has what it should have.
-async fn scrub_one(ctx: &Arc<Context>, replica: &Arc<Replica>) -> Result<bool> {
-    let (store, bytes) = (replica.store().clone(), ctx.metrics.scrubbed_bytes.clone());
-    let closing = replica.clone();
-    let scrubbed = blocking(move || {
-        scrub_all(&*store, &mut |read| {
-            bytes.inc_by(read as u64);
-            std::thread::sleep(Duration::from_micros(read as u64 * 1_000_000 / SCRUB_RATE));
-            // Whoever closes it waits for all who hold its store. When the node stops, all replicas are closed.
-            !closing.is_closing()
-        })
-    });
-    match scrubbed.await {
-        Err(Error::Corrupt(why)) => Ok(replica.write_anew(&why).await),
-        other => other,
-    }
-}
-
-/// Whether it was read to the end.
-fn scrub_all(store: &dyn ShardStore, pace: &mut dyn FnMut(usize) -> bool) -> Result<bool> {
-    let broken_off = AtomicBool::new(false);
-    store.scrub(&mut |read| {
-        let goes_on = pace(read);
-        broken_off.fetch_or(!goes_on, Ordering::Relaxed);
-        goes_on
-    })?;
-    Ok(!broken_off.load(Ordering::Relaxed))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::wire::HolderDigest;
     use crate::sim::records::shard_record;
-    use std::sync::atomic::AtomicU32;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     /// A read, or a scrub, held the store of a replica that was known to be wrong: it was opened again as it was.
     #[tokio::test]
@@ -586,83 +204,5 @@ mod tests {
         assert_eq!(ended.expect("it was moved to n3"), None);
         let done = unless_unwanted(views.subscribe(), ShardId(0), "n1", std::future::ready(7)).await;
         assert_eq!(done, Some(7), "what can be done is done");
-    }
-
-    /// Each look began with an entry in the shard's log, every thirty seconds, for ever.
-    #[test]
-    fn a_copy_that_cannot_be_read_is_said_and_looked_at_again_much_later() {
-        let kind = AsideKind::Damaged;
-        let aside = SetAside { shard: ShardId(1), kind, bytes: 1, name: "shard-00001.redb.damaged-1".into() };
-        let judge = |only| judge(only, "n2".into(), &aside, "n1");
-        let stays = |judged, what: &str| matches!(judged, Judged::Stays(text) if text.contains(what));
-        assert!(stays(judge(Err(Error::Conflict("it is no file".into()))), "it is no file"));
-        assert!(stays(judge(Err(Error::Unavailable("EIO".into()))), "EIO"));
-        assert!(stays(judge(Ok(Some("such as \"a\"".into()))), "such as \"a\""));
-        assert_eq!(judge(Ok(None)), Judged::Useless("n2".into()));
-        assert!(matches!(judge(Err(Error::Busy("its replica is closing".into()))), Judged::Later(_)));
-    }
-
-    #[test]
-    fn a_shard_that_came_back_is_compared_twice_again_when_it_leaves_once_more() {
-        let at = Duration::from_secs(5);
-        let mut elsewhere = BTreeMap::from([(ShardId(1), at), (ShardId(2), at), (ShardId(3), at)]);
-        // 1 is here again, though its old copy is still there; of 2 there is none any more.
-        forget_returned(&mut elsewhere, &[ShardId(3), ShardId(3), ShardId(4)]);
-        assert_eq!(elsewhere, BTreeMap::from([(ShardId(3), at)]));
-    }
-
-    #[test]
-    fn a_scrub_that_is_broken_off_has_not_seen_all_of_the_disk() {
-        let dir = tempfile::tempdir().unwrap();
-        let stores = crate::RedbStores::new(dir.path().into(), crate::RedbOptions::default());
-        let metric = crate::DistanceMetric::Euclidean;
-        let spec =
-            crate::store::StoreSpec { shard: ShardId(1), dimensions: 2, metric, cluster: uuid::Uuid::nil() };
-        let store = stores.open(&spec).unwrap();
-        assert_eq!(scrub_all(&*store, &mut |_| true), Ok(true));
-        assert_eq!(scrub_all(&*store, &mut |_| false), Ok(false));
-    }
-
-    #[test]
-    fn damage_that_could_not_be_repaired_is_looked_at_again_in_a_minute() {
-        let day = Duration::from_secs(86_400);
-        assert_eq!(look_again(day, true), day);
-        assert_eq!(look_again(day, false), Duration::from_secs(60));
-        assert_eq!(look_again(Duration::from_secs(1), false), Duration::from_secs(1));
-    }
-
-    #[test]
-    fn copies_that_have_begun_again_do_not_continue_what_was_set_aside() {
-        let (old, new) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let whole = |log_id, applied| Whole { nodes: "n2".into(), log_id, applied };
-        assert!(continues(&whole(old, 500), Some(old), Some(500)));
-        assert!(!continues(&whole(old, 499), Some(old), Some(500)), "it has more");
-        assert!(!continues(&whole(new, 9_000), Some(old), Some(500)), "two empty shards agree, too");
-        assert!(!continues(&whole(old, 500), None, Some(500)), "it does not say of which log it is");
-        assert!(!continues(&whole(old, 500), Some(old), None), "it does not say how far it was");
-    }
-
-    #[test]
-    fn a_copy_of_a_shard_that_is_elsewhere_goes_only_where_two_have_proved_the_same() {
-        let holder = |answered: bool| HolderDigest {
-            node: "a".into(),
-            digest: answered.then_some(Digest { applied: 7, vectors: 1, hash: 3 }),
-            right: None,
-            error: None,
-        };
-        let reply = |same, holders: &[bool]| CompareReply {
-            shard: ShardId(1),
-            sequence: 7,
-            same,
-            holders: holders.iter().map(|answered| holder(*answered)).collect(),
-        };
-        let grace = Duration::from_secs(60);
-        assert_eq!(enough(&reply(true, &[true, true]), 2, grace), Ok(grace));
-        assert_eq!(enough(&reply(true, &[true]), 1, grace), Ok(SINGLE), "nobody can say whether it is right");
-        for (same, holders) in
-            [(true, &[true][..]), (true, &[]), (true, &[true, true, false]), (false, &[true, true])]
-        {
-            assert!(enough(&reply(same, holders), 2, grace).is_err(), "{same} {holders:?}");
-        }
     }
 }

@@ -25,6 +25,7 @@ pub(crate) mod replica;
 mod replicas;
 mod requests;
 mod restore;
+mod scrub;
 mod watchdog;
 
 use crate::client::Client;
@@ -120,7 +121,7 @@ impl Node {
         keep("clocks", clocks::watch(ctx.clone()).boxed());
         keep("disk", disk::watch(ctx.clone(), data_dir.as_ref().map(|dir| dir.path().to_owned())).boxed());
         keep("copies", copies::keep(ctx.clone(), replicas.clone()).boxed());
-        keep("scrub", copies::scrub(ctx.clone(), replicas.clone()).boxed());
+        keep("scrub", scrub::scrub(ctx.clone(), replicas.clone()).boxed());
         if let Some(dir) = &data_dir {
             keep("map", join::keep_map(ctx.clone(), dir.path().to_owned()).boxed());
         }
