@@ -89,6 +89,8 @@ pub(crate) struct View {
     pub(crate) own: Option<Arc<ClusterRecord>>,
     /// Highest term that the lease was seen to have.
     lease_term: Term,
+    /// The first one that it was seen to have: since then this process has seen every record that was written.
+    pub(crate) lease_first: Term,
     /// Counts whatever was seen under the lease's key, garbage and deletions too.
     pub(crate) lease_touched: u64,
     /// Records of terms that the lease has not reached.
@@ -345,6 +347,9 @@ impl View {
                 let record: LeaderRecord = parse(bytes)?;
                 self.believe(record.term)?;
                 self.lease_term = self.lease_term.max(record.term);
+                if self.lease_first == 0 {
+                    self.lease_first = record.term;
+                }
                 self.leader = Some((rev, record));
                 let reached = |(_, record): &Rev<ShardRecord>| record.term <= self.lease_term;
                 let held_back = std::mem::take(&mut self.held_back);

@@ -5,6 +5,7 @@ mod harness;
 use harness::load::Load;
 use harness::map::{Map, check_filled, fill, node};
 use harness::program::{ended, run};
+use harness::tamper::pause;
 use harness::{Setup, TestCluster, eventually, within};
 use ruvector_cluster::planner::{self, ClusterDescription, RebalancePlan};
 use serde_json::{Value, json};
@@ -519,9 +520,27 @@ async fn a_node_that_was_drained_and_stopped_is_forgotten_by_itself() {
     cluster.command("nodes drain n2 --yes").await.done();
     cluster.node("n2").stop(Duration::from_secs(20)).await.unwrap();
     assert!(is_known(&cluster, "n2").await, "a restart would not end the drain");
-    eventually("it is forgotten", || async {
+    let forgotten = "it is forgotten";
+    eventually(forgotten, || async {
         if is_known(&cluster, "n2").await { Err("it is there".to_owned()) } else { Ok(()) }
     })
     .await;
     cluster.wait_green_with(1).await;
+    // The same while its process hangs: when it goes on it is a new node, and not one that is to be emptied.
+    cluster.node("n2").restart().unwrap();
+    cluster.wait_green_with(2).await;
+    cluster.command("nodes drain n2 --yes").await.done();
+    let hangs = pause(cluster.node("n2").pid());
+    eventually(forgotten, || async {
+        if is_known(&cluster, "n2").await { Err("it is there".to_owned()) } else { Ok(()) }
+    })
+    .await;
+    drop(hangs);
+    eventually("it has joined anew", || async {
+        let record = cluster.by_hand().record("nodes", "n2").await?.ok_or("there is no record")?;
+        let status = cluster.status().await?;
+        let new = record["draining"] == false && record["status"] == "up" && status["nodes"]["up"] == 2;
+        if new { Ok(()) } else { Err(format!("{record}, {status}")) }
+    })
+    .await;
 }

@@ -4,7 +4,7 @@
 mod harness;
 
 use harness::by_hand::{BUCKETS, ByHand, bucket_stream, log_stream};
-use harness::tamper::pause;
+use harness::tamper::{copy_folder, pause, replace_folder};
 use harness::{Setup, TestCluster, eventually, within};
 use ruvector_cluster::playground::NodeProcess;
 use serde_json::{Value, json};
@@ -586,4 +586,154 @@ async fn settings_that_are_changed_while_nobody_runs_come_back_from_the_data_fol
     all_vectors_are_there(&cluster).await;
     assert_eq!(hand.record("cluster", "config").await.unwrap().unwrap(), settings);
     green(&cluster).await;
+}
+
+/// Until the map in a node's data folder says so of a shard.
+async fn keeps(node: &NodeProcess, shard: u32, holders: &[&str]) {
+    let file = node.data_dir().join("shard-map.json");
+    eventually("its folder has the map", || async {
+        let text = std::fs::read(&file).map_err(|e| e.to_string())?;
+        let map: Vec<Value> = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+        let record = map.iter().find(|record| record["shard"] == shard).ok_or("it has none")?;
+        let idle = record["migration"].is_null() && map.len() == 8;
+        if idle && names(record) == holders { Ok(()) } else { Err(record.to_string()) }
+    })
+    .await;
+}
+
+/// Moves a shard that has one replica, and waits until the nodes remember where it is.
+async fn move_shard(cluster: &TestCluster, shard: u32, to: &str, remembered_by: &[String]) {
+    let moved = cluster.admin("migrate", json!({"shard": shard, "to": to})).await.unwrap();
+    let id = moved["migration"].as_str().unwrap_or_else(|| panic!("{moved}")).to_owned();
+    cluster.migrated(&id).await;
+    for node in cluster.nodes.iter().filter(|node| remembered_by.iter().any(|id| id == node.id())) {
+        keeps(node, shard, &[to]).await;
+    }
+}
+
+/// Until the map in NATS says so, signed by a leader.
+async fn is_held_by(cluster: &TestCluster, shard: u32, holder: &str) {
+    let hand = cluster.by_hand();
+    eventually("the map is what was remembered last", || async {
+        let record = hand.record("shards", &format!("{shard:05}")).await?.ok_or("there is no record")?;
+        let leader = hand.record("cluster", "leader").await?.ok_or("there is no lease")?;
+        let signed = record["remembered_by"].is_null() && record["term"] == leader["term"];
+        if signed && names(&record) == [holder] { Ok(()) } else { Err(format!("{record}, {leader}")) }
+    })
+    .await;
+}
+
+/// A shard that a node holds alone, by the map.
+async fn a_shard_of(cluster: &TestCluster, node: &str) -> u32 {
+    let map = cluster.map().await;
+    *map.led_by(node).first().unwrap_or_else(|| panic!("{node} holds nothing: {map:?}"))
+}
+
+/// While a node is away, a shard moves. Then everything stops, NATS loses the map, and that node is there first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_map_of_the_node_that_starts_first_does_not_win_over_what_others_remember() {
+    let mut cluster = TestCluster::start(Setup { replication_factor: 1, ..Setup::default() }).await;
+    fill(&cluster).await;
+    let hand = cluster.by_hand();
+    // The same leader goes on: it is not the term that tells the records apart.
+    let away = cluster.follower().await;
+    let others: Vec<String> =
+        ["n1", "n2", "n3"].map(str::to_owned).into_iter().filter(|n| *n != away).collect();
+    let (from, to) = (others[0].clone(), others[1].clone());
+    let shard = a_shard_of(&cluster, &from).await;
+    keeps(cluster.node(&away), shard, &[&from]).await;
+    cluster.node(&away).kill().await.unwrap();
+    move_shard(&cluster, shard, &to, &others).await;
+    for id in &others {
+        cluster.node(id).kill().await.unwrap();
+    }
+    hand.delete_stream(&bucket_stream("shards")).await.unwrap();
+    cluster.node(&away).restart().unwrap();
+    eventually("it leads, and says whom it waits for", || async {
+        let status = cluster.status().await?;
+        let said = status["warnings"].to_string();
+        let good = status["leader"] == *away && others.iter().all(|node| said.contains(node.as_str()));
+        if good && said.contains("lost the map") { Ok(()) } else { Err(status.to_string()) }
+    })
+    .await;
+    let record = hand.record("shards", &format!("{shard:05}")).await.unwrap().unwrap();
+    assert_eq!(
+        (names(&record), record["remembered_by"].as_str()),
+        (vec![from.as_str()], Some(away.as_str()))
+    );
+    for id in &others {
+        cluster.node(id).restart().unwrap();
+    }
+    is_held_by(&cluster, shard, &to).await;
+    all_vectors_are_there(&cluster).await;
+    green(&cluster).await;
+}
+
+/// NATS goes back to before a shard was moved and the leader changed, the lease with it; and a node that has seen nothing of that
+/// leads first. Once the others come while it leads, once just before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nodes_remember_is_not_undone_by_a_new_leader_when_nats_went_back_with_the_lease() {
+    let setup = Setup { replication_factor: 1, pauses: true, ..Setup::default() }.arg("--weight", "100");
+    let mut cluster = TestCluster::start(setup).await;
+    fill(&cluster).await;
+    let store = cluster.nats[0].dir().join("nats-data");
+    let copy = cluster.dir().join("before");
+    cluster.nats[0].stop(Duration::from_secs(10)).await.unwrap();
+    copy_folder(&store, &copy);
+    cluster.nats[0].restart().await.unwrap();
+    green(&cluster).await;
+    let shard = a_shard_of(&cluster, "n1").await;
+    for (fresh, to, before) in [("m1", "n2", false), ("m2", "n3", true)] {
+        let old: Vec<String> = cluster.nodes.iter().map(|node| node.id().to_owned()).collect();
+        move_shard(&cluster, shard, to, &old).await;
+        for node in &mut cluster.nodes {
+            node.kill().await.unwrap();
+        }
+        cluster.nats[0].stop(Duration::from_secs(10)).await.unwrap();
+        replace_folder(&copy, &store);
+        cluster.nats[0].restart().await.unwrap();
+        // It is to hold nothing.
+        let mut options = cluster.node_options(fresh);
+        options.args.iter_mut().filter(|arg| *arg == "100").for_each(|arg| *arg = "1".into());
+        cluster.nodes.push(NodeProcess::start(options).unwrap());
+        let hand = &cluster.by_hand();
+        eventually("a new node has joined", || async {
+            hand.record("nodes", fresh).await?.map(drop).ok_or_else(|| "not yet".to_owned())
+        })
+        .await;
+        let leads = "the new node leads";
+        let lease = || async {
+            let lease = hand.record("cluster", "leader").await?.ok_or("there is none")?;
+            if lease["node"] == *fresh { Ok(()) } else { Err(lease.to_string()) }
+        };
+        if before {
+            let waits = pause(cluster.node(fresh).pid());
+            cluster.pause_at("join-name");
+            for id in &old {
+                cluster.node(id).restart().unwrap();
+            }
+            eventually("what they remember is written back", || async {
+                let record = hand.record("shards", &format!("{shard:05}")).await?.ok_or("there is none")?;
+                if record["remembered_by"].is_string() { Ok(()) } else { Err(record.to_string()) }
+            })
+            .await;
+            drop(waits);
+            eventually(leads, lease).await;
+            cluster.resume("join-name");
+        } else {
+            eventually(leads, lease).await;
+            eventually("it has signed the old map", || async {
+                let record = hand.record("shards", &format!("{shard:05}")).await?.ok_or("there is none")?;
+                let lease = hand.record("cluster", "leader").await?.ok_or("there is none")?;
+                if record["term"] == lease["term"] { Ok(()) } else { Err(record.to_string()) }
+            })
+            .await;
+            for id in &old {
+                cluster.node(id).restart().unwrap();
+            }
+        }
+        is_held_by(&cluster, shard, to).await;
+        all_vectors_are_there(&cluster).await;
+        green(&cluster).await;
+    }
 }

@@ -10,8 +10,8 @@ use crate::model::ShardId;
 use crate::model::admin::{
     CancelReply, CancelRequest, DrainReply, ExplainReply, ExplainRequest, HotReply, LeaveReply, LeaveRequest,
     MaintenanceRequest, MigrateReply, MigrateRequest, NodeReply, NodeRequest, NodeView, NodesReply,
-    RebalanceReply, RebalanceRequest, SetNodeRequest, ShardView, ShardsReply, ShardsRequest, StatusReply,
-    StepDownReply, ThrottleReply, ThrottleRequest,
+    NodesRequest, RebalanceReply, RebalanceRequest, SetNodeRequest, ShardView, ShardsReply, ShardsRequest,
+    StatusReply, StepDownReply, ThrottleReply, ThrottleRequest,
 };
 use crate::nats::bus::{Asked, Bus};
 use crate::nats::subjects::Subjects;
@@ -57,7 +57,16 @@ impl Admin {
 
     /// All nodes, by name.
     pub async fn nodes(&self) -> Result<Vec<NodeView>> {
-        Ok(self.ask::<_, NodesReply>("nodes", &(), true).await?.nodes)
+        let (mut nodes, mut request) = (Vec::new(), NodesRequest::default());
+        loop {
+            let page: NodesReply = self.ask("nodes", &request, true).await?;
+            nodes.extend(page.nodes);
+            // A page that does not lead on would be asked for again and again.
+            match page.next.filter(|next| request.from.as_ref() < Some(next)) {
+                Some(next) => request.from = Some(next),
+                None => return Ok(nodes),
+            }
+        }
     }
 
     /// All shards that are placed, ascending.

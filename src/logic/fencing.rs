@@ -7,6 +7,7 @@ use crate::model::Term;
 use crate::model::records::{MAX_TERM, ShardRecord};
 use crate::mutant::mutant;
 use chrono::{DateTime, TimeDelta, Utc};
+use std::collections::BTreeSet;
 
 /// Whether somebody who acts in term `ours` has been replaced by whoever wrote `found`.
 pub(crate) fn is_over(ours: Term, found: Term) -> bool {
@@ -33,13 +34,29 @@ pub(crate) fn takes_over(known: Term, found: Term) -> bool {
 /// Whether `found` is older than what is `known` of its shard. A term has one writer, which signs each record later than the
 /// one before, so within a term its own times tell which came last: a bucket that went back in time, or an earlier value
 /// that was put there by hand, has the same term. Times of two terms are never compared.
+///
+/// Should a term have had two writers, as the lease went back in time between them, the times tell who has decided last: see
+/// [`signed_at`].
 pub(crate) fn is_older(known: &ShardRecord, found: &ShardRecord) -> bool {
     !takes_over(known.term, found.term) || (known.term == found.term && found.updated_at < known.updated_at)
 }
 
-/// When a record is signed that follows one of `before`: later than that, whatever the clock says. See [`is_older`].
-pub(crate) fn signed_at(before: DateTime<Utc>, now: DateTime<Utc>) -> DateTime<Utc> {
-    now.max(before.checked_add_signed(TimeDelta::milliseconds(1)).unwrap_or(before))
+/// When a record is signed that follows one of `before`: later than that, whatever the clock says. See [`is_older`]. Only what is
+/// `decided` is of now; who merely signs again what somebody has decided long ago must not pass for knowing better than who
+/// remembers what was decided since.
+pub(crate) fn signed_at(before: DateTime<Utc>, now: DateTime<Utc>, decided: bool) -> DateTime<Utc> {
+    let next = before.checked_add_signed(TimeDelta::milliseconds(1)).unwrap_or(before);
+    if decided { now.max(next) } else { next }
+}
+
+/// Whether a record says anything else of where the shard's data and its log are than the one before: who coordinates it, and
+/// what became of it for a moment, follows from that.
+pub(crate) fn is_decision(before: &ShardRecord, record: &ShardRecord) -> bool {
+    let holders = |record: &ShardRecord| record.replicas.iter().cloned().collect::<BTreeSet<_>>();
+    holders(before) != holders(record)
+        || before.joining != record.joining
+        || before.migration != record.migration
+        || (before.log_id, before.log_first_seq) != (record.log_id, record.log_first_seq)
 }
 
 /// Whether somebody can have written in term `found`, when `lease` is the highest term that the lease was seen to have (0:
@@ -47,16 +64,6 @@ pub(crate) fn signed_at(before: DateTime<Utc>, now: DateTime<Utc>) -> DateTime<U
 /// comes from a watch that is ahead of the other, for a moment, or from nobody who leads.
 pub(crate) fn is_reached(lease: Term, known: Term, found: Term) -> bool {
     lease == 0 || found <= lease.max(known)
-}
-
-/// Whether a record that a new leader finds was put there by hand. Who leads takes the lease first, in a higher term, at the revision
-/// that it has read: so when ours has taken the place of term `replaced`, nobody has led in a term between the two or above.
-/// `known` is the term of the copy that we had before we asked for the lease.
-///
-/// `replaced` is `None` where the lease's record was away or spoilt, and where it is below `known` it has gone back in time: then
-/// terms above it may well have been somebody's, and what is found is believed as ever.
-pub(crate) fn is_forged(replaced: Option<Term>, known: Term, found: Term) -> bool {
-    replaced.is_some_and(|replaced| known <= replaced && found > replaced)
 }
 
 /// What a new leader rewrites under its term: the bucket's record, or its own copy where that is newer or
@@ -107,6 +114,7 @@ pub(crate) fn read_back(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::records::ShardStatus;
     use crate::sim::records::shard_record;
 
     #[test]
@@ -134,9 +142,27 @@ mod tests {
     #[test]
     fn a_leader_whose_clock_goes_back_signs_each_record_later_than_the_one_before() {
         let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
-        assert_eq!(signed_at(at(100), at(200)), at(200));
-        assert!(signed_at(at(100), at(40)) > at(100));
-        assert_eq!(signed_at(DateTime::<Utc>::MAX_UTC, at(40)), DateTime::<Utc>::MAX_UTC);
+        assert_eq!(signed_at(at(100), at(200), true), at(200));
+        for decided in [true, false] {
+            assert!(signed_at(at(100), at(40), decided) > at(100));
+            assert_eq!(signed_at(DateTime::<Utc>::MAX_UTC, at(40), decided), DateTime::<Utc>::MAX_UTC);
+        }
+    }
+
+    #[test]
+    fn who_only_signs_again_does_not_pass_for_deciding_anew() {
+        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap();
+        assert!(signed_at(at(100), at(500), false) < at(101));
+        let before = shard_record(3, &["a", "b"]);
+        let mut promoted = ShardRecord { term: 4, status: ShardStatus::Offline, ..before.clone() };
+        promoted.promote("b");
+        assert!(!is_decision(&before, &promoted));
+        let moved = ShardRecord { replicas: vec!["a".into(), "c".into()], ..before.clone() };
+        let joined = ShardRecord { joining: vec!["c".into()], ..before.clone() };
+        let closed = ShardRecord { log_first_seq: 0, ..before.clone() };
+        for decided in [moved, joined, closed] {
+            assert!(is_decision(&before, &decided), "{decided:?}");
+        }
     }
 
     #[test]
@@ -157,22 +183,6 @@ mod tests {
         assert!(is_reached(4, 3, 4) && is_reached(0, 3, 9), "the lease was not seen yet");
         assert!(!is_reached(4, 3, 5));
         assert!(is_reached(3, 5, 5), "the lease's record went back in time, or was made anew");
-    }
-
-    #[test]
-    fn a_record_of_a_term_that_nobody_had_between_two_leaders_was_put_there_by_hand() {
-        for (replaced, known, found, forged) in [
-            (Some(4), 4, 4, false),
-            (Some(4), 2, 3, false),
-            // Ours is 5 now: in that one, and above it, nobody else can have written.
-            (Some(4), 4, 5, true),
-            (Some(4), 3, 60, true),
-            // The lease's record is older than what we know: it was made anew, or has gone back in time.
-            (Some(1), 49, 50, false),
-            (None, 4, 9, false),
-        ] {
-            assert_eq!(is_forged(replaced, known, found), forged, "{replaced:?} {known} {found}");
-        }
     }
 
     #[test]

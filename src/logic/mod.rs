@@ -43,5 +43,6 @@ pub(crate) mod serving;
 pub(crate) mod session;
 pub(crate) mod settings;
 pub(crate) mod shares;
+pub(crate) mod signing;
 pub(crate) mod skew;
 pub(crate) mod truncation;

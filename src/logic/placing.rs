@@ -3,7 +3,8 @@
 //! Does no IO. A shard without a record is a new one, or one whose record was lost while no node ran that knew it: then its
 //! copies are on disks of nodes that remember the record, and write it back before they are heard (see `node::memory`). A
 //! record that is made anew instead names nobody of them, and is newer than what they remember. So whoever may remember
-//! is waited for, for as long as a node that is away is waited for anyway.
+//! is waited for, for as long as a node that is away is waited for anyway. The same holds for records that are there, and older
+//! than what somebody may remember (see [`super::signing`]).
 
 use crate::model::{NodeId, Term};
 use std::time::Duration;
@@ -27,6 +28,8 @@ pub(crate) struct Unplaced {
     pub(crate) leading: Duration,
     /// How long a node that is away is waited for.
     pub(crate) patience: Duration,
+    /// How long a node that runs may take to write back what it remembers: see `node::memory`.
+    pub(crate) write_back: Duration,
 }
 
 /// Whom it waits for.
@@ -34,6 +37,8 @@ pub(crate) struct Unplaced {
 pub(crate) enum WaitFor {
     /// These may remember the map.
     Nodes(Vec<NodeId>),
+    /// Nodes that run remember what they have seen, and write it back when the leader does not.
+    Running,
     /// There is nothing at all, though the cluster has lived: whoever it had may come.
     Anybody,
 }
@@ -45,6 +50,9 @@ pub(crate) fn waits(unplaced: Unplaced) -> Option<WaitFor> {
     }
     if !unplaced.unheard.is_empty() {
         return Some(WaitFor::Nodes(unplaced.unheard));
+    }
+    if !unplaced.no_map && unplaced.leading < unplaced.write_back {
+        return Some(WaitFor::Running);
     }
     let lost = unplaced.no_map && unplaced.age > YOUNG && unplaced.leading < unplaced.patience;
     lost.then_some(WaitFor::Anybody)
@@ -62,6 +70,7 @@ mod tests {
             age: Duration::from_secs(60),
             leading: Duration::from_secs(1),
             patience: Duration::from_secs(300),
+            write_back: Duration::from_secs(12),
         }
     }
 
@@ -70,7 +79,16 @@ mod tests {
         let unheard = Unplaced { unheard: vec!["n1".into()], no_map: false, ..unplaced() };
         assert_eq!(waits(unheard.clone()), Some(WaitFor::Nodes(vec!["n1".into()])));
         // Its caller leaves out who is not waited for any more.
-        assert_eq!(waits(Unplaced { unheard: vec![], ..unheard }), None);
+        assert_eq!(waits(Unplaced { unheard: vec![], leading: unheard.write_back, ..unheard }), None);
+    }
+
+    /// It knows nothing of what was there before, and whoever runs does.
+    #[test]
+    fn a_leader_that_has_just_joined_leaves_nodes_that_run_the_time_to_write_back_what_it_misses() {
+        let some = Unplaced { no_map: false, ..unplaced() };
+        assert_eq!(waits(some.clone()), Some(WaitFor::Running));
+        assert_eq!(waits(Unplaced { leading: some.write_back, ..some.clone() }), None);
+        assert_eq!(waits(Unplaced { term: 1, ..some }), None);
     }
 
     #[test]
@@ -85,6 +103,6 @@ mod tests {
         let old = Unplaced { age: YOUNG * 2, ..unplaced() };
         assert_eq!(waits(old.clone()), Some(WaitFor::Anybody));
         assert_eq!(waits(Unplaced { leading: old.patience, ..old.clone() }), None);
-        assert_eq!(waits(Unplaced { no_map: false, ..old }), None);
+        assert_eq!(waits(Unplaced { no_map: false, leading: old.write_back, ..old }), None);
     }
 }

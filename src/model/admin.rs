@@ -95,11 +95,22 @@ pub struct NodeView {
     pub primaries: usize,
 }
 
+/// `nodes`: in pages, since hundreds do not fit into one message.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodesRequest {
+    /// The first one wanted, by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<NodeId>,
+}
+
 /// Answer to `nodes`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodesReply {
-    /// All nodes, by name.
+    /// Nodes, by name.
     pub nodes: Vec<NodeView>,
+    /// Where the next page begins: there are more than fit into one message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<NodeId>,
 }
 
 /// `shards`: in pages, since thousands do not fit into one message.

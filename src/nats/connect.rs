@@ -366,7 +366,8 @@ impl Nats {
 
     /// Deletes a stream. Missing is fine.
     pub(crate) async fn delete_stream(&self, name: &str) -> Result<()> {
-        match self.jetstream.delete_stream(name).await {
+        let about = format!(".{name}\"");
+        match self.unless_denied(&[&about], self.jetstream.delete_stream(name)).await? {
             Ok(_) => Ok(()),
             Err(error) if api_code(&error) == Some(10_059) => Ok(()),
             Err(error) => Err(unavailable(format!("deleting {name}"), error)),
@@ -444,9 +445,10 @@ impl Nats {
         inbox.rsplit_once('.').map_or(inbox.clone(), |(prefix, _)| prefix.to_owned())
     }
 
-    /// The last permission violation that the server reported.
+    /// The last permission violation that the server reported, if that was lately: a permission can be given back while
+    /// everybody stays connected, and then what fails later fails for another reason.
     pub(crate) fn violation(&self) -> Option<String> {
-        self.health.violation.borrow().clone()
+        self.trouble.last_denial()
     }
 
     /// The same error, or what NATS does not permit, if it has said so.
@@ -457,14 +459,15 @@ impl Nats {
     /// Waits for a permission violation.
     pub(crate) async fn violated(&self) -> String {
         let mut seen = self.health.violation.subscribe();
-        loop {
+        if let Some(text) = self.violation() {
+            return text;
+        }
+        while seen.changed().await.is_ok() {
             if let Some(text) = seen.borrow_and_update().clone() {
                 return text;
             }
-            if seen.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
         }
+        std::future::pending().await
     }
 
     /// Largest message of NATS.

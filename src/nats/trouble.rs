@@ -129,6 +129,7 @@ impl Denial {
 pub(crate) struct Trouble {
     streams: Mutex<BTreeMap<(String, Asking), Known>>,
     denied: Mutex<BTreeMap<String, (Denial, Instant)>>,
+    last_denial: Mutex<Option<(String, Instant)>>,
 }
 
 impl Trouble {
@@ -143,6 +144,8 @@ impl Trouble {
     /// NATS has said that it does not permit something. It says so beside the call, for whichever it was, also one that
     /// waits for no answer: this is where each of them is known.
     pub(super) fn denied(&self, text: &str) {
+        *self.last_denial.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((text.to_owned(), Instant::now()));
         let Some(denial) = Denial::read(text) else { return };
         let mut denied = self.denials();
         if denied.len() < MOST_DENIED || denied.contains_key(&denial.subject) {
@@ -158,10 +161,17 @@ impl Trouble {
         denied.values().map(|(denial, _)| denial.clone()).collect()
     }
 
+    /// What NATS has said last of something that it does not permit, if that was lately.
+    pub(crate) fn last_denial(&self) -> Option<String> {
+        let last = self.last_denial.lock().unwrap_or_else(PoisonError::into_inner);
+        last.as_ref().filter(|(_, at)| at.elapsed() < DENIED).map(|(text, _)| text.clone())
+    }
+
     /// There is another connection: what failed on the one before says nothing of it.
     pub(super) fn begin_anew(&self) {
         self.lock().clear();
         self.denials().clear();
+        *self.last_denial.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     pub(crate) fn worked(&self, stream: &str, asking: Asking) {
@@ -240,8 +250,13 @@ mod tests {
             trouble.denied(&format!("Permissions Violation for Publish to \"a.{n}\""));
         }
         assert_eq!(trouble.not_permitted().len(), MOST_DENIED);
+        assert!(trouble.last_denial().is_some_and(|text| text.contains("a.999")));
         tokio::time::advance(DENIED).await;
         assert!(trouble.not_permitted().is_empty());
+        assert_eq!(trouble.last_denial(), None, "it may have been given back");
+        trouble.denied(r#"Permissions Violation for Publish to "a.b""#);
+        trouble.begin_anew();
+        assert_eq!(trouble.last_denial(), None, "of the connection before");
     }
 
     #[tokio::test(start_paused = true)]

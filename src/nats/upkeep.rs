@@ -24,6 +24,8 @@ pub(crate) enum Kept {
     Fine,
     /// These were not, and are again.
     PutBack(String),
+    /// It was made by a version that did not bound its consumers, and they are bounded now.
+    Bounded(String),
     /// These are not, and NATS refuses to change them.
     Cannot(String, Error),
     /// All is as it must be, but its consumers have no bounds, or others: so it works, and somebody may use up what there
@@ -168,11 +170,12 @@ fn lines<'a>(settings: impl Iterator<Item = &'a Setting>) -> String {
     settings.map(Setting::line).collect::<Vec<_>>().join(", ")
 }
 
-/// Compares the stream's settings with `wanted`, and puts them back.
+/// Compares the stream's settings with `wanted`, and puts them back; bounds of consumers, which NATS may refuse to change,
+/// only if they `may_bound`.
 ///
 /// # Errors
 /// `NotFound` if there is no such stream; any other says that it may work the next time.
-pub(crate) async fn keep(nats: &Nats, wanted: &Settings) -> Result<Kept> {
+pub(crate) async fn keep(nats: &Nats, wanted: &Settings, may_bound: bool) -> Result<Kept> {
     let (name, wanted) = (wanted.name(), &wanted.0);
     let late = || Error::Unavailable(format!("stream {name}: no answer in time"));
     let about = format!(".{name}\"");
@@ -203,8 +206,13 @@ pub(crate) async fn keep(nats: &Nats, wanted: &Settings) -> Result<Kept> {
     };
     if wrong.is_empty() {
         let (loose, fixed) = bounds(found, wanted);
+        if !loose.is_empty() && !may_bound {
+            return Ok(Kept::Unbounded(lines(loose.iter())));
+        }
         if !loose.is_empty() {
             return match update(changed(found, wanted, loose.iter())).await? {
+                // More likely than that somebody has taken them away.
+                Ok(()) if found.consumer_limits.is_none() => Ok(Kept::Bounded(lines(loose.iter()))),
                 Ok(()) => Ok(Kept::PutBack(lines(loose.iter()))),
                 Err(error) => Ok(Kept::Unbounded(format!("{} ({error})", lines(loose.iter())))),
             };

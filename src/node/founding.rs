@@ -16,7 +16,7 @@ use crate::clock::{fresh_id, fresh_secret};
 use crate::config::ClusterConfig;
 use crate::error::{Error, Result};
 use crate::logic::capacity::{EVENT_BYTES, Need, log_bytes};
-use crate::logic::settings::{Place, Start, Turn, at_start, turn};
+use crate::logic::settings::{CLAIM, Place, Start, Turn, at_start, turn};
 use crate::model::ShardId;
 use crate::model::records::{ClusterRecord, FORMAT_VERSION, HashSecret, KeyHash};
 use crate::nats::bucket::{Cas, Found};
@@ -77,6 +77,7 @@ impl Founding<'_> {
         let until = Instant::now() + PATIENCE;
         // What there was instead of settings, and since when.
         let mut seen = (0, Instant::now());
+        let mut said = false;
         while Instant::now() < until {
             let found = self.buckets.cluster.look(CONFIG_KEY).await?;
             if let Some(record) = self.read(&found)? {
@@ -99,7 +100,12 @@ impl Founding<'_> {
             let place = place(&found);
             let mine = place == Place::Claimed(self.founder);
             if !mine {
-                match self.listen().await? {
+                // Nobody but the founder can bring settings for now, and there may be hundreds who wait for it.
+                let look = match place {
+                    Place::Claimed(_) => self.config.heartbeat_interval.max(LOOK),
+                    Place::Free | Place::Garbage => LOOK,
+                };
+                match self.listen(look).await? {
                     Listened::Settings => continue,
                     Listened::Silence => {}
                     Listened::Beat(beat) => return Err(self.somebody_runs(&beat)),
@@ -111,7 +117,11 @@ impl Founding<'_> {
             }
             match turn(self.founder, place, seen.1.elapsed()) {
                 Turn::Claim => self.claim(&found).await?,
-                Turn::Wait => debug!("another node founds the cluster: waiting for its settings"),
+                Turn::Wait if !std::mem::replace(&mut said, true) => info!(
+                    "another process founds the cluster: waiting for its settings, at most {CLAIM:?} (it may be an earlier one of \
+                     this node, which died meanwhile)"
+                ),
+                Turn::Wait => {}
                 Turn::Found => self.found(&found).await?,
                 Turn::Damaged => return Err(damaged(&found)),
             }
@@ -129,8 +139,10 @@ impl Founding<'_> {
     ) -> Result<()> {
         if other.is_some() && self.own_beat().await? {
             return Err(Error::Unavailable(format!(
-                "NATS has other settings of this cluster than data folder {} knows; nodes of it run, and will write back what \
-                 they go by",
+                "NATS has other settings of this cluster than data folder {} knows, and nodes of it run. If they go by what the folder \
+                 knows, they write that back, and this node can start; if they go by what NATS has, this folder was left out when \
+                 the settings were changed: move it away (keep it: it may hold the last copy of something), and start with an \
+                 empty one",
                 self.config.data_dir().display()
             )));
         }
@@ -258,10 +270,10 @@ impl Founding<'_> {
     }
 
     /// Listens for as long as a node that runs needs to be heard.
-    async fn listen(&self) -> Result<Listened> {
+    async fn listen(&self, look: Duration) -> Result<Listened> {
         let mut beats = self.heartbeats().await?;
         let until = Instant::now() + self.window();
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval(look);
         loop {
             // In this order: a process that was paused has beats to read that came meanwhile, and time that is over.
             tokio::select! {

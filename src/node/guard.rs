@@ -321,9 +321,10 @@ async fn look_at_record(ctx: &Context, known: Option<&NodeRecord>) -> Result<Opt
             return Ok(Some(Error::Fenced(text)));
         }
     }
-    // What operators have ordered of us stays: a record that is gone or damaged says nothing, what we saw last does.
     let view = ctx.view();
-    let before = good.as_ref().or(known).or_else(|| view.node(&ctx.node));
+    let holds = view.shards.values().any(|(_, record)| record.holders().any(|node| *node == ctx.node));
+    let deleted = matches!(found, Found::Deleted(_));
+    let before = orders(good.as_ref(), known.or_else(|| view.node(&ctx.node)), deleted, holds);
     let status = match before {
         Some(record) if record.draining => NodeStatus::Draining,
         _ => NodeStatus::Up,
@@ -347,6 +348,18 @@ async fn look_at_record(ctx: &Context, known: Option<&NodeRecord>) -> Result<Opt
         Cas::Lost => Ok(None),
         Cas::Unknown(error) => Err(error),
     }
+}
+
+/// What says what operators have ordered of us: they stay in the record that we write. One that is gone or damaged says nothing, what
+/// we saw last does. But one that was deleted while no shard named us was forgotten: then we join like a new node, which is
+/// not to be emptied or kept by an order that nobody knows of any more. (By hand it is as good as forgotten.)
+fn orders<'a>(
+    found: Option<&'a NodeRecord>,
+    known: Option<&'a NodeRecord>,
+    deleted: bool,
+    holds: bool,
+) -> Option<&'a NodeRecord> {
+    found.or(known.filter(|_| !deleted || holds))
 }
 
 /// Writes our own status. A record of another instance is left alone: we have been replaced.
@@ -385,6 +398,34 @@ mod tests {
 
     fn others(heard: &Heard, now: u64) -> Others {
         heard.others(CLUSTER, s(now), s(2), s(10))
+    }
+
+    #[test]
+    fn a_node_that_was_forgotten_has_no_orders_and_one_whose_record_is_lost_keeps_them() {
+        let record = |weight| NodeRecord {
+            node: "n1".into(),
+            instance: Uuid::from_u128(1),
+            addr: "127.0.0.1:1".parse().unwrap(),
+            rack: "r".into(),
+            weight,
+            status: NodeStatus::Draining,
+            since: chrono::DateTime::UNIX_EPOCH,
+            version: "1".into(),
+            draining: true,
+            maintenance: None,
+            set_weight: None,
+            set_rack: None,
+        };
+        let (found, known) = (record(1), record(2));
+        for (there, deleted, holds, expected) in [
+            (true, false, false, Some(&found)),
+            (false, false, false, Some(&known)),
+            (false, true, true, Some(&known)),
+            (false, true, false, None),
+        ] {
+            let found = there.then_some(&found);
+            assert_eq!(orders(found, Some(&known), deleted, holds), expected, "{deleted} {holds}");
+        }
     }
 
     #[test]

@@ -104,7 +104,7 @@ pub(crate) async fn run(
 /// What a new leader knows of the time before it asked for the lease.
 #[derive(Debug, Clone)]
 pub(crate) struct Before {
-    /// Whose place in the lease's record it has taken: see [`is_forged`](crate::logic::fencing::is_forged).
+    /// Whose place in the lease's record it has taken: see [`signing`](crate::logic::signing).
     pub(crate) term: Option<Term>,
     /// The map, before anything could be in it that says to be of the new term.
     pub(crate) view: Arc<View>,

@@ -7,13 +7,15 @@
 //!
 //! Each record is one compare-and-set at the revision at which nothing that counts, or something older, was found. So it may be
 //! done by all nodes at once, late, or not at all by one that dies here: of two only one applies, and one that lands late, over
-//! what a leader has written meanwhile, applies nowhere. It keeps the term that it has: a leader rewrites it under its own, or
-//! takes a higher one, and if it knows the shard, its own record wins.
+//! what a leader has written meanwhile, applies nowhere. It keeps the term that it has, and says who remembers it. The leader
+//! signs it in its own term. If it knows the shard, the record of the higher term wins, and of one term what was decided last: if
+//! that is not its own, it stops, and the next one leads above (see `logic::signing`).
 
 use super::context::Context;
 use super::restore::restore_buckets;
 use crate::error::{Error, Result};
 use crate::logic::fencing::is_older;
+use crate::logic::signing::REMEMBERED;
 use crate::model::ShardId;
 use crate::model::events::Event;
 use crate::model::records::ShardRecord;
@@ -22,6 +24,7 @@ use crate::view::{View, parse};
 use futures::{StreamExt, TryStreamExt};
 use std::sync::Arc;
 use tracing::{debug, warn};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Records written at a time.
 const PARALLEL: usize = 32;
@@ -62,10 +65,31 @@ fn mine(ctx: &Context, view: &View) -> Vec<ShardRecord> {
     let good = |record: &&ShardRecord| {
         record.shard.0 < cluster.num_shards && !record.is_of_another(cluster.cluster_id)
     };
-    view.only_here().filter(good).cloned().collect()
+    let mut mine: Vec<ShardRecord> = view.only_here().filter(good).cloned().collect();
+    let first = begins_at(&ctx.node, mine.len());
+    mine.rotate_left(first);
+    mine
+}
+
+/// Where in a list of so many a node begins: all of them have the same list, and share the work if each begins at another place.
+fn begins_at(node: &str, all: usize) -> usize {
+    if all == 0 { 0 } else { (xxh3_64(node.as_bytes()) % all as u64) as usize }
+}
+
+/// Says that it is no leader who writes it, and nobody's hand.
+fn marked(record: &ShardRecord, node: &str) -> serde_json::Result<Vec<u8>> {
+    let mut value = serde_json::to_value(record)?;
+    if let Some(fields) = value.as_object_mut() {
+        fields.insert(REMEMBERED.to_owned(), node.into());
+    }
+    serde_json::to_vec(&value)
 }
 
 async fn write_one(ctx: &Context, record: &ShardRecord) -> Result<Option<ShardId>> {
+    // Another node may have been faster, and the watch has brought that.
+    if !ctx.view().overwritten.contains(&record.shard) {
+        return Ok(None);
+    }
     let (key, bucket) = (record.shard.token(), &ctx.buckets.shards);
     let found = bucket.look(&key).await?;
     let good = found
@@ -75,7 +99,7 @@ async fn write_one(ctx: &Context, record: &ShardRecord) -> Result<Option<ShardId
     if good.is_some_and(|found| !is_older(record, &found)) {
         return Ok(None);
     }
-    let value = serde_json::to_vec(record).map_err(|e| Error::Internal(e.to_string()))?;
+    let value = marked(record, &ctx.node).map_err(|e| Error::Internal(e.to_string()))?;
     match bucket.cas(&key, value, found.revision()).await {
         Cas::Applied(_) => Ok(Some(record.shard)),
         // Somebody else has written it; the watch brings what.
@@ -100,5 +124,19 @@ pub(crate) async fn run(ctx: Arc<Context>) {
         {
             debug!("writing back what we remember of the map: {error}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn nodes_that_write_the_same_list_begin_at_places_of_their_own() {
+        let places: BTreeSet<usize> = (0..50).map(|n| begins_at(&format!("n{n}"), 4_096)).collect();
+        assert!(places.len() > 45, "{places:?}");
+        assert!(places.iter().all(|place| *place < 4_096));
+        assert_eq!(begins_at("n1", 0), 0);
     }
 }

@@ -8,8 +8,7 @@ use crate::logic::planner::balance_of;
 use crate::model::NodeId;
 use crate::model::admin::{
     CancelReply, CancelRequest, ExplainRequest, HealthStatus, MigrateReply, MigrateRequest, NodeCounts,
-    NodeRequest, NodeView, NodesReply, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply,
-    StepDownReply,
+    NodeRequest, ShardCounts, ShardView, ShardsReply, ShardsRequest, StatusReply, StepDownReply,
 };
 use crate::model::causes::{Cause, Severity, sentences};
 use crate::model::events::ReplicaState;
@@ -103,7 +102,7 @@ impl Leader {
         match verb {
             "status" => body(message)
                 .and_then(|Nothing {}| json(fitting(self.status(), self.ctx.control.nats.max_body()))),
-            "nodes" => body(message).and_then(|Nothing {}| json(self.nodes())),
+            "nodes" => json(self.nodes(&body(message)?)?),
             "shards" => json(self.shards_page(&body(message)?)),
             "migrate" => json(self.migrate(required(message)?).await?),
             "cancel" => json(self.cancel(required(message)?).await?),
@@ -305,22 +304,6 @@ impl Leader {
     pub(super) fn size(&self, record: &ShardRecord) -> (u64, u64) {
         let reports = record.replicas.iter().filter_map(|n| self.reported(n, record.shard));
         reports.max_by_key(|load| load.applied).map_or((0, 0), |load| (load.vectors, load.bytes))
-    }
-
-    fn nodes(&self) -> NodesReply {
-        let view = self.ctx.view();
-        let nodes = view.nodes.values().map(|(_, record)| NodeView {
-            last_heartbeat: self.heartbeats.get(&record.node).copied(),
-            shards: self
-                .shards
-                .values()
-                .filter(|(_, r)| r.has_replica(&record.node))
-                .map(|(_, r)| r.shard)
-                .collect(),
-            primaries: self.shards.values().filter(|(_, r)| r.primary == record.node).count(),
-            record: record.clone(),
-        });
-        NodesReply { nodes: nodes.collect() }
     }
 
     fn shards_page(&self, request: &ShardsRequest) -> ShardsReply {

@@ -7,9 +7,11 @@
 //! from what the records say.
 
 mod admin;
+mod fence;
 mod forget;
 mod hot;
 mod migrations;
+mod nodes;
 mod operator;
 mod placement;
 mod records;
@@ -54,6 +56,8 @@ const TICK: Duration = Duration::from_millis(200);
 const WAITING: usize = 4_096;
 /// How long what depends on time alone may be late: the statuses of shards, and which replicas do not work.
 const STATUSES: Duration = Duration::from_secs(1);
+/// Shards have no record, or an old one, and somebody may remember another.
+const UNKNOWN: &str = "shard_map_unknown";
 /// What a node is cannot be written.
 const NODE_RECORD: &str = "node_record";
 /// A ping of a suspect.
@@ -129,6 +133,10 @@ struct Leader {
     shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     /// Records whose last write has an unknown outcome, or that somebody has overwritten.
     unsure: BTreeSet<ShardId>,
+    /// Records that are not signed yet, as somebody may remember later ones.
+    unsigned: BTreeSet<ShardId>,
+    /// Whose place in the lease it has taken.
+    replaced: Option<Term>,
     /// What was sent and never answered.
     sent: BTreeMap<ShardId, ShardRecord>,
     heartbeats: BTreeMap<NodeId, DateTime<Utc>>,
@@ -185,6 +193,8 @@ impl Leader {
             membership,
             shards: BTreeMap::new(),
             unsure: BTreeSet::new(),
+            unsigned: BTreeSet::new(),
+            replaced: None,
             sent: BTreeMap::new(),
             heartbeats: BTreeMap::new(),
             loads: BTreeMap::new(),
@@ -341,16 +351,7 @@ impl Leader {
         }
         self.placement.look();
         self.next_statuses = Duration::ZERO;
-        // Somebody wrote under a key that is ours, or it is gone; or a node remembers a record that we do not know, and has
-        // written it back. Revisions are compared for being the same, never for being higher: a bucket that was made anew
-        // counts from 1. Those that the watch has still to bring are 0.
-        let other = |shard: &ShardId, revision: u64| {
-            revision > 0 && self.shards.get(shard).is_none_or(|(known, _)| revision != *known)
-        };
-        let written = view.shards.iter().filter(|(shard, (revision, _))| other(shard, *revision));
-        let spoilt = view.overwritten.iter().chain(view.held_back.keys());
-        let unsure = written.map(|(shard, _)| shard).chain(spoilt.filter(|s| self.shards.contains_key(s)));
-        self.unsure.extend(unsure);
+        self.note_written(&view);
     }
 
     /// Carries out what membership decided.
@@ -453,11 +454,12 @@ impl Leader {
         }
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
+        self.sign_later();
         self.resolve_unsure().await?;
         self.write_back().await?;
         self.oversee_migrations().await?;
         self.rebuild_logs().await?;
-        if self.ctx.clock.now() >= self.settled_at {
+        if self.ctx.clock.now() >= self.settled_at && self.has_heard_all() {
             self.place().await?;
             self.cool().await?;
         } else {
@@ -486,6 +488,18 @@ impl Leader {
                 Ok(())
             }
         }
+    }
+
+    /// Whether every node that is up by its record has been heard, or had the time to. NATS may have gone back with these
+    /// records, and who has seen more than it has, a later map among it, says so before it beats.
+    fn has_heard_all(&self) -> bool {
+        let config = &self.ctx.config;
+        let long = config.failure_timeout + config.heartbeat_interval * 2;
+        let view = self.ctx.view();
+        let silent =
+            |record: &NodeRecord| record.status.is_live() && !self.heartbeats.contains_key(&record.node);
+        self.ctx.clock.now().saturating_sub(self.began) > long
+            || !view.nodes.values().any(|(_, record)| silent(record))
     }
 
     fn is_live(&self, node: &str) -> bool {
@@ -558,7 +572,9 @@ impl Leader {
     /// Since when shards name nodes that have no record.
     fn note_strangers(&mut self) {
         let (view, now) = (self.ctx.view(), self.ctx.clock.now());
-        let named = self.shards.values().flat_map(|(_, record)| &record.replicas);
+        let unsigned = self.unsigned.iter().filter_map(|shard| view.shard(*shard));
+        let records = self.shards.values().map(|(_, record)| record).chain(unsigned);
+        let named = records.flat_map(|record| &record.replicas);
         let strangers: BTreeSet<&NodeId> = named.filter(|name| !view.nodes.contains_key(*name)).collect();
         self.strangers_since.retain(|name, _| strangers.contains(name));
         for name in strangers {

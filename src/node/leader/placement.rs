@@ -5,7 +5,7 @@
 //! from the map as it finds it. What only the last leader knew, that counts are to be evened out, is a record
 //! of its own (key `rebalance`); losing that write, or seeing it late, means one plan more or fewer.
 
-use super::Leader;
+use super::{Leader, UNKNOWN};
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it, may_even_out};
@@ -22,7 +22,7 @@ use crate::node::causes::{Severity, Subject};
 use crate::node::replica::blocking;
 use crate::view::REBALANCE_KEY;
 use chrono::{DateTime, TimeDelta, Utc};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 use tracing::debug;
 
@@ -30,8 +30,6 @@ use tracing::debug;
 const LOOK: Duration = Duration::from_secs(1);
 /// The same while nobody is away and nothing is to be done: then only what was moved lately, or has been hot, ages.
 const QUIET_LOOK: Duration = Duration::from_secs(5);
-/// Shards have no record, and somebody may remember one.
-const UNKNOWN: &str = "shard_map_unknown";
 /// Plans of dry runs that `apply` may name.
 const PLANS: usize = 8;
 /// Why an operator's move was made, in its record.
@@ -189,6 +187,10 @@ impl Leader {
             return Ok(());
         }
         self.placement.next_look = now + LOOK;
+        // What is planned with a part of the map is not what the whole of it needs.
+        if !self.unsigned.is_empty() {
+            return self.promote_only().await;
+        }
         self.placement.leaving.retain(|_, (_, until)| now < *until);
         let calm = self.is_calm();
         let considered = calm && now >= self.placement.next_balance;
@@ -255,36 +257,53 @@ impl Leader {
         Ok(())
     }
 
-    fn unplaced(&self) -> Unplaced {
+    /// What is known of a map that is not complete, or not signed.
+    pub(super) fn unplaced(&self) -> Unplaced {
         let view = self.ctx.view();
+        // Who has left, and holds nothing by a map that is there, is not needed to judge that map.
+        let holds =
+            |node: &NodeId| view.shards.values().any(|(_, r)| r.holders().any(|holder| holder == node));
+        let needed = |record: &NodeRecord| {
+            self.unsigned.is_empty() || record.status != NodeStatus::Left || holds(&record.node)
+        };
         let waited_for = |record: &&NodeRecord| {
-            !self.heartbeats.contains_key(&record.node) && self.role(record) != Role::Gone
+            let unheard = !self.heartbeats.contains_key(&record.node);
+            unheard && self.role(record) != Role::Gone && needed(record)
         };
         let unheard = view.nodes.values().map(|(_, record)| record).filter(waited_for);
+        // Records of nodes may be lost, too.
+        let named = self.unsigned.iter().filter_map(|shard| view.shard(*shard)).flat_map(|r| &r.replicas);
+        let strangers: BTreeSet<&NodeId> = named.filter(|name| !view.nodes.contains_key(*name)).collect();
+        let strangers = strangers.into_iter().filter(|name| self.role_of_stranger(name) != Role::Gone);
         let now = self.ctx.clock.now();
         Unplaced {
             term: self.term,
-            unheard: unheard.map(|record| record.node.clone()).collect(),
-            no_map: self.shards.is_empty(),
+            unheard: unheard.map(|record| record.node.clone()).chain(strangers.cloned()).collect(),
+            no_map: self.shards.is_empty() && self.unsigned.is_empty(),
             age: (wall() - self.ctx.cluster.created_at).to_std().unwrap_or_default(),
             leading: now.saturating_sub(self.began),
             patience: self.ctx.config.rereplicate_after,
+            write_back: self.ctx.config.lease_ttl + self.ctx.config.heartbeat_interval * 2,
         }
     }
 
-    fn waiting_text(&self, shards: usize, whom: &WaitFor) -> String {
+    /// `what` is wrong with the map, and who may help.
+    pub(super) fn waiting_text(&self, what: &str, whom: &WaitFor) -> String {
         let patience = self.ctx.config.rereplicate_after;
         match whom {
             WaitFor::Nodes(nodes) => format!(
-                "NATS has no record of {shards} shards, and nodes that may remember where they are have not been heard since \
-                 {} leads: {}. Start them with their data folders: they write the records back. Each is waited for as long \
-                 as it may be away ({patience:?}); one that is gone for good is not after nodes drain",
+                "{what}, and nodes that may remember where they are have not been heard since {} leads: {}. Start them with \
+                 their data folders: they write the records back. Each is waited for as long as it may be away \
+                 ({patience:?}); one that is gone for good is not after nodes drain",
                 self.ctx.node,
                 nodes.join(", ")
             ),
+            WaitFor::Running => {
+                format!("{what}; nodes that run may remember where they are, and write that back in a moment")
+            }
             WaitFor::Anybody => format!(
-                "NATS has no record of any shard or of any other node, though the cluster is not new: start nodes with the data \
-                 folders of this cluster, which remember them. Shards are placed anew after {patience:?}"
+                "{what}, or of any other node, though the cluster is not new: start nodes with the data folders of this \
+                 cluster, which remember them. Shards are placed anew after {patience:?}"
             ),
         }
     }
@@ -300,7 +319,8 @@ impl Leader {
             return Ok(false);
         }
         if let Some(whom) = waits(self.unplaced()) {
-            let text = self.waiting_text(fresh.len(), &whom);
+            let what = format!("NATS has no record of {} shards", fresh.len());
+            let text = self.waiting_text(&what, &whom);
             self.ctx.causes.leading().retry(UNKNOWN, Subject::Node, Severity::Red, text);
             return Ok(true);
         }

@@ -1,169 +1,33 @@
-//! Shard records: fencing, first placement, promotion, removal, and rebuilding a lost log.
+//! Shard records: changes, first placement, promotion, removal, and rebuilding a lost log; and what else NATS has lost.
 
 use super::Leader;
 use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
-use crate::logic::fencing::{
-    ReadBack, is_forged, is_older, is_over, is_plausible, newest, read_back, signed_at,
-};
+use crate::logic::fencing::is_decision;
 use crate::logic::log_loss::{Suspicion, Verdict, close, is_of, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
-use crate::model::records::{LeaderRecord, ShardRecord, ShardStatus};
+use crate::model::records::{ShardRecord, ShardStatus};
 use crate::model::wire::{PingReply, PingRequest, ReplicaReport};
-use crate::model::{NodeId, ShardId, Term};
-use crate::nats::bucket::{Bucket, Cas, Versioned};
+use crate::model::{NodeId, ShardId};
+use crate::nats::bucket::{Bucket, Cas};
 use crate::node::causes::{Severity, Subject};
-use crate::node::lease::Before;
 use crate::node::replica::facts;
 use crate::node::restore::restore_buckets;
-use crate::view::{LEADER_KEY, REBALANCE_KEY, Rev, THROTTLE_KEY, parse};
-use futures::{StreamExt, TryStreamExt};
+use crate::view::{REBALANCE_KEY, Rev, THROTTLE_KEY, parse};
+use futures::StreamExt;
 use std::time::Duration;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
-/// Records written, and streams created, at a time.
+/// Streams created, and logs looked at, at a time.
 const PARALLEL: usize = 32;
 /// Pause between two looks at logs.
 const LOG_CHECKS: Duration = Duration::from_millis(500);
-/// The bucket's record of a shard is not the one that nodes go by.
-const DIFFERS: &str = "shard_record";
 /// One look at one log, and one holder's part of it: the leader has other things to do.
 const LOG_LOOK: Duration = Duration::from_millis(1_500);
 const HOLDER: Duration = Duration::from_millis(800);
 
 impl Leader {
-    /// Rewrites every shard record under our term, starting from the newest good copy: the bucket's, or
-    /// our own where the bucket has garbage or nothing (it was wiped), or what was put there by hand in a term that nobody has had
-    /// (see [`is_forged`]): then the copy from before we asked for the lease, as our map may have believed that one meanwhile.
-    ///
-    /// # Errors
-    /// `Fenced` when a record has a higher term: somebody else leads. Also after a forged one of a higher term was undone: who has
-    /// believed it takes nothing of a lower one, so it needs a leader above it.
-    pub(super) async fn fence(&mut self, before: &Before) -> Result<()> {
-        let stored = match self.ctx.buckets.shards.list().await {
-            Err(Error::NotFound(_)) => {
-                restore_buckets(&self.ctx).await?;
-                self.ctx.buckets.shards.list().await?
-            }
-            other => other?,
-        };
-        let view = self.ctx.view();
-        let (mut work, mut forged) = (Vec::new(), Vec::new());
-        for shard in (0..self.ctx.cluster.num_shards).map(ShardId) {
-            let key = shard.token();
-            let found = stored.get(&key);
-            let good = found.and_then(|found| self.good(&key, &found.value));
-            let mut ours = view.shard(shard).cloned();
-            let mut good = good;
-            if let (Some(known), Some(found)) = (before.view.shard(shard), &good)
-                && is_forged(before.term, known.term, found.term)
-            {
-                forged.push((shard, found.term));
-                ours = ours.filter(|ours| !is_forged(before.term, known.term, ours.term));
-                (good, ours) = (None, newest(Some(known.clone()), ours));
-            }
-            // We have written nothing yet: our term has been another's, whose lease was deleted before we saw it.
-            let used = good.as_ref().is_some_and(|record| record.term == self.term);
-            let Some(record) = newest(good, ours) else { continue };
-            if is_over(self.term, record.term) || used {
-                return Err(self.fenced(shard, record.term));
-            }
-            work.push((record, found.map(|found| found.revision)));
-        }
-        let this = &*self;
-        let fenced: Vec<(u64, ShardRecord)> = futures::stream::iter(work)
-            .map(|(record, revision)| this.fence_one(record, revision))
-            .buffer_unordered(PARALLEL)
-            .try_collect()
-            .await?;
-        for (revision, record) in fenced {
-            self.ctx.views.note_shard(revision, &record);
-            self.shards.insert(record.shard, (revision, record));
-        }
-        info!(term = self.term, shards = self.shards.len(), "every shard record carries the new term");
-        if !forged.is_empty() {
-            let named: Vec<String> =
-                forged.iter().take(8).map(|(shard, term)| format!("{shard} (term {term})")).collect();
-            let message = format!(
-                "{} shard records were put into NATS by hand while nobody led, and are written again: {}",
-                forged.len(),
-                named.join(", ")
-            );
-            warn!("{message}");
-            self.ctx.event(Event::new("records.restored", message).with("bucket", "shards")).await;
-        }
-        match forged.into_iter().map(|(_, term)| term).max() {
-            Some(ahead) if is_over(self.term, ahead) => {
-                self.ctx.saw_term(ahead);
-                Err(Error::Fenced(format!(
-                    "a record of term {ahead} was put there by hand: leading anew above it"
-                )))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Somebody leads, or has led, in a term that ours must be above.
-    fn fenced(&self, shard: ShardId, term: Term) -> Error {
-        self.ctx.saw_term(term);
-        Error::Fenced(format!("shard {shard} was written in term {term}, ours is {}", self.term))
-    }
-
-    /// The record, if it can be one: garbage makes way, and so do a term that no leader can have, and a record of
-    /// another cluster.
-    fn good(&self, key: &str, value: &[u8]) -> Option<ShardRecord> {
-        let record = parse::<ShardRecord>(value).ok()?;
-        let ours = !record.is_of_another(self.ctx.cluster.cluster_id);
-        (ours && record.check(key).is_ok() && is_plausible(self.term, record.term)).then_some(record)
-    }
-
-    async fn fence_one(&self, mut record: ShardRecord, revision: Option<u64>) -> Result<(u64, ShardRecord)> {
-        let (key, bucket) = (record.shard.token(), &self.ctx.buckets.shards);
-        let mut revision = revision;
-        // The decision that we write under our term.
-        let mut decided = record.clone();
-        let mut sent: Vec<ShardRecord> = Vec::new();
-        for _ in 0..5 {
-            self.check_lease()?;
-            self.sign(&mut record);
-            sent.push(record.clone());
-            let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
-            let written = match revision {
-                Some(revision) => bucket.cas(&key, value, revision).await,
-                None => bucket.create(&key, value).await?,
-            };
-            if let Cas::Applied(revision) = written {
-                return Ok((revision, record));
-            }
-            // Lost, or no answer: look what is there now, and decide again.
-            let found = bucket.get(&key).await?;
-            revision = found.as_ref().map(|found| found.revision);
-            if let Some(now) = found.and_then(|found| self.good(&key, &found.value)) {
-                if is_over(self.term, now.term) {
-                    return Err(self.fenced(record.shard, now.term));
-                }
-                if let (true, Some(revision)) = (sent.contains(&now), revision) {
-                    return Ok((revision, now));
-                }
-                // What is of an older term is no news, whoever has put it there meanwhile; and of what is of ours, only
-                // what we have sent.
-                if !is_older(&decided, &now) && now.term < self.term {
-                    decided = now.clone();
-                    record = now;
-                }
-            }
-        }
-        Err(Error::Unavailable(format!("the record of shard {} cannot be written", record.shard)))
-    }
-
-    /// Writes into a record that it is ours.
-    fn sign(&self, record: &mut ShardRecord) {
-        record.term = self.term;
-        record.cluster_id = Some(self.ctx.cluster.cluster_id);
-        record.updated_at = signed_at(record.updated_at, wall());
-    }
-
     /// Writes a changed record; nobody else does, so a lost compare-and-set means garbage or a newer term.
     pub(super) async fn write_shard(&mut self, mut record: ShardRecord) -> Result<()> {
         self.check_lease()?;
@@ -172,7 +36,9 @@ impl Leader {
         if self.unsure.contains(&shard) {
             return Err(Error::Conflict(format!("the record of shard {shard} is being read again")));
         }
-        self.sign(&mut record);
+        let known = self.shards.get(&shard).map(|(_, known)| known);
+        let decided = known.is_none_or(|known| is_decision(known, &record));
+        self.sign(&mut record, decided);
         record.check(&key).map_err(|e| Error::Internal(e.to_string()))?;
         let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
         let bucket = &self.ctx.buckets.shards;
@@ -201,125 +67,6 @@ impl Leader {
                 Err(error)
             }
         }
-    }
-
-    /// Whether a record of our term is what we have written last, or may have: nobody else writes in our term, so anything
-    /// else was put there by hand.
-    fn wrote(&self, record: &ShardRecord) -> bool {
-        let known = self.shards.get(&record.shard).map(|(_, known)| known);
-        known == Some(record) || self.sent.get(&record.shard) == Some(record)
-    }
-
-    /// Whether the lease's record is ours now. Read after a record of a higher term was found, it says whether that can be a
-    /// leader's: who leads takes the lease first, so its own would stand there, or a later one.
-    async fn lease_is_ours(&self) -> Result<bool> {
-        let found = self.ctx.buckets.cluster.get(LEADER_KEY).await?;
-        let record = found.and_then(|found| parse::<LeaderRecord>(&found.value).ok());
-        let ours = Some(self.ctx.instance);
-        Ok(record.is_some_and(|record| record.instance == ours && record.term == self.term))
-    }
-
-    /// Reads records of unknown state again: a newer term ends ours; a write of ours is taken over; anything else is
-    /// overwritten, and said.
-    ///
-    /// What is there may be from before our last write (the bucket went back in time, or was made anew), so revisions
-    /// are taken as they are found. It may die anywhere: the next leader fences every record.
-    pub(super) async fn resolve_unsure(&mut self) -> Result<()> {
-        if self.unsure.is_empty() {
-            return Ok(());
-        }
-        let found = match self.read_unsure().await {
-            Ok(found) => found,
-            Err(Error::NotFound(_)) => {
-                let made = restore_buckets(&self.ctx).await;
-                return made.or_else(|e| self.soft("buckets_missing", Subject::Node, e));
-            }
-            Err(error) => return self.soft(DIFFERS, Subject::Node, error),
-        };
-        let (mut restored, mut ahead) = (Vec::new(), 0);
-        for (shard, found) in found {
-            let key = shard.token();
-            let text = "its record in NATS is not what nodes go by, and cannot be written again";
-            self.ctx.causes.leading().retry(DIFFERS, shard, Severity::Yellow, text);
-            let mut good = found.as_ref().and_then(|found| self.good(&key, &found.value));
-            // Of a shard that we have no record of, a node has written what it remembers.
-            let known = self.shards.contains_key(&shard);
-            if let Some(record) = good.as_ref().filter(|record| known && is_over(self.term, record.term)) {
-                match self.lease_is_ours().await {
-                    Ok(true) => (ahead, good) = (record.term.max(ahead), None),
-                    Ok(false) => {}
-                    Err(error) => return self.soft(DIFFERS, shard, error),
-                }
-            }
-            let good = good.filter(|record| !known || record.term != self.term || self.wrote(record));
-            let revision = found.map(|f| f.revision);
-            let ours = self.shards.get(&shard).map(|(_, ours)| ours);
-            match (read_back(self.term, good, revision.is_some(), ours), revision) {
-                (ReadBack::Fenced(term), _) => return Err(self.fenced(shard, term)),
-                (ReadBack::Keep(record), Some(revision)) => self.resolved(shard, revision, record),
-                (ReadBack::Keep(record) | ReadBack::Rewrite(record), revision) => {
-                    match self.fence_one(record, revision).await {
-                        Ok((revision, record)) => {
-                            restored.push(shard.to_string());
-                            self.resolved(shard, revision, record);
-                        }
-                        Err(error) => self.soft("shard_record", shard, error)?,
-                    }
-                }
-                (ReadBack::Remove, Some(revision)) => {
-                    self.check_lease()?;
-                    match self.ctx.buckets.shards.delete_at(&key, revision).await {
-                        Cas::Applied(_) => {
-                            self.ctx.causes.leading().withdraw(DIFFERS, shard);
-                            self.unsure.remove(&shard);
-                        }
-                        // It has changed meanwhile: read again.
-                        Cas::Lost => {}
-                        Cas::Unknown(error) => self.soft(DIFFERS, shard, error)?,
-                    }
-                }
-                (ReadBack::Remove | ReadBack::Nothing, _) => {
-                    self.ctx.causes.leading().withdraw(DIFFERS, shard);
-                    self.unsure.remove(&shard);
-                }
-            }
-        }
-        if !restored.is_empty() {
-            let (all, shown) = (restored.len(), restored[..restored.len().min(8)].join(", "));
-            let message = format!(
-                "{all} shard records were deleted, lost or overwritten in NATS, and are written again: {shown}"
-            );
-            warn!("{message}");
-            self.ctx.event(Event::new("records.restored", message).with("bucket", "shards")).await;
-        }
-        if is_over(self.term, ahead) {
-            // What it said is undone. Whoever has believed it, as it knew nothing else, takes nothing of a lower term.
-            self.ctx.saw_term(ahead);
-            return Err(Error::Fenced(format!(
-                "a record of term {ahead} was put there by hand: leading anew above it"
-            )));
-        }
-        Ok(())
-    }
-
-    fn resolved(&mut self, shard: ShardId, revision: u64, record: ShardRecord) {
-        self.ctx.views.found_shard(revision, &record);
-        self.shards.insert(shard, (revision, record));
-        self.unsure.remove(&shard);
-        self.sent.remove(&shard);
-        self.ctx.causes.leading().withdraw(DIFFERS, shard);
-    }
-
-    /// All of them at once, where they are many.
-    async fn read_unsure(&self) -> Result<Vec<(ShardId, Option<Versioned>)>> {
-        let bucket = &self.ctx.buckets.shards;
-        if self.unsure.len() > PARALLEL {
-            let mut all = bucket.list().await?;
-            return Ok(self.unsure.iter().map(|shard| (*shard, all.remove(&shard.token()))).collect());
-        }
-        let reads =
-            self.unsure.iter().map(|shard| async move { Ok((*shard, bucket.get(&shard.token()).await?)) });
-        futures::future::try_join_all(reads).await
     }
 
     /// Writes again what NATS has lost besides shard records, or has garbage for: records of nodes, and the orders of

@@ -4,6 +4,7 @@
 //! step sets what the cluster's settings say, whoever does it and however often.
 
 use crate::error::Error;
+use crate::logic::jetstream::NOT_PERMITTED;
 use crate::model::events::Event;
 use crate::model::{ShardId, Term};
 use crate::nats::log::event_settings;
@@ -11,10 +12,10 @@ use crate::nats::upkeep::{Kept, Settings, bucket_settings, keep};
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::restore::restore_buckets;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 /// Pause between two looks.
 const LOOK: Duration = Duration::from_secs(1);
@@ -26,6 +27,8 @@ const LEFT_OVER: u32 = 60;
 /// Streams whose settings are not what they should be, and cannot be set back.
 const KIND: &str = "stream_settings";
 
+/// How often it is tried to bound consumers of a stream where NATS has refused it: an operator may have made room.
+const BOUND: Duration = Duration::from_secs(3_600);
 /// Streams of which it is not known whether they are as they should be, or that could not be set back this time.
 const UNCHECKED: &str = "stream_unchecked";
 
@@ -34,8 +37,8 @@ const UNCHECKED: &str = "stream_unchecked";
 struct Wrong {
     /// By stream: what is wrong.
     settings: BTreeMap<String, (Subject, Severity, String)>,
-    /// What was said of consumers: once, since nothing can be done about it in place.
-    unbounded: BTreeSet<String>,
+    /// Streams whose consumers could not be bounded, and when that was tried last: said once, and tried now and then.
+    unbounded: BTreeMap<String, Duration>,
 }
 
 /// Runs until the leader ends.
@@ -56,15 +59,34 @@ pub(super) async fn run(ctx: Arc<Context>, term: Term) {
             next = shard.0 + 1;
             look_at_log(&ctx, term, shard, &mut wrong).await;
         }
-        if looks.is_multiple_of(LEFT_OVER)
-            && ctx.leads() == Some(term)
-            && let Err(error) = ctx.control.nats.delete_stream(&ctx.subjects.room_stream()).await
-        {
-            debug!("{error}");
+        if looks.is_multiple_of(LEFT_OVER) && ctx.leads() == Some(term) {
+            let left = ctx.subjects.room_stream();
+            let deleted = ctx.control.nats.delete_stream(&left).await;
+            if let Err(error) = &deleted {
+                debug!("{error}");
+            }
+            say_denied(&ctx, &left, deleted.as_ref().err());
         }
         looks = looks.wrapping_add(1);
         ctx.causes.leading().replace(KIND, wrong.settings.values().cloned());
         say_versions(&ctx);
+    }
+}
+
+fn is_denied(error: &Error) -> bool {
+    matches!(error, Error::Invalid(_))
+}
+
+/// What NATS does not permit is a cause of that kind, from one look at a stream to the next: a look at a log may be minutes after the
+/// one before, and what NATS itself has said is forgotten by then.
+fn say_denied(ctx: &Context, stream: &str, error: Option<&Error>) {
+    let (leading, subject) = (ctx.causes.leading(), Subject::Named(stream.to_owned()));
+    match error.filter(|error| is_denied(error)) {
+        Some(error) => {
+            let text = format!("the leader cannot look after stream {stream}: {error}");
+            leading.raise(NOT_PERMITTED, subject, Severity::Yellow, text);
+        }
+        None => leading.withdraw(NOT_PERMITTED, subject),
     }
 }
 
@@ -103,16 +125,26 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
         return;
     }
     let name = wanted.name().to_owned();
-    let kept = keep(&ctx.control.nats, wanted).await;
+    let now = ctx.clock.now();
+    let may_bound = wrong.unbounded.get(&name).is_none_or(|tried| now.saturating_sub(*tried) >= BOUND);
+    let kept = keep(&ctx.control.nats, wanted, may_bound).await;
     // Not the leader's: it lapses by time, as a round here may take longer than one of the leader.
     if kept.is_ok() {
         ctx.causes.withdraw(UNCHECKED, Subject::Named(name.clone()));
     }
+    say_denied(ctx, &name, kept.as_ref().err());
     match kept {
-        Ok(Kept::Fine) => drop(wrong.settings.remove(&name)),
+        Ok(Kept::Fine) => {
+            wrong.settings.remove(&name);
+            wrong.unbounded.remove(&name);
+        }
+        Ok(Kept::Bounded(what)) => {
+            wrong.settings.remove(&name);
+            info!("stream {name} had no bounds for consumers yet, and has them now: {what}");
+        }
         Ok(Kept::Unbounded(what)) => {
             wrong.settings.remove(&name);
-            if wrong.unbounded.insert(name.clone()) {
+            if may_bound && wrong.unbounded.insert(name.clone(), now).is_none() {
                 warn!("consumers of stream {name} are not bounded as they should be: {what}");
             }
         }
@@ -137,6 +169,8 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
                 debug!("{error}");
             }
         }
+        // Said already.
+        Err(error) if is_denied(&error) => debug!("{error}"),
         // Looked at again at the next turn.
         Err(error) => {
             debug!("{error}");
