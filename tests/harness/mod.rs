@@ -292,12 +292,16 @@ impl TestCluster {
     }
 
     pub(crate) async fn wait_green_with(&self, up: usize) {
+        self.wait_steady(up, |status| status["status"] == "green").await;
+    }
+
+    /// Waits until nothing moves and all is `good`, and stays so.
+    pub(crate) async fn wait_steady(&self, up: usize, good: impl Fn(&Value) -> bool) {
         // Placement waits a moment after a node has come: green must last longer than that.
         let since = std::sync::Mutex::new(None);
-        eventually("the cluster is green and stays so", || async {
+        eventually("the cluster is well and stays so", || async {
             let status = self.status().await?;
-            let good =
-                status["status"] == "green" && status["migrations"] == 0 && status["nodes"]["up"] == up;
+            let good = good(&status) && status["migrations"] == 0 && status["nodes"]["up"] == up;
             let mut since = since.lock().expect("not poisoned");
             if !good {
                 *since = None;
