@@ -258,6 +258,9 @@ impl Names {
     }
 
     fn remark_on_vector(&self, id: Option<usize>, cells: &[usize]) -> String {
+        if cells.is_empty() {
+            return "there is a header line, and nothing below it".to_owned();
+        }
         let named = |at: &usize| format!("{:?}", self.all[*at]);
         let shown = match cells {
             [first, _, _, .., last] => format!("{} … {}", named(first), named(last)),

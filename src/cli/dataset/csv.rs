@@ -509,6 +509,14 @@ mod tests {
     }
 
     #[test]
+    fn a_header_alone_is_said_to_be_that() {
+        let set = opened(Format::Csv, "a", b"id,x,y\n", &ReadOptions::default()).unwrap();
+        let remarks = set.remarks();
+        assert_eq!(remarks.len(), 1, "{remarks:?}");
+        assert!(remarks[0].ends_with("there is a header line, and nothing below it"), "{remarks:?}");
+    }
+
+    #[test]
     fn what_was_not_said_is_remarked_on() {
         let set = opened(Format::Csv, "a", b"v0,x,y,z\n1,2,a,5\n3,,b,6\n", &ReadOptions::default()).unwrap();
         assert_eq!(set.remarks().len(), 1, "{:?}", set.remarks());
