@@ -10,7 +10,7 @@ use super::workload::SLOTS;
 use ruvector_cluster::model::wire::{PingRequest, encode};
 use ruvector_cluster::playground::{NodeOptions, NodeProcess};
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -93,10 +93,17 @@ impl Nemesis {
         for id in &holders {
             let dir = lab.node(id).data_dir();
             let file = store_file(&dir, shard);
-            let damaged = slots.by_ref().find_map(|slot| {
-                let text = format!("k{slot}-");
-                Some((flip_everywhere(&file, &text, 1), text)).filter(|(places, _)| *places > 0)
-            });
+            let mut damaged = None;
+            for slot in slots.by_ref() {
+                let (text, before) = (format!("k{slot}-"), std::fs::read(&file).expect("the shard's file"));
+                let places = flip_everywhere(&file, &text, 1);
+                if places > 0 && !self.is_whole(lab, shard, &dir, &file).await? {
+                    damaged = Some((places, text));
+                    break;
+                }
+                // Keys of this slot are only in pages that nothing leads to any more.
+                std::fs::write(&file, before).expect("the file as it was");
+            }
             let Some((places, text)) = damaged else {
                 self.say("this shard has no keys yet: not all copies are damaged");
                 return Ok(());
@@ -119,16 +126,44 @@ impl Nemesis {
         until(KNOWN, red).await?;
         let file = self.salvaged(lab, shard, &dirs).await?;
         hand.delete_stream(&stream).await?;
-        lab.wait_green(BEGUN).await?;
+        // Each of the damaged copies has what the new shard has not: they are kept, and named, until they are deleted by hand.
+        let begun = || async {
+            let status = lab.admin("status", json!({})).await?;
+            let causes = status["causes"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let kept = causes.iter().all(|cause| cause["kind"] == "copy_kept");
+            let full = status["shards"]["full"] == status["shards"]["total"];
+            if full && kept { Ok(()) } else { Err(status.to_string()) }
+        };
+        until(BEGUN, begun).await?;
         let imported = program::run(&lab.url(), &["vectors", "import", &file]).await;
         if imported.code != Some(0) {
             return Err(format!("{imported:?}"));
         }
+        for dir in &dirs {
+            delete_damaged(dir, shard);
+        }
+        lab.wait_green(BEGUN).await?;
         self.say("what was intact is there again");
         Ok(())
     }
 
     async fn salvaged(&self, lab: &Lab, shard: u32, dirs: &[PathBuf]) -> Result<String, String> {
+        let (file, ran, report) = self.salvage_files(lab, shard, dirs).await;
+        match ran.code == Some(0) && report["complete"] == true {
+            true => Ok(file),
+            false => Err(format!("what was salvaged is not complete: {ran:?}")),
+        }
+    }
+
+    /// Whether all that counts in the file of a node that does not run is as it was written.
+    async fn is_whole(&self, lab: &Lab, shard: u32, dir: &Path, file: &Path) -> Result<bool, String> {
+        let (_, ran, report) = self.salvage_files(lab, shard, &[dir.to_owned()]).await;
+        let files = report["files"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let found = files.iter().find(|found| found["file"] == file.display().to_string());
+        found.and_then(|found| found["whole"].as_bool()).ok_or_else(|| format!("it is not read: {ran:?}"))
+    }
+
+    async fn salvage_files(&self, lab: &Lab, shard: u32, dirs: &[PathBuf]) -> (String, program::Ran, Value) {
         let file = lab.dir().join(format!("salvaged-{}.jsonl", self.recorder.now())).display().to_string();
         let (shard, dirs) = (shard.to_string(), dirs.iter().map(|dir| dir.display().to_string()));
         let dirs: Vec<String> = dirs.flat_map(|dir| ["--data-dir".to_owned(), dir]).collect();
@@ -136,10 +171,7 @@ impl Nemesis {
         args.extend(dirs.iter().map(String::as_str));
         let ran = program::run(&lab.url(), &args).await;
         let report = serde_json::from_str::<Value>(&ran.out).unwrap_or_default();
-        match ran.code == Some(0) && report["complete"] == true {
-            true => Ok(file),
-            false => Err(format!("what was salvaged is not complete: {ran:?}")),
-        }
+        (file, ran, report)
     }
 
     /// A copy of a node's folder is started under its name.
@@ -193,6 +225,18 @@ impl Nemesis {
         }
         if !original_runs {
             lab.down.insert(id.to_owned());
+        }
+    }
+}
+
+/// What the README tells an operator to do with copies that were read.
+fn delete_damaged(dir: &Path, shard: u32) {
+    let file = store_file(dir, shard);
+    let damaged = format!("{}.damaged-", file.file_name().expect("a file").display());
+    for entry in std::fs::read_dir(file.parent().expect("a folder")).expect("the folder of shards") {
+        let path = entry.expect("an entry").path();
+        if path.file_name().is_some_and(|name| name.display().to_string().starts_with(&damaged)) {
+            std::fs::remove_file(&path).expect("the damaged copy is deleted");
         }
     }
 }
