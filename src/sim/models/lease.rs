@@ -58,7 +58,7 @@ struct Node {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct State {
     now: u64,
-    nodes: Vec<Node>,
+    nodes: [Node; 2],
     wires: Vec<Wire>,
     /// Revision, holder, term.
     lease: Option<(u64, Option<usize>, Term)>,
@@ -236,7 +236,8 @@ impl State {
     fn record(&self) -> Option<(u64, LeaderRecord)> {
         let (revision, holder, term) = self.lease?;
         let record = LeaderRecord {
-            node: holder.map(|n| format!("n{n}")),
+            // Whether there is one; who it is says `instance`.
+            node: holder.map(|_| String::new()),
             instance: holder.map(instance),
             term,
             acquired_at: DateTime::UNIX_EPOCH,
@@ -259,7 +260,7 @@ impl Model for World {
         };
         let mut state = State {
             now: 0,
-            nodes: (0..2).map(node).collect(),
+            nodes: [node(0), node(1)],
             wires: vec![],
             lease: None,
             spoilt: false,

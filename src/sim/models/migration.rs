@@ -14,7 +14,7 @@ use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRe
 use crate::model::wire::ReplicaReport;
 use crate::sim::mutant::Mutant;
 use crate::sim::records::{migration_record, shard_record};
-use stateright::{Checker, Model, Property};
+use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::time::Duration;
 
 /// The record in short.
@@ -381,8 +381,14 @@ impl Model for World {
     }
 }
 
+/// With a mutant, until what it breaks is found.
 fn check(mutant: Option<Mutant>) -> (usize, Vec<String>) {
-    let checker = World(mutant).checker().threads(2).spawn_bfs().join();
+    let checker = World(mutant).checker().threads(2);
+    let checker = match mutant {
+        Some(_) => checker.finish_when(HasDiscoveries::AllOf(["nothing is lost"].into())),
+        None => checker,
+    };
+    let checker = checker.spawn_bfs().join();
     let found = checker.discoveries().into_keys().map(str::to_owned).collect();
     (checker.unique_state_count(), found)
 }
