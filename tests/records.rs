@@ -632,8 +632,16 @@ async fn a_shard_of(cluster: &TestCluster, node: &str) -> u32 {
 /// While a node is away, a shard moves. Then everything stops, NATS loses the map, and that node is there first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_old_map_of_the_node_that_starts_first_does_not_win_over_what_others_remember() {
-    let mut cluster = TestCluster::start(Setup { replication_factor: 1, ..Setup::default() }).await;
+    let setup = Setup { replication_factor: 1, ..Setup::default() }.arg("--weight", "100");
+    let mut cluster = TestCluster::start(setup).await;
     fill(&cluster).await;
+    // One that held nothing, and has left in order: nobody waits for it.
+    let mut options = cluster.node_options("n4");
+    options.args.iter_mut().filter(|arg| *arg == "100").for_each(|arg| *arg = "1".into());
+    cluster.nodes.push(NodeProcess::start(options).unwrap());
+    cluster.wait_green().await;
+    let mut left = cluster.nodes.pop().unwrap();
+    assert!(left.stop(Duration::from_secs(20)).await.unwrap());
     let hand = cluster.by_hand();
     // The same leader goes on: it is not the term that tells the records apart.
     let away = cluster.follower().await;

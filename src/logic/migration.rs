@@ -20,6 +20,11 @@ const LOOK_COUNTS: Duration = Duration::from_secs(2);
 /// Less than the leader waits for progress.
 const HOLDER: Duration = Duration::from_secs(300);
 
+/// How long a holder that does not answer is waited for, of nodes that may be away for `patience`.
+pub(crate) fn waited_for(patience: Duration) -> Duration {
+    patience.min(HOLDER)
+}
+
 /// A live source that has said for so long that it has no replica, while its target was ready, cannot open its store.
 const OPENS_WITHIN: Duration = Duration::from_secs(60);
 
@@ -60,7 +65,7 @@ impl Silence {
         patience: Duration,
     ) -> Compared {
         self.0.retain(|node, _| silent.contains(node));
-        let patience = patience.min(HOLDER);
+        let patience = waited_for(patience);
         let mut waits = Vec::new();
         for node in silent {
             let since = *self.0.entry(node.clone()).or_insert(now);

@@ -11,7 +11,8 @@
 //!   was written. And one of a term *below* the lease's: the leader of that term has signed all records, unless it died before
 //!   it was done. Of both somebody may remember a later one, so they stay as they are while who may remember is waited for
 //!   (see [`super::placing`]). Replicas go by them meanwhile. Not so if the leader's process has watched since before the
-//!   record's term and knows no later one: then there is none.
+//!   record's term and knows no later one: then there is none. Nor if it has watched since that very term, and a leader has
+//!   signed what NATS has: whoever has led since has changed nothing, as when a leader dies before it has signed anything.
 //! - One of *our own* term that we have not written, and that a node remembers: our term was another's, before the lease went
 //!   back. If it was decided later than ours it counts.
 
@@ -84,7 +85,8 @@ pub(crate) fn at_start(case: Start<'_>) -> AtStart {
     let Start { term, replaced, since, known, ours, found } = case;
     let seen = |record: &ShardRecord| {
         let same = known.is_some_and(|known| !is_older(record, known));
-        same && since > 0 && since < record.term
+        let signed = found.is_some_and(|stored| !stored.remembered && stored.record == *record);
+        same && since > 0 && (since < record.term || since == record.term && signed)
     };
     let by_hand = |record: &ShardRecord| known.is_some_and(|k| is_unreached(replaced, k.term, record.term));
     if let (Some(known), Some(stored)) = (known, found)
@@ -234,7 +236,9 @@ mod tests {
                 let knows = record.term == known.term;
                 let before = at_start(Start { since: record.term - 1, ..case });
                 assert_eq!(before, if knows { Sign(record.clone()) } else { Wait }, "{case:?}");
-                assert_eq!(at_start(Start { since: record.term, ..case }), Wait, "{case:?}");
+                let signed = found.is_some_and(|found| !found.remembered && found.record == record);
+                let since_then = at_start(Start { since: record.term, ..case });
+                assert_eq!(since_then, if knows && signed { Sign(record) } else { Wait }, "{case:?}");
             }
         }
     }

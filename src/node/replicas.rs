@@ -330,6 +330,15 @@ impl Replicas {
             if !self.is_served(record).await {
                 continue;
             }
+            // A copy that is wrong is kept aside, and is never what is deleted here.
+            let wrong = self.wrong().get(&shard).cloned();
+            if let Some((kind, why)) = wrong {
+                if copies::set_aside(&self.ctx, &self.stores, shard, kind, &why).await {
+                    self.wrong().remove(&shard);
+                    unwanted.remove(&shard);
+                }
+                continue;
+            }
             let stores = self.stores.clone();
             let done = blocking(move || stores.destroy(shard)).await;
             self.ctx.used_disk(shard, "delete an old copy", &done);

@@ -200,26 +200,32 @@ impl Leader {
         self.unsure.extend(unsure);
     }
 
-    /// Records that waited are signed once nobody is waited for any more; until then it is said who is.
-    pub(super) fn sign_later(&mut self) {
+    /// Records that waited are signed once nobody is waited for any more, or as long as for a node that is away; until then it is
+    /// said who is. Says whether it is so far: what is waited for is another question when no record waits.
+    pub(super) fn sign_later(&mut self) -> bool {
         if self.unsigned.is_empty() {
-            return;
+            return false;
         }
         let (leading, count) = (self.ctx.causes.leading(), self.unsigned.len());
-        match waits(self.unplaced()) {
+        let unplaced = self.unplaced();
+        // A promise of maintenance lets copies stay where they are. Nobody is promoted meanwhile, so here it does not count.
+        let over = unplaced.leading >= unplaced.patience;
+        match waits(unplaced).filter(|_| !over) {
             Some(whom) => {
                 let what = format!(
-                    "NATS has lost the map or went back to an older one: of {count} shards it has what a node remembered, or what \
-                     an earlier leader wrote, which may not be the last; they stay where these records say, and nothing of \
-                     them is changed"
+                    "NATS has lost the map or went back to an older one, or a leader died before it had signed it: of {count} shards \
+                     it has what a node remembered, or what an earlier leader wrote, which may not be the last; they stay where \
+                     these records say, and nothing of them is changed"
                 );
                 let text = self.waiting_text(&what, &whom);
                 leading.retry(super::UNKNOWN, Subject::Node, Severity::Red, text);
+                false
             }
             None => {
                 leading.withdraw(super::UNKNOWN, Subject::Node);
                 info!(count, "nobody is waited for any more: signing what NATS has");
                 self.unsure.append(&mut self.unsigned);
+                true
             }
         }
     }
@@ -244,8 +250,8 @@ impl Leader {
     /// shard that we do not know is signed, or waits; anything else is overwritten, and said.
     ///
     /// What is there may be from before our last write (the bucket went back in time, or was made anew), so revisions
-    /// are taken as they are found. It may die anywhere: the next leader fences every record.
-    pub(super) async fn resolve_unsure(&mut self) -> Result<()> {
+    /// are taken as they are found. It may die anywhere: the next leader fences every record. `released`: nobody is waited for.
+    pub(super) async fn resolve_unsure(&mut self, released: bool) -> Result<()> {
         if self.unsure.is_empty() {
             return Ok(());
         }
@@ -257,7 +263,7 @@ impl Leader {
             }
             Err(error) => return self.soft(DIFFERS, Subject::Node, error),
         };
-        let waiting = waits(self.unplaced()).is_some();
+        let waiting = !released && waits(self.unplaced()).is_some();
         let view = self.ctx.view();
         let (mut restored, mut ahead) = (Vec::new(), 0);
         for (shard, found) in found {
@@ -293,10 +299,12 @@ impl Leader {
             }
             self.unsigned.remove(&shard);
             let revision = found.map(|f| f.revision);
+            // Ours, but written back by a node: the next leader would not know that it was signed.
+            let marked = good.as_ref().is_some_and(|found| found.remembered);
             let good = good.map(|found| found.record);
             match (read_back(self.term, good, revision.is_some(), ours), revision) {
                 (ReadBack::Fenced(term), _) => return Err(self.fenced(shard, term)),
-                (ReadBack::Keep(record), Some(revision)) => self.resolved(shard, revision, record),
+                (ReadBack::Keep(record), Some(revision)) if !marked => self.resolved(shard, revision, record),
                 (ReadBack::Keep(record) | ReadBack::Rewrite(record), revision) => {
                     match self.fence_one(record, revision).await {
                         Ok((revision, record)) => {

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::failpoint::pause;
 use crate::logic::migration::{
     Facts, Look, Step, given_up, has_none_for_long, joined, may_swap, next_step, released, swapped,
+    waited_for,
 };
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -170,13 +171,17 @@ impl Leader {
     /// Holders that the target does not wait for when it compares; it says so itself. That a leader which has been stopped
     /// writes this late does no harm: each list was true once, and the next leader writes its own.
     fn given_up(&self, before: &[NodeId], record: &ShardRecord) -> Vec<NodeId> {
-        let view = self.ctx.view();
+        let (view, now) = (self.ctx.view(), self.ctx.clock.now());
+        let patience = waited_for(self.ctx.config.rereplicate_after);
         let holders = record.replicas.iter().map(|node| {
             let role = match view.node(node) {
                 Some(known) => self.role(known),
                 None => self.role_of_stranger(node),
             };
-            (node, self.is_live(node), role == Role::Gone || self.is_broken(node, record.shard))
+            // In maintenance a node keeps its copies for much longer, and nobody else's moves wait for that.
+            let away = self.down_since.get(node).is_some_and(|since| now.saturating_sub(*since) > patience);
+            let gone = role == Role::Gone || away || self.is_broken(node, record.shard);
+            (node, self.is_live(node), gone)
         });
         given_up(before, &holders.collect::<Vec<_>>())
     }

@@ -454,14 +454,17 @@ impl Leader {
         }
         let actions = self.membership.on_tick(now);
         self.members(actions).await?;
-        self.sign_later();
-        self.resolve_unsure().await?;
+        let released = self.sign_later();
+        self.resolve_unsure(released).await?;
         self.write_back().await?;
         self.oversee_migrations().await?;
         self.rebuild_logs().await?;
         if self.ctx.clock.now() >= self.settled_at && self.has_heard_all() {
             self.place().await?;
-            self.cool().await?;
+            // Part of the map says nothing of how heat is spread.
+            if self.unsigned.is_empty() {
+                self.cool().await?;
+            }
         } else {
             self.promote_only().await?;
         }

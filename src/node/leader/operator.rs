@@ -97,7 +97,18 @@ impl Leader {
         self.drain_progress(node).await
     }
 
+    /// Who holds what is only known when all records are signed: a node that seems to hold nothing may hold the last copy.
+    fn knows_map(&self) -> Result<()> {
+        match self.unsigned.len() {
+            0 => Ok(()),
+            count => Err(Error::Unavailable(format!(
+                "who holds {count} shards is not known yet, as nodes that may remember are waited for: see status, and try again"
+            ))),
+        }
+    }
+
     async fn drain_progress(&self, node: &str) -> Result<DrainReply> {
+        self.knows_map()?;
         let input = self.plan_input(false);
         let plan = blocking(move || Ok(plan(&input))).await?;
         let held: Vec<ShardId> =
@@ -270,6 +281,7 @@ impl Leader {
             let plan = self.apply(id).await?;
             return Ok(self.described(id.clone(), plan).await);
         }
+        self.knows_map()?;
         let input = self.ordered_input();
         let copy = input.clone();
         let plan = blocking(move || Ok(plan(&input))).await?;

@@ -139,7 +139,10 @@ impl Replica {
             Course::Snapshot => {
                 let gap = gap_for_an_operator(&course, &applier.held, &ordered, log, &peers);
                 let loaded = self.load_snapshot(applier).await;
-                loaded.map_err(|error| gap.map_or(error, |gap| self.gap(&gap)))
+                loaded.map_err(|error| match (&error, gap) {
+                    (Error::Unavailable(_), Some(gap)) => self.gap(&gap),
+                    _ => error,
+                })
             }
             Course::Wait => {
                 self.close_gate(Error::Unavailable(format!(

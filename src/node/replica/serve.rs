@@ -349,7 +349,14 @@ impl Replica {
             return Ok(known);
         }
         let sent = self.ctx.clock.now();
-        let seq = self.barrier(until.saturating_duration_since(Instant::now())).await?;
+        let asked = self.barrier(until.saturating_duration_since(Instant::now())).await;
+        let seq = asked.map_err(|error| match error {
+            // Whatever has become of the barrier, nothing of the write that waits has been appended.
+            Error::Unavailable(why) if !self.stop.is_cancelled() => {
+                Error::Busy(format!("the log of shard {} does not say its time: {why}", self.shard))
+            }
+            error => error,
+        })?;
         let applied = self.wait_applied(seq, until.saturating_duration_since(Instant::now())).await;
         applied.map_err(|error| if self.stop.is_cancelled() { error } else { late() })?;
         let log_time_ms = self.log_time_ms.load(Ordering::SeqCst);

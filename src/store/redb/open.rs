@@ -116,9 +116,11 @@ impl RedbStore {
             })?;
         }
         // Unless the content was cleared meanwhile: then this was the old history.
-        if !self.pending()?.cleared {
+        let pending = self.pending()?;
+        if !pending.cleared {
             self.durable.store(point.applied, Ordering::Release);
         }
+        drop(pending);
         drop(disk);
         if let Some(kept) = kept {
             self.folder.bound(&kept);
