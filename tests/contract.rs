@@ -379,6 +379,46 @@ async fn a_full_log_refuses_writes_and_keeps_everything() {
     }
 }
 
+/// A replacement is compared by an entry of the log: which it must be able to take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_has_filled_up_behind_a_dead_holder_does_not_keep_it_from_being_replaced() {
+    let setup = Setup { shards: 1, replication_factor: 2, ..Setup::default() };
+    let mut cluster = TestCluster::start(setup.arg("--log-max-bytes", "1MiB")).await;
+    let record = cluster.shard(0).await;
+    let primary = record["primary"].as_str().unwrap().to_owned();
+    let holders = record["replicas"].as_array().unwrap().iter().filter_map(Value::as_str);
+    let dead = holders.clone().find(|node| *node != primary).unwrap().to_owned();
+    cluster.node(&dead).kill().await.unwrap();
+    let write = |n: usize, size: usize| {
+        let text = "x".repeat(size);
+        let entry = json!({"id": format!("v{n}"), "vector": [1, 2, 3, 4], "payload": {"text": text}});
+        cluster.api("upsert", json!({"entries": [entry]}))
+    };
+    let mut stored = 0;
+    // To the brim: an entry of the smallest kind does not fit, either.
+    for size in [10_000, 500, 1] {
+        loop {
+            let reply = write(stored, size).await;
+            if code(&reply) == "full" {
+                break;
+            }
+            stored += usize::from(reply["upserted"] == 1);
+            assert!(stored < 300, "the log never fills up");
+        }
+    }
+    cluster.admin("drain", json!({"node": dead})).await.unwrap();
+    eventually("the dead one is replaced, and writes are taken", || async {
+        let reply = write(stored, 1).await;
+        let record = cluster.shard(0).await;
+        let replaced =
+            !record["replicas"].as_array().unwrap().contains(&json!(dead)) && record["status"] == "full";
+        if reply["upserted"] == 1 && replaced { Ok(()) } else { Err(format!("{reply} {record}")) }
+    })
+    .await;
+    let count = cluster.api("count", json!({"consistency": "linearizable"})).await;
+    assert_eq!(count["count"], stored + 1);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_few_large_entries_have_filled_takes_writes_again() {
     let setup = Setup { shards: 1, ..Setup::default() }.arg("--log-max-bytes", "1MiB");

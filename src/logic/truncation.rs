@@ -2,9 +2,12 @@
 //!
 //! Pure. Keeps: no entry goes that a holder, joining ones included, does not have on its disk. A holder
 //! that does not answer, speaks of another log, or has found the log damaged, holds everything back: what it
-//! has there may be other entries, and comparing them needs those of the log.
+//! has there may be other entries, and comparing them needs those of the log. Only one that the leader has given up and is
+//! replacing does not, and only when the log is filling up: its replacement is compared by an entry of the log, which
+//! a full one takes no more. Should it come back, it takes a snapshot, as any replica whose log is gone.
 
 use crate::logic::replica::LogFacts;
+use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::ShardRecord;
 use crate::model::wire::ReplicaReport;
@@ -26,6 +29,14 @@ const ROOM: u64 = 16 << 20;
 pub(crate) fn is_worth_a_look(primary: &ReplicaReport, log_id: Uuid, done: u64, since: Duration) -> bool {
     let least = if since >= AGAIN { 1 } else { LEAST };
     primary.state == ReplicaState::Serving && primary.log_id == log_id && primary.durable >= done + least
+}
+
+/// Whose disks decide, beside the primary's: all holders but those that the shard's migration has given up.
+pub(crate) fn deciding<'a>(
+    record: &'a ShardRecord,
+    given_up: &'a [NodeId],
+) -> impl Iterator<Item = &'a NodeId> + use<'a> {
+    record.holders().filter(|node| **node != record.primary && !given_up.contains(node))
 }
 
 /// What every holder has on disk; `None` if somebody's answer is missing. `others` has one place for each
@@ -50,17 +61,20 @@ pub(crate) fn is_current(asked: &ShardRecord, stored: Option<&ShardRecord>) -> b
     })
 }
 
-/// The first sequence that stays, if truncating frees enough. `lowest` is on every holder's disk; a log that
-/// is filling up gives all of what may go.
+/// The first sequence that stays, if truncating frees enough. `lowest` is on the disk of every holder, or of all but those that
+/// were given up (`without_some`); a log that is filling up gives all of what may go.
 pub(crate) fn cut(
     lowest: u64,
     log: LogFacts,
-    bytes: u64,
-    log_max_bytes: u64,
+    (bytes, log_max_bytes): (u64, u64),
     ordered: Option<Uuid>,
+    without_some: bool,
 ) -> Option<u64> {
     let most = log_max_bytes.max(1);
     let filling = bytes > most / 2 || most.saturating_sub(bytes) < ROOM;
+    if without_some && !filling {
+        return None;
+    }
     let margin = if filling { 0 } else { MARGIN };
     let first = lowest.saturating_sub(margin) + 1 + u64::from(broken!(TruncateOneTooFar));
     if bytes < WORTH_BYTES.min(most / 16) || log.first_seq >= first {
@@ -110,23 +124,34 @@ mod tests {
     #[test]
     fn a_margin_stays_unless_the_log_is_filling_up() {
         let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
-        assert_eq!(cut(900, log, 8 << 20, 1 << 30, Some(A)), Some(900 - MARGIN + 1));
-        assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(A)), Some(901));
-        assert_eq!(cut(900, log, 1 << 20, 1 << 30, Some(A)), None, "not worth it");
-        assert_eq!(cut(1_000, log, 600 << 20, 1 << 30, Some(A)), Some(1_001));
+        assert_eq!(cut(900, log, (8 << 20, 1 << 30), Some(A), false), Some(900 - MARGIN + 1));
+        assert_eq!(cut(900, log, (600 << 20, 1 << 30), Some(A), false), Some(901));
+        assert_eq!(cut(900, log, (1 << 20, 1 << 30), Some(A), false), None, "not worth it");
+        assert_eq!(cut(1_000, log, (600 << 20, 1 << 30), Some(A), false), Some(1_001));
+    }
+
+    #[test]
+    fn a_holder_that_is_being_replaced_keeps_nothing_back_when_the_log_fills_up() {
+        let record = ShardRecord { joining: vec!["n4".into()], ..shard("n1", &["n2", "n3"]) };
+        let names = |given_up: &[NodeId]| deciding(&record, given_up).cloned().collect::<Vec<_>>();
+        assert_eq!(names(&[]), ["n2", "n3", "n4"]);
+        assert_eq!(names(&["n3".into()]), ["n2", "n4"]);
+        let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
+        assert_eq!(cut(900, log, (600 << 20, 1 << 30), Some(A), true), Some(901));
+        assert_eq!(cut(900, log, (8 << 20, 1 << 30), Some(A), true), None, "there is room: it may come back");
     }
 
     #[test]
     fn a_small_log_makes_room_for_one_large_write() {
         let log = LogFacts { id: A, first_seq: 1, last_seq: 4 };
-        assert_eq!(cut(4, log, 400 << 10, 1 << 20, Some(A)), Some(5));
+        assert_eq!(cut(4, log, (400 << 10, 1 << 20), Some(A), false), Some(5));
     }
 
     #[test]
     fn a_lost_tail_is_not_hidden_and_another_log_is_not_cut() {
         let log = LogFacts { id: A, first_seq: 1, last_seq: 1_000 };
-        assert_eq!(cut(1_001, log, 600 << 20, 1 << 30, Some(A)), None);
-        assert_eq!(cut(900, log, 600 << 20, 1 << 30, Some(B)), None);
+        assert_eq!(cut(1_001, log, (600 << 20, 1 << 30), Some(A), false), None);
+        assert_eq!(cut(900, log, (600 << 20, 1 << 30), Some(B), false), None);
     }
 
     #[test]

@@ -4,15 +4,15 @@ use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::jetstream;
 use crate::logic::parts::cut as cut_report;
-use crate::logic::truncation::{cut, is_current, is_worth_a_look, lowest};
-use crate::model::ShardId;
+use crate::logic::truncation::{cut, deciding, is_current, is_worth_a_look, lowest};
 use crate::model::events::{Heartbeat, LoadReport, ReplicaLoad, ReplicaState};
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
+use crate::model::{NodeId, ShardId};
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::replica::facts;
 use crate::node::replicas::Replicas;
-use crate::view::parse;
+use crate::view::{View, parse};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -157,7 +157,8 @@ pub(crate) async fn throttle(ctx: Arc<Context>) {
 ///
 /// Safe at any moment: `durable` never goes down while a store lives, a holder that does not answer
 /// holds everything back, and so does one that joined after we looked at the map. One that joins just then and finds
-/// the log too short takes a snapshot.
+/// the log too short takes a snapshot, and so does one that was given up and comes back: a list of those that is old costs
+/// that, and no entry, as everybody else has what goes on disk.
 pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut turns = ctx.every(TRUNCATE);
     // Up to where we have looked, and when; a restart only repeats one request.
@@ -179,14 +180,15 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                 continue;
             }
             low.insert(shard, report.durable);
-            for holder in record.holders().filter(|n| **n != ctx.node) {
+            for holder in deciding(record, given_up(&view, record)) {
                 holders.entry(holder.clone()).or_default().insert(shard);
             }
         }
         ask_durable(&ctx, &view, holders, &mut low).await;
         for (shard, durable) in low {
             let Some(asked) = view.shard(shard) else { continue };
-            match truncate(&ctx, asked, durable).await {
+            let without_some = !given_up(&view, asked).is_empty();
+            match truncate(&ctx, asked, durable, without_some).await {
                 // Also when it is not worth it yet: look again when more is on disk.
                 Ok(()) => {
                     ctx.causes.withdraw(NOT_TRUNCATED, shard);
@@ -202,12 +204,20 @@ pub(crate) async fn truncation(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     }
 }
 
+/// Holders that are being replaced, and that the leader has given up.
+fn given_up<'a>(view: &'a View, record: &ShardRecord) -> &'a [NodeId] {
+    let migration = record.migration.as_ref().and_then(|id| view.migrations.get(id));
+    migration.map(|(_, migration)| migration.given_up.as_slice()).unwrap_or_default()
+}
+
 /// Truncates one log if that frees enough; all of what may go when the log is filling up.
-async fn truncate(ctx: &Context, asked: &ShardRecord, durable: u64) -> Result<()> {
+async fn truncate(ctx: &Context, asked: &ShardRecord, durable: u64, without_some: bool) -> Result<()> {
     let shard = asked.shard;
     let Some(info) = ctx.logs.info(shard).await? else { return Ok(()) };
     let most = ctx.cluster.log_max_bytes.max(1) as u64;
-    let Some(first) = cut(durable, facts(info), info.bytes, most, Some(asked.log_id)) else { return Ok(()) };
+    let Some(first) = cut(durable, facts(info), (info.bytes, most), Some(asked.log_id), without_some) else {
+        return Ok(());
+    };
     let key = shard.token();
     let found = ctx.buckets.shards.get(&key).await?;
     let stored = found.and_then(|found| parse::<ShardRecord>(&found.value).ok());
@@ -223,7 +233,7 @@ async fn truncate(ctx: &Context, asked: &ShardRecord, durable: u64) -> Result<()
 /// log, takes the shard out of this round.
 async fn ask_durable(
     ctx: &Arc<Context>,
-    view: &crate::view::View,
+    view: &View,
     holders: BTreeMap<String, BTreeSet<ShardId>>,
     low: &mut BTreeMap<ShardId, u64>,
 ) {

@@ -122,7 +122,7 @@ pub(crate) async fn truncate(world: World, state: State) {
             let Some(Some(log)) = world.log_info(state.proc, shard).await else { continue };
             // An entry counts as one MiB of a log that holds forty.
             let bytes = (log.last_seq + 1 - log.first_seq) << 20;
-            if let Some(first) = truncation::cut(low, log, bytes, 40 << 20, Some(record.log_id)) {
+            if let Some(first) = truncation::cut(low, log, (bytes, 40 << 20), Some(record.log_id), false) {
                 let stored = match world.get(state.proc, Key::Shard(shard)).await {
                     Some(Some((_, Value::Shard(stored)))) => Some(stored),
                     _ => None,
