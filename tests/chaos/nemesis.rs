@@ -1,5 +1,6 @@
 //! What goes wrong, drawn from a seed: each fault begins, lasts for a while, and ends.
 
+use super::copies;
 use super::dice::Dice;
 use super::draw::{Draw, Faults};
 use super::fault::Fault;
@@ -34,6 +35,8 @@ pub(crate) struct Nemesis {
 
 /// Least pause between two lost disks.
 const BETWEEN_WIPES: Duration = Duration::from_secs(15);
+/// A drain is called off by then: there may be no leader for some seconds.
+const UNDRAINED: Duration = Duration::from_secs(20);
 /// How long a run that is about copies waits until one may be taken.
 const COPIED: Duration = Duration::from_secs(20);
 /// Replicas write what they have applied to their disks each second. Before that, what the log has lost is nowhere else,
@@ -261,7 +264,16 @@ impl Nemesis {
                 lab.ids().iter().for_each(|id| lab.revive(id));
             }
             Fault::HangNode(node) | Fault::FullLog(node) => signal(lab.node(node).pid(), "CONT"),
-            Fault::Drain(node) => drop(lab.admin("undrain", json!({"node": node})).await),
+            Fault::Drain(node) => {
+                // Nobody may lead at the moment: an operator sends it again.
+                let undrained = copies::until(UNDRAINED, || async {
+                    let reply = lab.admin("undrain", json!({"node": node})).await?;
+                    if reply["error"].is_null() { Ok(()) } else { Err(reply.to_string()) }
+                });
+                if let Err(why) = undrained.await {
+                    self.say(&format!("{node} stays drained: {why}"));
+                }
+            }
             Fault::Link(node, _) => lab.link(node, Link::Pass),
             Fault::AllLinks(_) => all_links(lab, Link::Pass),
             Fault::WipeStores | Fault::WipeStoresTwice | Fault::RollBackStores => {
