@@ -442,18 +442,20 @@ mod tests {
         Ordered { log_id, log_first_seq, log_base: None }
     }
 
+    const SERVES: Condition = Condition {
+        caught_up: true,
+        may_serve: true,
+        failed: false,
+        wrong: false,
+        late: false,
+        lost: None,
+        log_id: A,
+    };
+
     /// The others are told so: one that waits for it would wait for ever.
     #[test]
     fn one_that_is_late_could_serve_and_one_whose_store_has_failed_could_not() {
-        let serving = Condition {
-            caught_up: true,
-            may_serve: true,
-            failed: false,
-            wrong: false,
-            late: false,
-            lost: None,
-            log_id: A,
-        };
+        let serving = SERVES;
         let late = Condition { late: true, ..serving };
         assert_eq!((serving.could_serve(), late.serves(), late.could_serve()), (true, false, true));
         assert!(!Condition { failed: true, ..serving }.could_serve());
@@ -463,15 +465,7 @@ mod tests {
     /// Until it is closed it goes on to apply what its log brings, and may well have all of that.
     #[test]
     fn a_replica_that_is_known_to_be_wrong_does_not_serve_whatever_it_applies() {
-        let right = Condition {
-            caught_up: true,
-            may_serve: true,
-            failed: false,
-            wrong: false,
-            late: false,
-            lost: None,
-            log_id: A,
-        };
+        let right = SERVES;
         assert_eq!((right.serves(), right.state()), (true, ReplicaState::Serving));
         let wrong = Condition { wrong: true, ..right };
         assert_eq!((wrong.serves(), wrong.could_serve()), (false, false));
