@@ -57,6 +57,46 @@ fn assert_reached(input: &PlanInput, plan: &RebalancePlan, after: &PlanInput) {
     assert!(plan.unmet.iter().all(|u| u.shard.is_none() && u.node.is_none()), "{:?}", plan.unmet);
 }
 
+/// Everybody's share of the primaries by weight, where nobody leads more shards than it holds: what the
+/// light ones cannot take is shared by the others.
+fn shares_of_primaries(input: &PlanInput) -> BTreeMap<&str, f64> {
+    let held = counts(input);
+    let mut shares = BTreeMap::new();
+    loop {
+        let open = || input.nodes.iter().filter(|(name, _)| !shares.contains_key(name.as_str()));
+        let weight: f64 = open().map(|(_, node)| f64::from(node.weight)).sum();
+        let left = input.shards.len() as f64 - shares.values().sum::<f64>();
+        let share = |node: &PlanNode| left * f64::from(node.weight) / weight;
+        let full: Vec<(&str, f64)> = open()
+            .map(|(name, node)| (name.as_str(), held[name.as_str()] as f64, share(node)))
+            .filter_map(|(name, held, share)| (held < share).then_some((name, held)))
+            .collect();
+        if full.is_empty() {
+            let rest: Vec<(&str, f64)> = open().map(|(name, node)| (name.as_str(), share(node))).collect();
+            shares.extend(rest);
+            return shares;
+        }
+        shares.extend(full);
+    }
+}
+
+fn assert_primaries_even(weights: Vec<u32>, shards: u32, rf: usize) {
+    let nodes = weights.into_iter().map(|weight| (0, weight)).collect();
+    let input = build(&Shape { nodes, racks: 0, shards, rf });
+    let after = apply(&input, &plan(&input));
+    let (counts, shares) = (primaries(&after), shares_of_primaries(&after));
+    for name in after.nodes.keys() {
+        let (count, share) = (counts[name.as_str()] as f64, shares[name.as_str()]);
+        assert!((count - share).abs() < 1.0 + 1e-9, "{name}: {count}, share {share}");
+    }
+}
+
+#[test]
+fn what_a_light_node_cannot_lead_is_led_by_heavy_ones() {
+    let weights = [1, 2, 2, 1, 3, 3, 2, 1, 3, 3, 1, 1, 1, 2, 2, 1, 1, 1, 3, 3, 3, 3, 1, 3, 1, 2, 3, 2];
+    assert_primaries_even(weights.to_vec(), 18, 2);
+}
+
 fn assert_minimal(plan: &RebalancePlan, racks: usize) {
     let most = if racks == 0 { 1.0 } else { 1.02 };
     assert!(plan.ratio <= most, "{} moves, at least {}", plan.moves.len(), plan.lower_bound);
@@ -170,16 +210,7 @@ proptest! {
         weights in prop::collection::vec(1u32..4, 3..30), shards in 1u32..300, rf in 2usize..5,
     ) {
         // With weights far apart, light nodes may share shards among themselves and must lead some.
-        let nodes = weights.into_iter().map(|weight| (0, weight)).collect();
-        let input = build(&Shape { nodes, racks: 0, shards, rf });
-        let after = apply(&input, &plan(&input));
-        let weights: f64 = after.nodes.values().map(|n| f64::from(n.weight)).sum();
-        let counts = primaries(&after);
-        for (name, node) in &after.nodes {
-            let share = after.shards.len() as f64 * f64::from(node.weight) / weights;
-            let count = counts[name.as_str()] as f64;
-            prop_assert!((count - share).abs() < 1.0 + 1e-9, "{name}: {count}, share {share}");
-        }
+        assert_primaries_even(weights, shards, rf);
     }
 
     #[test]
