@@ -16,10 +16,11 @@
 //! - One of *our own* term that we have not written, and that a node remembers: our term was another's, before the lease went
 //!   back. If it was decided later than ours it counts.
 
-use super::fencing::{is_older, is_over, newest};
-use crate::model::Term;
+use super::fencing::{ReadBack, is_older, is_over, newest, read_back};
 use crate::model::records::ShardRecord;
+use crate::model::{ShardId, Term};
 use serde::Deserialize;
+use std::collections::BTreeSet;
 
 /// A node that writes back what it remembers adds its name to the record under this key. Nobody who reads records minds it, and it
 /// goes when a leader signs the record.
@@ -181,6 +182,86 @@ pub(crate) fn on_meeting(case: Meeting<'_>) -> Met {
     }
 }
 
+/// A record that a leader reads again, as it does not know what has become of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reading<'a> {
+    pub(crate) term: Term,
+    pub(crate) replaced: Option<Term>,
+    /// As this leader has written it; `None`: it has not signed it yet.
+    pub(crate) ours: Option<&'a ShardRecord>,
+    /// Its copy of the map.
+    pub(crate) map: Option<&'a ShardRecord>,
+    /// Something is there.
+    pub(crate) present: bool,
+    /// What is there, if it makes sense.
+    pub(crate) found: Option<&'a Stored>,
+    /// It is what this leader has written last, or may have.
+    pub(crate) written: bool,
+    /// Who may remember a later record than an old one is waited for.
+    pub(crate) waiting: bool,
+    /// The lease's record, read after this one, was ours.
+    pub(crate) leads: bool,
+}
+
+/// What is done about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// It is as it should be.
+    Keep(ShardRecord),
+    /// Signs this one, at the revision that was read. If that has changed meanwhile, what is there then is read and judged like
+    /// any other: it may be what a node remembers.
+    Sign(ShardRecord),
+    /// Leaves it as it is for now.
+    Wait,
+    /// Removes garbage.
+    Remove,
+    /// There is nothing, and nothing should be.
+    Nothing,
+    /// Looks at the lease: if it is ours, this one was put there by hand in this term.
+    IfDeposed(Term),
+    /// Leads anew above this term, or lets somebody else.
+    Fenced(Term),
+}
+
+/// Decides.
+pub(crate) fn again(case: Reading<'_>) -> Again {
+    let Reading { term, replaced, ours, map, present, found, written, waiting, leads } = case;
+    let mut good = found.cloned();
+    if ours.is_none() {
+        // What we remember ourselves, we have written back when we joined: it may be lost again.
+        let remembered = found.is_some_and(|found| found.remembered);
+        let record = newest(good.map(|found| found.record), map.cloned());
+        good = record.map(|record| Stored { record, remembered });
+    }
+    if let Some(stored) = &good {
+        match on_meeting(Meeting { term, replaced, ours, found: stored, written, waiting }) {
+            Met::Good => {}
+            Met::ByHand => good = None,
+            Met::IfDeposed if leads => good = None,
+            Met::IfDeposed => return Again::IfDeposed(stored.record.term),
+            Met::Wait => return Again::Wait,
+            Met::Fenced(term) => return Again::Fenced(term),
+        }
+    }
+    // Ours, but written back by a node: the next leader would not know that it was signed.
+    let marked = good.as_ref().is_some_and(|found| found.remembered);
+    match read_back(term, good.map(|found| found.record), present, ours) {
+        ReadBack::Fenced(term) => Again::Fenced(term),
+        ReadBack::Keep(record) if present && !marked => Again::Keep(record),
+        ReadBack::Keep(record) | ReadBack::Rewrite(record) => Again::Sign(record),
+        ReadBack::Remove => Again::Remove,
+        ReadBack::Nothing => Again::Nothing,
+    }
+}
+
+/// Which ones are next, where not all can be: `most` of those behind `after`, and on from the beginning, so that some which
+/// always fail keep no others waiting.
+pub(crate) fn next_turn(all: &BTreeSet<ShardId>, after: Option<ShardId>, most: usize) -> Vec<ShardId> {
+    let behind = |shard: &&ShardId| after.is_none_or(|after| **shard > after);
+    let (first, then) = (all.iter().filter(behind), all.iter().filter(|shard| !behind(shard)));
+    first.chain(then).take(most).copied().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,6 +351,62 @@ mod tests {
             let case = Meeting { term: 6, replaced, ours, found, written, waiting };
             assert_eq!(on_meeting(case), expected, "{case:?}");
         }
+    }
+
+    /// A write was lost to somebody else's: what is there now may be what a node has written back, or an older one.
+    #[test]
+    fn a_record_that_came_before_a_signature_waits_like_one_that_was_there_before() {
+        // We lead in 6, have replaced 5, and have not signed it: what is found, whether a node remembers it, whether somebody
+        // is waited for.
+        let judged = |found: Option<(Term, i64)>, remembered, waiting| {
+            let found = found.map(|(term, at)| Stored { record: record(term, at), remembered });
+            let (present, found) = (found.is_some(), found.as_ref());
+            let (term, replaced, written, leads) = (6, Some(5), false, false);
+            let (ours, map) = (None, None);
+            again(Reading { term, replaced, ours, map, present, found, written, waiting, leads })
+        };
+        assert_eq!(judged(Some((5, 100)), false, true), Again::Sign(record(5, 100)));
+        // Lost to one of these.
+        assert_eq!(judged(Some((5, 200)), true, true), Again::Wait);
+        assert_eq!(judged(Some((3, 900)), false, true), Again::Wait);
+        assert_eq!(judged(Some((8, 50)), true, true), Again::Fenced(8));
+        assert_eq!(judged(None, false, true), Again::Nothing);
+        // Nobody is waited for any more.
+        assert_eq!(judged(Some((5, 200)), true, false), Again::Sign(record(5, 200)));
+        assert_eq!(judged(Some((6, 200)), false, true), Again::Keep(record(6, 200)), "our write has landed");
+        assert_eq!(judged(Some((6, 200)), true, false), Again::Sign(record(6, 200)), "it is marked");
+    }
+
+    #[test]
+    fn a_record_of_ours_that_is_read_again_is_written_again_unless_another_leads() {
+        let ours = record(6, 100);
+        let judged = |found: Option<(Term, i64)>, remembered, written, leads| {
+            let found = found.map(|(term, at)| Stored { record: record(term, at), remembered });
+            let (present, found) = (found.is_some(), found.as_ref());
+            let (term, replaced, waiting) = (6, Some(5), true);
+            let (ours, map) = (Some(&ours), Some(&ours));
+            again(Reading { term, replaced, ours, map, present, found, written, waiting, leads })
+        };
+        assert_eq!(judged(None, false, false, false), Again::Sign(ours.clone()));
+        assert_eq!(judged(Some((4, 900)), true, false, false), Again::Sign(ours.clone()));
+        assert_eq!(judged(Some((6, 100)), false, true, false), Again::Keep(ours.clone()));
+        assert_eq!(judged(Some((6, 900)), false, false, false), Again::Sign(ours.clone()), "by hand");
+        assert_eq!(judged(Some((6, 900)), true, false, false), Again::Fenced(6));
+        assert_eq!(judged(Some((9, 50)), false, false, false), Again::IfDeposed(9));
+        assert_eq!(judged(Some((9, 50)), false, false, true), Again::Sign(ours.clone()));
+        assert_eq!(judged(Some((9, 50)), true, false, true), Again::Fenced(9));
+    }
+
+    #[test]
+    fn where_many_records_are_read_again_all_have_their_turn() {
+        let all: BTreeSet<ShardId> = (0..5).map(ShardId).collect();
+        let turn = |after: Option<u32>, most| -> Vec<u32> {
+            next_turn(&all, after.map(ShardId), most).into_iter().map(|shard| shard.0).collect()
+        };
+        assert_eq!(turn(None, 3), [0, 1, 2]);
+        assert_eq!(turn(Some(2), 3), [3, 4, 0]);
+        assert_eq!(turn(Some(4), 9), [0, 1, 2, 3, 4]);
+        assert!(next_turn(&BTreeSet::new(), Some(ShardId(1)), 3).is_empty());
     }
 
     #[test]

@@ -10,9 +10,9 @@
 use super::Leader;
 use crate::clock::wall;
 use crate::error::{Error, Result};
-use crate::logic::fencing::{ReadBack, is_older, is_over, is_plausible, newest, read_back, signed_at};
+use crate::logic::fencing::{is_over, is_plausible, signed_at};
 use crate::logic::placing::waits;
-use crate::logic::signing::{AtStart, Meeting, Met, Start, Stored, at_start, on_meeting};
+use crate::logic::signing::{Again, AtStart, Reading, Start, Stored, again, at_start, next_turn};
 use crate::model::events::Event;
 use crate::model::records::{LeaderRecord, ShardRecord};
 use crate::model::{ShardId, Term};
@@ -23,6 +23,7 @@ use crate::node::restore::restore_buckets;
 use crate::view::{LEADER_KEY, View, parse};
 use futures::{StreamExt, TryStreamExt};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use tracing::{info, warn};
 
 /// Records written at a time.
@@ -32,8 +33,30 @@ const NAMED: usize = 8;
 /// The bucket's record of a shard is not the one that nodes go by.
 const DIFFERS: &str = "shard_record";
 
-/// What is there of records of unknown state.
-type Read = Vec<(ShardId, Option<Versioned>)>;
+/// Writes of a new leader's first signature, each at what the one before has met.
+const TRIES: usize = 5;
+/// Records of unknown state that are read again in one turn, and how long writes of it are begun.
+const BATCH: usize = 512;
+const TURN: Duration = Duration::from_millis(500);
+
+/// What is there of a record of unknown state.
+struct Found {
+    shard: ShardId,
+    /// `None`: nothing.
+    revision: Option<u64>,
+    /// If it makes sense.
+    good: Option<Stored>,
+}
+
+/// What has become of a record at a leader's start.
+enum First {
+    /// It is signed; `undone`: in the place of one that was put there by hand in this term.
+    Signed { revision: u64, record: Box<ShardRecord>, undone: Option<Term> },
+    /// Somebody may remember a later one.
+    Waits,
+    /// It is gone.
+    Nothing,
+}
 
 impl Leader {
     /// Signs every shard record, starting from the newest good copy: the bucket's, or our own where the bucket has garbage or
@@ -52,44 +75,34 @@ impl Leader {
             other => other?,
         };
         self.replaced = before.term;
-        let view = self.ctx.view();
-        let (mut work, mut forged) = (Vec::new(), BTreeMap::new());
+        let mut work = Vec::new();
         for shard in (0..self.ctx.cluster.num_shards).map(ShardId) {
-            let key = shard.token();
-            let found = stored.get(&key);
-            let good = found.and_then(|found| self.good(&key, &found.value));
-            let decided = at_start(Start {
-                term: self.term,
-                replaced: before.term,
-                since: before.view.lease_first,
-                known: before.view.shard(shard),
-                ours: view.shard(shard),
-                found: good.as_ref(),
-            });
-            let record = match decided {
+            let found = stored.get(&shard.token()).cloned();
+            // Before anything is signed: whoever is fenced signs nothing.
+            match self.judge_first(before, shard, found.as_ref()) {
                 AtStart::Fenced(term) => return Err(self.fenced(shard, term)),
-                AtStart::Nothing => continue,
-                AtStart::Wait => {
-                    self.unsigned.insert(shard);
-                    continue;
-                }
-                AtStart::Undo(record, term) => {
-                    forged.insert(shard, term);
-                    record
-                }
-                AtStart::Sign(record) => record,
-            };
-            work.push((record, found.map(|found| found.revision)));
+                AtStart::Nothing => {}
+                AtStart::Wait => drop(self.unsigned.insert(shard)),
+                AtStart::Undo(..) | AtStart::Sign(_) => work.push((shard, found)),
+            }
         }
         let this = &*self;
-        let fenced: Vec<(u64, ShardRecord)> = futures::stream::iter(work)
-            .map(|(record, revision)| this.fence_one(record, revision))
+        let first: Vec<(ShardId, First)> = futures::stream::iter(work)
+            .map(|(shard, found)| this.sign_first(before, shard, found))
             .buffer_unordered(PARALLEL)
             .try_collect()
             .await?;
-        for (revision, record) in fenced {
-            self.ctx.views.note_shard(revision, &record);
-            self.shards.insert(record.shard, (revision, record));
+        let mut forged = BTreeMap::new();
+        for (shard, first) in first {
+            match first {
+                First::Nothing => {}
+                First::Waits => drop(self.unsigned.insert(shard)),
+                First::Signed { revision, record, undone } => {
+                    forged.extend(undone.map(|term| (shard, term)));
+                    self.ctx.views.note_shard(revision, &record);
+                    self.shards.insert(shard, (revision, *record));
+                }
+            }
         }
         let (signed, unsigned) = (self.shards.len(), self.unsigned.len());
         info!(term = self.term, signed, unsigned, "shard records carry the new term");
@@ -132,48 +145,74 @@ impl Leader {
         good.then(|| Stored::new(record, value))
     }
 
-    /// Signs what somebody has decided, and changes nothing of it.
-    async fn fence_one(&self, mut record: ShardRecord, revision: Option<u64>) -> Result<(u64, ShardRecord)> {
-        let (key, bucket) = (record.shard.token(), &self.ctx.buckets.shards);
-        let mut revision = revision;
-        // The decision that we write under our term.
-        let mut decided = record.clone();
-        let mut sent: Vec<ShardRecord> = Vec::new();
-        for _ in 0..5 {
-            self.check_lease()?;
-            self.sign(&mut record, false);
-            sent.push(record.clone());
-            let value = serde_json::to_vec(&record).map_err(|e| Error::Internal(e.to_string()))?;
-            let written = match revision {
-                Some(revision) => bucket.cas(&key, value, revision).await,
-                None => bucket.create(&key, value).await?,
+    /// What a new leader does with a record that it finds.
+    fn judge_first(&self, before: &Before, shard: ShardId, found: Option<&Versioned>) -> AtStart {
+        let good = found.and_then(|found| self.good(&shard.token(), &found.value));
+        let view = self.ctx.view();
+        at_start(Start {
+            term: self.term,
+            replaced: before.term,
+            since: before.view.lease_first,
+            known: before.view.shard(shard),
+            ours: view.shard(shard),
+            found: good.as_ref(),
+        })
+    }
+
+    /// Signs what somebody has decided, and changes nothing of it. If somebody else was faster, what is there then is judged
+    /// like what was there before: a node may have written back what it remembers, and that may have to wait.
+    async fn sign_first(
+        &self,
+        before: &Before,
+        shard: ShardId,
+        mut found: Option<Versioned>,
+    ) -> Result<(ShardId, First)> {
+        let key = shard.token();
+        let (mut sent, mut undone): (Vec<ShardRecord>, _) = (Vec::new(), None);
+        for _ in 0..TRIES {
+            let revision = found.as_ref().map(|found| found.revision);
+            let good = found.as_ref().and_then(|found| self.good(&key, &found.value));
+            // Its answer was lost, and it has landed.
+            let landed = good.filter(|good| !good.remembered && sent.contains(&good.record));
+            if let (Some(Stored { record, .. }), Some(revision)) = (landed, revision) {
+                return Ok((shard, First::Signed { revision, record: Box::new(record), undone }));
+            }
+            let record = match self.judge_first(before, shard, found.as_ref()) {
+                AtStart::Fenced(term) => return Err(self.fenced(shard, term)),
+                AtStart::Nothing => return Ok((shard, First::Nothing)),
+                AtStart::Wait => return Ok((shard, First::Waits)),
+                AtStart::Sign(record) => record,
+                AtStart::Undo(record, term) => {
+                    undone = undone.max(Some(term));
+                    record
+                }
             };
-            if let Cas::Applied(revision) = written {
-                return Ok((revision, record));
+            let record = self.signed(record);
+            match self.write_signed(&record, revision).await? {
+                Cas::Applied(revision) => {
+                    return Ok((shard, First::Signed { revision, record: Box::new(record), undone }));
+                }
+                Cas::Lost | Cas::Unknown(_) => sent.push(record),
             }
-            // Lost, or no answer: look what is there now, and decide again.
-            let found = bucket.get(&key).await?;
-            revision = found.as_ref().map(|found| found.revision);
-            if let Some(now) = found.and_then(|found| self.good(&key, &found.value)) {
-                let Stored { record: now, remembered } = now;
-                if is_over(self.term, now.term) {
-                    return Err(self.fenced(record.shard, now.term));
-                }
-                if let (true, Some(revision)) = (sent.contains(&now), revision) {
-                    return Ok((revision, now));
-                }
-                if remembered && now.term == self.term && is_older(&now, &decided) {
-                    return Err(self.fenced(record.shard, now.term));
-                }
-                // What is of an older term is no news, whoever has put it there meanwhile; and of what is of ours, only
-                // what we have sent.
-                if !is_older(&decided, &now) && now.term < self.term {
-                    decided = now.clone();
-                    record = now;
-                }
-            }
+            found = self.ctx.buckets.shards.get(&key).await?;
         }
-        Err(Error::Unavailable(format!("the record of shard {} cannot be written", record.shard)))
+        Err(Error::Unavailable(format!("the record of shard {shard} cannot be written")))
+    }
+
+    /// Nothing of it is decided anew.
+    fn signed(&self, mut record: ShardRecord) -> ShardRecord {
+        self.sign(&mut record, false);
+        record
+    }
+
+    async fn write_signed(&self, record: &ShardRecord, revision: Option<u64>) -> Result<Cas> {
+        self.check_lease()?;
+        let (key, bucket) = (record.shard.token(), &self.ctx.buckets.shards);
+        let value = serde_json::to_vec(record).map_err(|e| Error::Internal(e.to_string()))?;
+        match revision {
+            Some(revision) => Ok(bucket.cas(&key, value, revision).await),
+            None => bucket.create(&key, value).await,
+        }
     }
 
     /// Writes into a record that it is ours; `decided`: it says something new of where its data are.
@@ -223,8 +262,11 @@ impl Leader {
             }
             None => {
                 leading.withdraw(super::UNKNOWN, Subject::Node);
-                info!(count, "nobody is waited for any more: signing what NATS has");
-                self.unsure.append(&mut self.unsigned);
+                if self.unsure.is_disjoint(&self.unsigned) {
+                    info!(count, "nobody is waited for any more: signing what NATS has");
+                }
+                // Each is one that is not signed yet until it is.
+                self.unsure.extend(&self.unsigned);
                 true
             }
         }
@@ -250,12 +292,15 @@ impl Leader {
     /// shard that we do not know is signed, or waits; anything else is overwritten, and said.
     ///
     /// What is there may be from before our last write (the bucket went back in time, or was made anew), so revisions
-    /// are taken as they are found. It may die anywhere: the next leader fences every record. `released`: nobody is waited for.
+    /// are taken as they are found. It may die anywhere: the next leader fences every record. Each is tried once: what was
+    /// lost to somebody else's write, or has no answer, stays of unknown state and is judged anew in a later turn. As many are
+    /// tried as there is time for, so that the leader goes on hearing nodes. `released`: nobody is waited for.
     pub(super) async fn resolve_unsure(&mut self, released: bool) -> Result<()> {
         if self.unsure.is_empty() {
             return Ok(());
         }
-        let found = match self.read_unsure().await {
+        let turn = next_turn(&self.unsure, self.resolved_last, BATCH);
+        let found = match self.read_unsure(&turn).await {
             Ok(found) => found,
             Err(Error::NotFound(_)) => {
                 let made = restore_buckets(&self.ctx).await;
@@ -264,72 +309,71 @@ impl Leader {
             Err(error) => return self.soft(DIFFERS, Subject::Node, error),
         };
         let waiting = !released && waits(self.unplaced()).is_some();
-        let view = self.ctx.view();
-        let (mut restored, mut ahead) = (Vec::new(), 0);
-        for (shard, found) in found {
-            let key = shard.token();
-            let text = "its record in NATS is not what nodes go by, and cannot be written again";
+        let mut ahead = 0;
+        let mut judged = self.judge_again(&found, waiting, false);
+        let deposed = judged.iter().filter_map(|again| match again {
+            Again::IfDeposed(term) => Some(*term),
+            _ => None,
+        });
+        if let Some(term) = deposed.max() {
+            match self.lease_is_ours().await {
+                Ok(true) => (ahead, judged) = (term, self.judge_again(&found, waiting, true)),
+                Ok(false) => {}
+                Err(error) => return self.soft(DIFFERS, Subject::Node, error),
+            }
+        }
+        let mut work = Vec::new();
+        for (Found { shard, revision, .. }, again) in found.into_iter().zip(judged) {
+            let text = match self.unsigned.contains(&shard) {
+                true => "its record in NATS cannot be signed by who leads now",
+                false => "its record in NATS is not what nodes go by, and cannot be written again",
+            };
             self.ctx.causes.leading().retry(DIFFERS, shard, Severity::Yellow, text);
-            let mut good = found.as_ref().and_then(|found| self.good(&key, &found.value));
-            let ours = self.shards.get(&shard).map(|(_, ours)| ours);
-            if ours.is_none() {
-                // What we remember ourselves, we have written back when we joined: it may be lost again.
-                let remembered = good.as_ref().is_some_and(|found| found.remembered);
-                let record = newest(good.map(|found| found.record), view.shard(shard).cloned());
-                good = record.map(|record| Stored { record, remembered });
-            }
-            if let Some(stored) = &good {
-                let (term, replaced, written) = (self.term, self.replaced, self.wrote(&stored.record));
-                match on_meeting(Meeting { term, replaced, ours, found: stored, written, waiting }) {
-                    Met::Good => {}
-                    Met::ByHand => good = None,
-                    Met::Fenced(term) => return Err(self.fenced(shard, term)),
-                    Met::IfDeposed => match self.lease_is_ours().await {
-                        Ok(true) => (ahead, good) = (stored.record.term.max(ahead), None),
-                        Ok(false) => {}
-                        Err(error) => return self.soft(DIFFERS, shard, error),
-                    },
-                    Met::Wait => {
-                        self.ctx.causes.leading().withdraw(DIFFERS, shard);
-                        self.unsure.remove(&shard);
-                        self.unsigned.insert(shard);
-                        continue;
-                    }
-                }
-            }
-            self.unsigned.remove(&shard);
-            let revision = found.map(|f| f.revision);
-            // Ours, but written back by a node: the next leader would not know that it was signed.
-            let marked = good.as_ref().is_some_and(|found| found.remembered);
-            let good = good.map(|found| found.record);
-            match (read_back(self.term, good, revision.is_some(), ours), revision) {
-                (ReadBack::Fenced(term), _) => return Err(self.fenced(shard, term)),
-                (ReadBack::Keep(record), Some(revision)) if !marked => self.resolved(shard, revision, record),
-                (ReadBack::Keep(record) | ReadBack::Rewrite(record), revision) => {
-                    match self.fence_one(record, revision).await {
-                        Ok((revision, record)) => {
-                            restored.push(shard.to_string());
-                            self.resolved(shard, revision, record);
-                        }
-                        Err(error) => self.soft(DIFFERS, shard, error)?,
-                    }
-                }
-                (ReadBack::Remove, Some(revision)) => {
-                    self.check_lease()?;
-                    match self.ctx.buckets.shards.delete_at(&key, revision).await {
-                        Cas::Applied(_) => {
-                            self.ctx.causes.leading().withdraw(DIFFERS, shard);
-                            self.unsure.remove(&shard);
-                        }
-                        // It has changed meanwhile: read again.
-                        Cas::Lost => {}
-                        Cas::Unknown(error) => self.soft(DIFFERS, shard, error)?,
-                    }
-                }
-                (ReadBack::Remove | ReadBack::Nothing, _) => {
+            match (again, revision) {
+                (Again::Fenced(term) | Again::IfDeposed(term), _) => return Err(self.fenced(shard, term)),
+                (Again::Wait, _) => {
                     self.ctx.causes.leading().withdraw(DIFFERS, shard);
                     self.unsure.remove(&shard);
+                    self.unsigned.insert(shard);
                 }
+                (Again::Keep(record), Some(revision)) => self.resolved(shard, revision, record),
+                (Again::Keep(record) | Again::Sign(record), revision) => {
+                    work.push((shard, revision, Some(self.signed(record))))
+                }
+                (Again::Remove, Some(revision)) => work.push((shard, Some(revision), None)),
+                (Again::Remove | Again::Nothing, _) => self.settled(shard),
+            }
+        }
+        self.resolved_last = turn.last().copied();
+        let until = self.ctx.clock.now() + TURN;
+        let this = &*self;
+        let done: Vec<_> = futures::stream::iter(work)
+            .map(|(shard, revision, record)| this.resolve(shard, revision, record, until))
+            .buffered(PARALLEL)
+            .collect()
+            .await;
+        let mut restored = Vec::new();
+        let late = done.iter().position(|(.., outcome)| outcome.is_none());
+        if let Some(begun) = late.and_then(|late| done.get(late.checked_sub(1)?)) {
+            self.resolved_last = Some(begun.0);
+        }
+        for (shard, record, outcome) in done {
+            let Some(outcome) = outcome else { continue };
+            match (outcome, record) {
+                (Ok(Cas::Applied(revision)), Some(record)) => {
+                    if self.shards.contains_key(&shard) {
+                        restored.push(shard.to_string());
+                    }
+                    self.resolved(shard, revision, record);
+                }
+                (Ok(Cas::Applied(_)), None) => self.settled(shard),
+                // It has changed meanwhile: read again.
+                (Ok(Cas::Lost), _) => {}
+                (Ok(Cas::Unknown(error)), record) => {
+                    self.sent.extend(record.map(|record| (shard, record)));
+                    self.soft(DIFFERS, shard, error)?;
+                }
+                (Err(error), _) => self.soft(DIFFERS, shard, error)?,
             }
         }
         if !restored.is_empty() {
@@ -343,23 +387,67 @@ impl Leader {
         self.lead_above(ahead)
     }
 
+    fn judge_again(&self, found: &[Found], waiting: bool, leads: bool) -> Vec<Again> {
+        let view = self.ctx.view();
+        let judge = |Found { shard, revision, good }: &Found| {
+            again(Reading {
+                term: self.term,
+                replaced: self.replaced,
+                ours: self.shards.get(shard).map(|(_, ours)| ours),
+                map: view.shard(*shard),
+                present: revision.is_some(),
+                found: good.as_ref(),
+                written: good.as_ref().is_some_and(|good| self.wrote(&good.record)),
+                waiting,
+                leads,
+            })
+        };
+        found.iter().map(judge).collect()
+    }
+
+    /// Writes a record at the revision that was read, or removes what is there; `None`: there was no time for it.
+    async fn resolve(
+        &self,
+        shard: ShardId,
+        revision: Option<u64>,
+        record: Option<ShardRecord>,
+        until: Duration,
+    ) -> (ShardId, Option<ShardRecord>, Option<Result<Cas>>) {
+        if self.ctx.clock.now() > until {
+            return (shard, record, None);
+        }
+        let outcome = match (&record, revision) {
+            (Some(record), revision) => self.write_signed(record, revision).await,
+            (None, Some(revision)) => match self.check_lease() {
+                Ok(()) => Ok(self.ctx.buckets.shards.delete_at(&shard.token(), revision).await),
+                Err(error) => Err(error),
+            },
+            (None, None) => Ok(Cas::Lost),
+        };
+        (shard, record, Some(outcome))
+    }
+
     fn resolved(&mut self, shard: ShardId, revision: u64, record: ShardRecord) {
         self.ctx.views.found_shard(revision, &record);
         self.shards.insert(shard, (revision, record));
-        self.unsure.remove(&shard);
         self.sent.remove(&shard);
+        self.settled(shard);
+    }
+
+    fn settled(&mut self, shard: ShardId) {
+        self.unsure.remove(&shard);
+        self.unsigned.remove(&shard);
         self.ctx.causes.leading().withdraw(DIFFERS, shard);
     }
 
-    /// All of them at once, where they are many.
-    async fn read_unsure(&self) -> Result<Read> {
+    async fn read_unsure(&self, shards: &[ShardId]) -> Result<Vec<Found>> {
         let bucket: &Bucket = &self.ctx.buckets.shards;
-        if self.unsure.len() > PARALLEL {
-            let mut all = bucket.list().await?;
-            return Ok(self.unsure.iter().map(|shard| (*shard, all.remove(&shard.token()))).collect());
-        }
-        let reads =
-            self.unsure.iter().map(|shard| async move { Ok((*shard, bucket.get(&shard.token()).await?)) });
-        futures::future::try_join_all(reads).await
+        let read = |shard: ShardId| async move {
+            let key = shard.token();
+            let found = bucket.get(&key).await?;
+            let good = found.as_ref().and_then(|found| self.good(&key, &found.value));
+            Ok(Found { shard, revision: found.map(|found| found.revision), good })
+        };
+        futures::stream::iter(shards.iter().copied()).map(read).buffered(PARALLEL).try_collect().await
     }
 }

@@ -133,7 +133,9 @@ struct Leader {
     shards: BTreeMap<ShardId, Rev<ShardRecord>>,
     /// Records whose last write has an unknown outcome, or that somebody has overwritten.
     unsure: BTreeSet<ShardId>,
-    /// Records that are not signed yet, as somebody may remember later ones.
+    /// Which of them was read again last.
+    resolved_last: Option<ShardId>,
+    /// Records that are not signed yet, as somebody may remember later ones, or did a moment ago.
     unsigned: BTreeSet<ShardId>,
     /// Whose place in the lease it has taken.
     replaced: Option<Term>,
@@ -193,6 +195,7 @@ impl Leader {
             membership,
             shards: BTreeMap::new(),
             unsure: BTreeSet::new(),
+            resolved_last: None,
             unsigned: BTreeSet::new(),
             replaced: None,
             sent: BTreeMap::new(),
