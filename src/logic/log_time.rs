@@ -38,16 +38,34 @@ impl LogClock {
     }
 }
 
-/// The clock of a log, by a monotonic clock, and when it was last heard. Nothing is refused by a guess: a wall clock that is
+/// When the log was asked, by the monotonic clock, and by the wall clock: the first may stand still while the machine sleeps.
+/// To be taken before the question is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct AskedAt {
+    pub(crate) now: Duration,
+    pub(crate) wall_ms: u64,
+}
+
+/// The clock of a log, by a monotonic clock, and when it was last asked. Nothing is refused by a guess: a wall clock that is
 /// off, or was set, would refuse all writes that say when they were born, and never hear of it.
+///
+/// **Why what is fresh is off by less than a second, wherever this process or its machine sleeps.** The log gives an entry
+/// its time after the question was sent, and before the answer is read. [`LogClock`] takes for granted no more than that: by
+/// what it believes then, the entry's time lies between the two, so it is off by less than the time between them. What is
+/// believed is [fresh](Self::is_fresh) at a moment when both clocks say that the question was *sent* less than a second ago, and
+/// the answer was read in between. A process that is stopped between the two, before the log has it or after, sees its monotonic
+/// clock go on. A machine that sleeps sees its wall clock go on. Either way more than a second has passed since the
+/// question, and the answer is a guess from the beginning; counted from when it was read, it would pass for new although it
+/// is as old as the sleep was long. A question that is lost, or an answer that never comes, is not heard at all; one that comes
+/// late, or after that of a later question, belongs to its own question, and makes nothing fresher.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct HeardClock {
     clock: LogClock,
-    /// By the monotonic clock, and by the wall clock: the first may stand still while the machine sleeps.
-    heard_at: Option<(Duration, u64)>,
+    /// The latest question that was answered.
+    asked_at: Option<AskedAt>,
 }
 
-/// For so long what was heard is no guess, by both clocks.
+/// For so long after the question what was heard is no guess, by both clocks.
 const FRESH: Duration = Duration::from_secs(1);
 
 fn millis(now: Duration) -> u64 {
@@ -62,14 +80,20 @@ impl HeardClock {
 
     /// Whether it was ever heard.
     fn is_known(&self) -> bool {
-        self.heard_at.is_some()
+        self.asked_at.is_some()
     }
 
-    /// Whether it was heard a moment ago.
+    /// Whether the log was asked a moment ago, and has answered.
     pub(crate) fn is_fresh(&self, now: Duration, wall_ms: u64) -> bool {
         let fresh_ms = millis(FRESH);
-        self.heard_at
-            .is_some_and(|(at, wall)| now.saturating_sub(at) < FRESH && wall_ms.abs_diff(wall) < fresh_ms)
+        self.asked_at.is_some_and(|asked| {
+            now.saturating_sub(asked.now) < FRESH && wall_ms.abs_diff(asked.wall_ms) < fresh_ms
+        })
+    }
+
+    /// The log's time now, if that is no guess.
+    pub(crate) fn surely_at(&self, now: Duration, wall_ms: u64) -> Option<u64> {
+        self.is_fresh(now, wall_ms).then(|| self.at(now, wall_ms))
     }
 
     /// Whether the log is to be asked for its time before a write is taken, or refused. `dated`: the write says when it was
@@ -79,10 +103,13 @@ impl HeardClock {
         !(self.is_fresh(now, wall_ms) || (dated && fits))
     }
 
-    /// An entry got the time `log_time_ms` somewhen between `sent` and now.
-    pub(crate) fn heard(&mut self, sent: Duration, now: Duration, wall_ms: u64, log_time_ms: u64) {
-        self.clock.heard(millis(sent), millis(now), log_time_ms);
-        self.heard_at = Some((now, wall_ms));
+    /// An entry got the time `log_time_ms` somewhen between `asked` and now. Answers may come in another order than they were
+    /// asked for.
+    pub(crate) fn heard(&mut self, asked: AskedAt, now: Duration, log_time_ms: u64) {
+        self.clock.heard(millis(asked.now), millis(now), log_time_ms);
+        if self.asked_at.is_none_or(|latest| latest.now <= asked.now) {
+            self.asked_at = Some(asked);
+        }
     }
 }
 
@@ -118,13 +145,17 @@ mod tests {
         clock.at(u64::MAX);
     }
 
+    fn asked(now: u64, wall_ms: u64) -> AskedAt {
+        AskedAt { now: Duration::from_millis(now), wall_ms }
+    }
+
     #[test]
     fn what_was_heard_is_no_guess_for_a_moment() {
         let (mut clock, at) = (HeardClock::default(), Duration::from_millis);
         assert!(!clock.is_known() && !clock.is_fresh(at(0), 0));
         assert_eq!(clock.at(at(5), 77_000), 77_000, "the wall clock's");
-        clock.heard(at(5_000), at(5_010), 76_000, 90_000_000);
-        assert!(clock.is_known() && clock.is_fresh(at(6_009), 76_999) && !clock.is_fresh(at(6_010), 76_999));
+        clock.heard(asked(5_000, 76_000), at(5_010), 90_000_000);
+        assert!(clock.is_known() && clock.is_fresh(at(5_999), 76_999) && !clock.is_fresh(at(6_000), 76_999));
         assert_eq!(clock.at(at(5_110), 77_000), 90_000_100, "whatever the wall clock says");
     }
 
@@ -134,7 +165,7 @@ mod tests {
     fn a_machine_that_has_slept_asks_the_log_for_its_time() {
         let (mut clock, at) = (HeardClock::default(), Duration::from_millis);
         assert!(clock.asks_log(at(0), 0, false, true), "nothing was heard yet");
-        clock.heard(at(5_000), at(5_010), 1_000_000, 90_000_000);
+        clock.heard(asked(5_000, 1_000_000), at(5_010), 90_000_000);
         let asks = |now, wall, dated, fits| clock.asks_log(at(now), wall, dated, fits);
         assert!(!asks(5_500, 1_000_490, false, true) && !asks(5_500, 1_000_490, true, false));
         assert!(asks(5_500, 1_600_490, false, true), "it has slept for ten minutes");
@@ -142,5 +173,29 @@ mod tests {
         assert!(asks(9_000, 1_003_990, false, true), "it may have slept for less than the rest");
         assert!(!asks(9_000, 1_003_990, true, true), "what says when it was born and fits costs nothing");
         assert!(asks(5_500, 400_000, false, true), "the wall clock was set back");
+    }
+
+    /// The answer waited in the socket of a process that slept, and passed for a second as if the log had just said it: writes
+    /// were refused, or got births that the log refused.
+    #[test]
+    fn a_time_that_was_heard_across_a_sleep_is_a_guess() {
+        let at = Duration::from_millis;
+        // Stopped for ten minutes between question and answer: both clocks go on. The log's time is that of the question.
+        let mut stopped = HeardClock::default();
+        stopped.heard(asked(5_000, 1_000_000), at(605_000), 90_000_000);
+        assert!(!stopped.is_fresh(at(605_000), 1_600_000), "the log is ten minutes further");
+        assert!(stopped.asks_log(at(605_000), 1_600_000, false, true));
+        assert_eq!(stopped.surely_at(at(605_000), 1_600_000), None);
+        // The machine slept: the monotonic clock has stood still.
+        let mut slept = HeardClock::default();
+        slept.heard(asked(5_000, 1_000_000), at(5_020), 90_000_000);
+        assert_eq!(slept.surely_at(at(5_020), 1_600_000), None);
+        assert_eq!(slept.surely_at(at(5_020), 1_000_020), Some(90_000_000), "it has not");
+        // And an answer that slept makes no later one older, nor itself newer.
+        let mut clock = HeardClock::default();
+        clock.heard(asked(600_000, 1_595_000), at(600_010), 90_595_000);
+        clock.heard(asked(5_000, 1_000_000), at(600_020), 90_000_010);
+        assert!(clock.surely_at(at(600_020), 1_595_020).is_some_and(|t| t.abs_diff(90_595_020) <= 20));
+        assert!(!clock.is_fresh(at(601_000), 1_595_020));
     }
 }

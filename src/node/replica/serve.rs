@@ -9,7 +9,7 @@ use super::{FINISH, Replica, blocking, lock};
 use crate::clock::wall_ms;
 use crate::error::{Error, Result};
 use crate::logic::dedup::{Expiry, expiry};
-use crate::logic::log_time::HeardClock;
+use crate::logic::log_time::{AskedAt, HeardClock};
 use crate::logic::replica::{Held, Placement, placement, still_has};
 use crate::logic::session::{Look, Verdict, verdict};
 use crate::model::vector::validate_id;
@@ -263,7 +263,7 @@ impl Replica {
             return Ok(WriteReply { seq: before, ..WriteReply::default() });
         }
         let mut outcomes = self.expect(op_id);
-        let sent = self.ctx.clock.now();
+        let asked = self.asked_at();
         let placed = self.writer.append(op, bytes, left).await?;
         match placement(placed.seq, placed.duplicate, before) {
             Placement::Fine => {}
@@ -299,7 +299,7 @@ impl Replica {
                 return Err(self.stopping().context("the write is in the log, but was not applied here"));
             }
         };
-        lock(&self.clock).heard(sent, self.ctx.clock.now(), wall_ms(), outcome.log_time_ms);
+        lock(&self.clock).heard(asked, self.ctx.clock.now(), outcome.log_time_ms);
         let Effected { deleted, repeated } = outcome.result?;
         let log_time_ms = Some(outcome.log_time_ms);
         Ok(WriteReply { seq: placed.seq, deleted: deleted.into(), repeated, log_time_ms })
@@ -316,7 +316,16 @@ impl Replica {
             return left;
         }
         let clock = self.ask_clock(ASK_CLOCK).await?;
-        self.time_left_by(request, clock.at(self.ctx.clock.now(), wall_ms()))
+        let now_ms = clock.surely_at(self.ctx.clock.now(), wall_ms()).ok_or_else(|| self.clock_is_late())?;
+        self.time_left_by(request, now_ms)
+    }
+
+    fn asked_at(&self) -> AskedAt {
+        AskedAt { now: self.ctx.clock.now(), wall_ms: wall_ms() }
+    }
+
+    fn clock_is_late(&self) -> Error {
+        Error::Busy(format!("the log of shard {} does not say its time in time", self.shard))
     }
 
     /// The same by what the log's clock says now.
@@ -339,18 +348,18 @@ impl Replica {
     }
 
     /// Asks the log for its time, by a barrier; whoever else asks meanwhile waits for the same answer. Where that takes too
-    /// long, nothing has been appended for whoever asks: it is told to come again.
+    /// long, or this process slept meanwhile, nothing has been appended for whoever asks: it is told to come again.
     async fn ask_clock(&self, timeout: Duration) -> Result<HeardClock> {
         let until = Instant::now() + timeout;
-        let late = || Error::Busy(format!("the log of shard {} does not say its time in time", self.shard));
-        let _one = tokio::time::timeout_at(until, self.asking.lock()).await.map_err(|_| late())?;
+        let _one =
+            tokio::time::timeout_at(until, self.asking.lock()).await.map_err(|_| self.clock_is_late())?;
         let known = *lock(&self.clock);
         if known.is_fresh(self.ctx.clock.now(), wall_ms()) {
             return Ok(known);
         }
-        let sent = self.ctx.clock.now();
-        let asked = self.barrier(until.saturating_duration_since(Instant::now())).await;
-        let seq = asked.map_err(|error| match error {
+        let asked = self.asked_at();
+        let placed = self.barrier(until.saturating_duration_since(Instant::now())).await;
+        let seq = placed.map_err(|error| match error {
             // Whatever has become of the barrier, nothing of the write that waits has been appended.
             Error::Unavailable(why) if !self.stop.is_cancelled() => {
                 Error::Busy(format!("the log of shard {} does not say its time: {why}", self.shard))
@@ -358,10 +367,10 @@ impl Replica {
             error => error,
         })?;
         let applied = self.wait_applied(seq, until.saturating_duration_since(Instant::now())).await;
-        applied.map_err(|error| if self.stop.is_cancelled() { error } else { late() })?;
+        applied.map_err(|error| if self.stop.is_cancelled() { error } else { self.clock_is_late() })?;
         let log_time_ms = self.log_time_ms.load(Ordering::SeqCst);
         let mut clock = lock(&self.clock);
-        clock.heard(sent, self.ctx.clock.now(), wall_ms(), log_time_ms);
+        clock.heard(asked, self.ctx.clock.now(), log_time_ms);
         Ok(*clock)
     }
 
