@@ -3,6 +3,7 @@
 //! async-nats reads keys from any server (a read after a write may be stale) and knows only one of the
 //! two errors of a lost compare-and-set, so both are done here on the stream below the bucket.
 
+use super::capacity::NotMade;
 use super::connect::Nats;
 use super::trouble::{Asking, Reason};
 use super::{API_TIMEOUT, api_code, is_no_room, unavailable};
@@ -512,11 +513,17 @@ pub(super) fn bucket_config(bucket: &str, replicas: usize, max_bytes: i64) -> st
 }
 
 /// Why a stream could not be created, with what to do.
-pub(crate) fn creation_error(
-    name: &str,
-    replicas: usize,
-    error: &(dyn std::error::Error + 'static),
-) -> Error {
+pub(crate) fn creation_error(name: &str, replicas: usize, error: &NotMade) -> Error {
+    let error = match error {
+        NotMade::Refused(error) => error,
+        NotMade::Unsaid(denied @ Error::Invalid(_)) => return denied.clone(),
+        NotMade::Unsaid(why) => {
+            return Error::Unavailable(format!(
+                "creating {name}: NATS refuses as many consumers as it is to have, and how many it allows is not known yet \
+                 ({why}): it is tried again"
+            ));
+        }
+    };
     match api_code(error) {
         Some(10_074) => Error::Invalid(format!(
             "{name} cannot have {replicas} replicas on a single NATS server: give it a NATS cluster (log_replicas 1 counts only when a cluster is created)"

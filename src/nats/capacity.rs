@@ -44,31 +44,60 @@ fn left(account: &Account, replicas: usize) -> Room {
     }
 }
 
+/// Why there is no stream.
+#[derive(Debug)]
+pub(crate) enum NotMade {
+    /// What NATS has said to it, if anything.
+    Refused(CreateStreamError),
+    /// It was to have more consumers than the account allows, and how many that are was not said: why not. With as many as
+    /// that there may be one the next time.
+    Unsaid(Error),
+}
+
+impl NotMade {
+    /// Whether NATS has no room for it.
+    pub(super) fn is_no_space(&self) -> bool {
+        matches!(self, NotMade::Refused(error) if Reason::of(error) == Reason::NoSpace)
+    }
+}
+
+/// What to ask for instead of a stream that was refused because of its consumers. `room`: what the account has said of itself.
+fn with_fewer(
+    config: Config,
+    refused: CreateStreamError,
+    room: Result<Room>,
+) -> std::result::Result<Config, NotMade> {
+    let room = room.map_err(NotMade::Unsaid)?;
+    let most = room.consumers.filter(|most| *most >= LEAST_CONSUMERS);
+    match most.and_then(|most| i32::try_from(most).ok()) {
+        Some(most) if most < config.max_consumers => Ok(Config { max_consumers: most, ..config }),
+        _ => Err(NotMade::Refused(refused)),
+    }
+}
+
 impl Nats {
     /// Creates a stream, or says why not. Where the account allows a stream fewer consumers than ours may have, it gets as
-    /// many as that: NATS refuses a stream that promises more. Whoever dies in between leaves no stream, or a whole one.
-    pub(super) async fn create_stream(
-        &self,
-        config: Config,
-    ) -> std::result::Result<Stream<Info>, CreateStreamError> {
+    /// many as that: NATS refuses a stream that promises more. Whoever dies in between leaves no stream, or a whole one; and
+    /// where the account does not say how many those are, there is none, and it is tried again.
+    pub(super) async fn create_stream(&self, config: Config) -> std::result::Result<Stream<Info>, NotMade> {
         let refused = match self.jetstream.create_stream(config.clone()).await {
             Err(error) if Reason::of(&error) == Reason::NoConsumer => error,
-            created => return created,
+            created => return created.map_err(NotMade::Refused),
         };
-        let room = self.room(config.num_replicas).await.unwrap_or_default();
-        let most = room.consumers.filter(|most| *most >= LEAST_CONSUMERS);
-        match most.and_then(|most| i32::try_from(most).ok()) {
-            Some(most) if most < config.max_consumers => {
-                self.jetstream.create_stream(Config { max_consumers: most, ..config }).await
-            }
-            _ => Err(refused),
-        }
+        let room = self.room(config.num_replicas).await;
+        let fewer = with_fewer(config, refused, room)?;
+        self.jetstream.create_stream(fewer).await.map_err(NotMade::Refused)
     }
 
     /// What is left for streams with so many copies, by the limits of the account.
+    ///
+    /// # Errors
+    /// `Unavailable`: it may be asked again. What NATS does not permit, as that.
     pub(crate) async fn room(&self, replicas: usize) -> Result<Room> {
-        let asked = tokio::time::timeout(API_TIMEOUT, self.jetstream.query_account()).await;
-        let account = asked
+        let asked = tokio::time::timeout(API_TIMEOUT, self.jetstream.query_account());
+        let account = self
+            .unless_denied(&[".INFO\""], asked)
+            .await?
             .map_err(|_| Error::Unavailable("JetStream does not say what this account may use".into()))?
             .map_err(|e| unavailable("JetStream does not say what this account may use", e))?;
         Ok(left(&account, replicas))
@@ -152,6 +181,7 @@ impl Nats {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nats::bucket::creation_error;
     use async_nats::jetstream::account::Tier;
 
     fn limits(max_storage: i64) -> Limits {
@@ -173,5 +203,29 @@ mod tests {
         account.tiers.insert("R3".into(), tier);
         assert_eq!(left(&account, 3).bytes, Some(600));
         assert_eq!(left(&account, 1).bytes, Some(600), "other tiers do not count");
+    }
+
+    /// A node that started just then ended, and told its operator to raise a limit of which nothing was known.
+    #[test]
+    fn an_account_that_does_not_answer_is_not_said_to_allow_too_few_consumers() {
+        let refused = || {
+            let text =
+                r#"{"code": 400, "err_code": 10026, "description": "maximum consumers limit reached"}"#;
+            CreateStreamError::from(serde_json::from_str::<async_nats::jetstream::Error>(text).unwrap())
+        };
+        assert_eq!(Reason::of(&refused()), Reason::NoConsumer);
+        let config = || Config { max_consumers: 1_000, ..Config::default() };
+        let says = |consumers| Ok(Room { consumers, ..Room::default() });
+        let silent = Err(Error::Unavailable("JetStream does not say what this account may use".into()));
+        let said = |not: &NotMade| creation_error("KV_rv_shards", 1, not);
+        let not = with_fewer(config(), refused(), silent).unwrap_err();
+        let again = said(&not);
+        assert!(matches!(&again, Error::Unavailable(text) if text.contains("does not say")), "{again}");
+        assert!(!again.to_string().contains("raise"), "{again}");
+        assert_eq!(with_fewer(config(), refused(), says(Some(64))).unwrap().max_consumers, 64);
+        for too_few in [Some(LEAST_CONSUMERS - 1), None, Some(5_000)] {
+            let error = said(&with_fewer(config(), refused(), says(too_few)).unwrap_err());
+            assert!(matches!(&error, Error::Full(text) if text.contains("raise max_consumers")), "{error}");
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use super::bucket::creation_error;
 use super::bus::{Bus, CHECKSUM, MSGPACK, verify_checksum};
+use super::capacity::NotMade;
 use super::connect::Nats;
 use super::subjects::Subjects;
 use super::trouble::{Asking, Reason, is_own_limit};
@@ -34,7 +35,8 @@ const MAX_CONSUMERS: i32 = 1_000;
 const EVENT_CONSUMER_TTL: Duration = Duration::from_secs(300);
 /// Of a log: replicas need one each, and those of their readers that have died stay for a moment.
 const LOG_CONSUMERS: i32 = 256;
-const LOG_ID: &str = "ruvector-log-id";
+/// Where in its metadata a log says which one it is.
+pub(super) const LOG_ID: &str = "ruvector-log-id";
 const CLUSTER_ID: &str = "ruvector-cluster-id";
 /// Largest body of an entry that joins several writes.
 pub(crate) const MAX_JOINED_BYTES: usize = 256 * 1024;
@@ -148,7 +150,7 @@ pub(crate) async fn ensure_event_stream(
     nats: &Nats,
     subjects: &Subjects,
     replicas: usize,
-) -> std::result::Result<(), async_nats::jetstream::context::CreateStreamError> {
+) -> std::result::Result<(), NotMade> {
     let Settings(config) = event_settings(subjects, replicas);
     let name = config.name.clone();
     if nats.jetstream.get_stream(&name).await.is_ok() {
@@ -162,7 +164,7 @@ pub(crate) async fn ensure_event_stream(
             Ok(_) => return Ok(()),
             Err(_) if nats.jetstream.get_stream(&name).await.is_ok() => return Ok(()),
             // Fewer events are kept where there is less room.
-            Err(error) if sizes.len() > 0 && Reason::of(&error) == Reason::NoSpace => {}
+            Err(error) if sizes.len() > 0 && error.is_no_space() => {}
             Err(error) => return Err(error),
         }
     }

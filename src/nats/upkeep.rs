@@ -5,6 +5,7 @@
 
 use super::bucket::bucket_config;
 use super::connect::Nats;
+use super::log::LOG_ID;
 use super::trouble::Reason;
 use super::{API_TIMEOUT, api_code, unavailable};
 use crate::error::{Error, Result};
@@ -22,6 +23,8 @@ const LEAST_EVENTS: i64 = 16 << 20;
 pub(crate) enum Kept {
     /// They are ours.
     Fine,
+    /// The stream of that name is another log than the one that was meant: left alone.
+    AnotherLog,
     /// These were not, and are again.
     PutBack(String),
     /// It was made by a version that did not bound its consumers, and they are bounded now.
@@ -159,6 +162,11 @@ impl Setting {
     }
 }
 
+/// Whether a log was meant, and this is not it.
+fn is_another_log(found: &Config, wanted: &Config) -> bool {
+    wanted.metadata.get(LOG_ID).is_some_and(|id| found.metadata.get(LOG_ID) != Some(id))
+}
+
 /// `found` with these changed.
 fn changed<'a>(found: &Config, wanted: &Config, settings: impl Iterator<Item = &'a Setting>) -> Config {
     let mut config = found.clone();
@@ -189,6 +197,9 @@ pub(crate) async fn keep(nats: &Nats, wanted: &Settings, may_bound: bool) -> Res
         Err(error) => return Err(unavailable(format!("stream {name}"), error)),
     };
     let found = &stream.cached_info().config;
+    if is_another_log(found, wanted) {
+        return Ok(Kept::AnotherLog);
+    }
     let wrong = differences(found, wanted);
     // Done, or refused.
     let about = &about;
@@ -286,5 +297,18 @@ mod tests {
         assert_eq!(differences(&shortened, &log).len(), 1);
         let limited = Config { max_bytes: 64 << 20, ..wanted.clone() };
         assert!(differences(&limited, &wanted).is_empty(), "accounts may require a limit");
+    }
+
+    #[test]
+    fn a_log_that_is_not_the_one_that_counts_is_left_alone() {
+        let Settings(bucket) = bucket_settings("rv_shards", 1);
+        let log = |id: &str| {
+            let metadata = [(LOG_ID.to_owned(), id.to_owned())].into();
+            Config { metadata, ..bucket.clone() }
+        };
+        assert!(is_another_log(&log("a"), &log("b")));
+        assert!(is_another_log(&bucket, &log("b")), "it does not say which it is");
+        assert!(!is_another_log(&log("b"), &log("b")));
+        assert!(!is_another_log(&bucket, &bucket) && !is_another_log(&log("a"), &bucket), "no log was meant");
     }
 }

@@ -9,7 +9,7 @@ use crate::model::events::Event;
 use crate::model::{ShardId, Term};
 use crate::nats::log::event_settings;
 use crate::nats::upkeep::{Kept, Settings, bucket_settings, keep};
-use crate::node::causes::{Severity, Subject};
+use crate::node::causes::{Causes, Severity, Subject};
 use crate::node::context::Context;
 use crate::node::restore::restore_buckets;
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 
 /// Pause between two looks.
 const LOOK: Duration = Duration::from_secs(1);
-/// Logs of one look: two requests to JetStream each.
+/// Logs of one look: a request to JetStream each.
 const LOGS: u32 = 4;
 /// At the first look, and then once in so many: a founder that died, or slept, while it measured what NATS has room for may
 /// have left a stream that reserves what the logs need. Nobody else makes one of that name.
@@ -65,7 +65,7 @@ pub(super) async fn run(ctx: Arc<Context>, term: Term) {
             if let Err(error) = &deleted {
                 debug!("{error}");
             }
-            say_denied(&ctx, &left, deleted.as_ref().err());
+            say_denied(&ctx.causes, &left, deleted.as_ref().err());
         }
         looks = looks.wrapping_add(1);
         ctx.causes.leading().replace(KIND, wrong.settings.values().cloned());
@@ -79,8 +79,8 @@ fn is_denied(error: &Error) -> bool {
 
 /// What NATS does not permit is a cause of that kind, from one look at a stream to the next: a look at a log may be minutes after the
 /// one before, and what NATS itself has said is forgotten by then.
-fn say_denied(ctx: &Context, stream: &str, error: Option<&Error>) {
-    let (leading, subject) = (ctx.causes.leading(), Subject::Named(stream.to_owned()));
+fn say_denied(causes: &Causes, stream: &str, error: Option<&Error>) {
+    let (leading, subject) = (causes.leading(), Subject::Named(stream.to_owned()));
     match error.filter(|error| is_denied(error)) {
         Some(error) => {
             let text = format!("the leader cannot look after stream {stream}: {error}");
@@ -112,12 +112,8 @@ fn say_versions(ctx: &Context) {
 async fn look_at_log(ctx: &Context, term: Term, shard: ShardId, wrong: &mut Wrong) {
     let view = ctx.view();
     let Some(record) = view.shard(shard) else { return };
-    if let Ok(Some(info)) = ctx.logs.info(shard).await
-        && info.id == record.log_id
-    {
-        let wanted = ctx.logs.settings(shard, record.log_id, record.log_first_seq, &ctx.cluster);
-        look(ctx, term, &wanted, wrong, true).await;
-    }
+    let wanted = ctx.logs.settings(shard, record.log_id, record.log_first_seq, &ctx.cluster);
+    look(ctx, term, &wanted, wrong, true).await;
 }
 
 async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, is_log: bool) {
@@ -132,12 +128,14 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
     if kept.is_ok() {
         ctx.causes.withdraw(UNCHECKED, Subject::Named(name.clone()));
     }
-    say_denied(ctx, &name, kept.as_ref().err());
+    say_denied(&ctx.causes, &name, kept.as_ref().err());
     match kept {
         Ok(Kept::Fine) => {
             wrong.settings.remove(&name);
             wrong.unbounded.remove(&name);
         }
+        // It is for those to judge who know what replicas have.
+        Ok(Kept::AnotherLog) => drop(wrong.settings.remove(&name)),
         Ok(Kept::Bounded(what)) => {
             wrong.settings.remove(&name);
             info!("stream {name} had no bounds for consumers yet, and has them now: {what}");
@@ -177,5 +175,35 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
             let text = format!("the settings of stream {name} cannot be looked at or set back: {error}");
             ctx.causes.retry(UNCHECKED, Subject::Named(name), Severity::Yellow, text);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::nats::connect::permission_error;
+
+    /// The leader went on as if all were well, and settings that somebody had changed stayed as they were.
+    #[test]
+    fn upkeep_without_a_permission_says_which_one_until_it_is_given() {
+        let causes = Causes::new("n1", Clock::start());
+        let said =
+            r#"Permissions Violation for Publish to "$JS.API.STREAM.UPDATE.KV_rv_shards", as user "node""#;
+        say_denied(&causes, "KV_rv_shards", Some(&permission_error(said)));
+        let shown = causes.shown();
+        let [cause] = shown.as_slice() else { panic!("{shown:?}") };
+        assert_eq!((cause.kind.as_str(), cause.severity), (NOT_PERMITTED, Severity::Yellow));
+        for part in ["KV_rv_shards", "$JS.API.STREAM.UPDATE", "\"node\"", "nats/roles.conf"] {
+            assert!(cause.text.contains(part), "{part} in {}", cause.text);
+        }
+        // Nothing was said of it this time.
+        say_denied(&causes, "KV_rv_shards", Some(&Error::Unavailable("no answer in time".into())));
+        assert!(causes.shown().is_empty(), "{:?}", causes.shown());
+        say_denied(&causes, "KV_rv_shards", Some(&permission_error(said)));
+        say_denied(&causes, "KV_rv_nodes", None);
+        assert_eq!(causes.shown().len(), 1, "of another stream");
+        say_denied(&causes, "KV_rv_shards", None);
+        assert!(causes.shown().is_empty());
     }
 }
