@@ -57,19 +57,15 @@ pub(crate) async fn set_aside(
     shard: ShardId,
     kind: AsideKind,
     why: &str,
-) -> bool {
+) {
     let done = try_set_aside(stores, shard, kind).await;
     ctx.used_disk(shard, "set a copy aside", &done);
     match done {
         Ok(Some(aside)) => announce(ctx, &aside, why).await,
         Ok(None) => {}
         // It stays where it is, and the next opening says so again.
-        Err(error) => {
-            warn!(%shard, "the {kind} copy cannot be set aside: {error}");
-            return false;
-        }
+        Err(error) => warn!(%shard, "the {kind} copy cannot be set aside: {error}"),
     }
-    true
 }
 
 async fn try_set_aside(

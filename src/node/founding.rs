@@ -41,6 +41,10 @@ const LOOK: Duration = Duration::from_millis(100);
 /// For how long settings are waited for: longer than for a claim to be old.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a node is about whose data folder knows the cluster.
+const WRITES_BACK: &str =
+    "this node writes those back that its data folder knows, and they do not come to stand there";
+
 /// Where and how a node joins.
 pub(crate) struct Founding<'a> {
     pub(crate) nats: &'a Nats,
@@ -77,7 +81,7 @@ impl Founding<'_> {
         let until = Instant::now() + PATIENCE;
         // What there was instead of settings, and since when.
         let mut seen = (0, Instant::now());
-        let mut said = false;
+        let (mut said, mut waits) = (false, "NATS does not say in time what is there".to_owned());
         while Instant::now() < until {
             let found = self.buckets.cluster.look(CONFIG_KEY).await?;
             if let Some(record) = self.read(&found)? {
@@ -88,8 +92,12 @@ impl Founding<'_> {
                             compare(self.config, &record)?;
                             return Ok(record);
                         }
+                        waits = "what is there changes while it is looked at".to_owned();
                     }
-                    Start::WriteBack(known) => self.write_back(known, &found, Some(&record)).await?,
+                    Start::WriteBack(known) => {
+                        waits = WRITES_BACK.to_owned();
+                        self.write_back(known, &found, Some(&record)).await?;
+                    }
                     Start::Another(known) => return Err(self.another(known, &record).await?),
                 }
                 continue;
@@ -112,21 +120,21 @@ impl Founding<'_> {
                 }
             }
             if let Some(known) = &self.known {
+                waits = WRITES_BACK.to_owned();
                 self.write_back(known, &found, None).await?;
                 continue;
             }
-            match turn(self.founder, place, seen.1.elapsed()) {
+            let (unchanged, turn) = (seen.1.elapsed(), turn(self.founder, place, seen.1.elapsed()));
+            waits = waits_for(turn, unchanged);
+            match turn {
                 Turn::Claim => self.claim(&found).await?,
-                Turn::Wait if !std::mem::replace(&mut said, true) => info!(
-                    "another process founds the cluster: waiting for its settings, at most {CLAIM:?} (it may be an earlier one of \
-                     this node, which died meanwhile)"
-                ),
+                Turn::Wait if !std::mem::replace(&mut said, true) => info!("{waits}"),
                 Turn::Wait => {}
                 Turn::Found => self.found(&found).await?,
                 Turn::Damaged => return Err(damaged(&found)),
             }
         }
-        Err(Error::Unavailable("the settings of the cluster can be neither read nor created".into()))
+        Err(not_agreed(&waits))
     }
 
     /// Writes what the data folder knows where NATS has nothing, or something else. Where nodes run they do that, and who
@@ -444,6 +452,31 @@ impl Founding<'_> {
     }
 }
 
+/// What a founder is about, or waits for, whose turn is this. `unchanged`: for so long the place of the settings has looked as
+/// it does.
+fn waits_for(turn: Turn, unchanged: Duration) -> String {
+    match turn {
+        Turn::Wait => format!(
+            "another process has claimed to found the cluster, at least {} s ago, and has not written its settings yet: they are \
+             waited for, and its claim is taken over when it is {} s old (it may be an earlier process of this node, which has died)",
+            unchanged.as_secs(),
+            CLAIM.as_secs()
+        ),
+        Turn::Claim => {
+            "this node claims to found the cluster, and its claim does not come to stand there".to_owned()
+        }
+        Turn::Found => "this node founds the cluster, and its settings do not come to stand there".to_owned(),
+        Turn::Damaged => "what is there are no settings".to_owned(),
+    }
+}
+
+fn not_agreed(waits: &str) -> Error {
+    Error::Unavailable(format!(
+        "the settings of the cluster (key {CONFIG_KEY:?} of its bucket) can be neither read nor created within {} s: {waits}",
+        PATIENCE.as_secs()
+    ))
+}
+
 /// What is under the key of the settings, when these are none.
 fn place(found: &Found) -> Place {
     match found.value().map(|value| parse::<Claim>(value)) {
@@ -513,4 +546,27 @@ fn compare(config: &ClusterConfig, record: &ClusterRecord) -> Result<()> {
         "these settings are fixed when a cluster is created: {}",
         differences.join("; ")
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// "can be neither read nor created" was all that a node said that had waited for a minute for another one's settings.
+    #[test]
+    fn a_founder_that_waits_says_for_what() {
+        let (own, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let unchanged = Duration::from_secs(12);
+        let says = |place| not_agreed(&waits_for(turn(own, place, unchanged), unchanged)).to_string();
+        let waits = says(Place::Claimed(other));
+        for part in
+            ["another process", "at least 12 s ago", "30 s old", "earlier process of this node", CONFIG_KEY]
+        {
+            assert!(waits.contains(part), "{part} in {waits}");
+        }
+        let all = [waits, says(Place::Free), says(Place::Claimed(own)), says(Place::Garbage)];
+        for (at, text) in all.iter().enumerate() {
+            assert!(all.iter().skip(at + 1).all(|other| other != text), "{text}");
+        }
+    }
 }

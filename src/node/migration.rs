@@ -40,22 +40,35 @@ const NOT_COMPARED: &str = "move_not_compared";
 const PROGRESS: Duration = Duration::from_millis(500);
 /// One digest comparison.
 const COMPARE: Duration = Duration::from_secs(5);
+/// Longest pause between two tries.
+const LONGEST: Duration = Duration::from_secs(5);
 
 /// Runs until the migration is over or the node stops.
 pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) {
     let mut views = ctx.views.subscribe();
     let driving = async {
         let (mut pause, mut silence) = (Duration::from_millis(200), Silence::default());
-        while let Err(error) = steps(ctx, id, replica, &mut silence).await {
+        while let Err(error) = Box::pin(steps(ctx, id, replica, &mut silence)).await {
             debug!(migration = id, "trying again: {error}");
             let text = format!("its move to {} does not go on: {error}", ctx.node);
             ctx.causes.retry(STUCK, replica.shard, Severity::Yellow, text);
             let _ = update(ctx, id, |record| record.error = Some(error.to_string())).await;
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(5));
+            // The replica does not wait for this to load a wrong copy again.
+            let loading = async {
+                if matches!(error, Error::Corrupt(_))
+                    && let Err(error) = Box::pin(load(ctx, id, replica)).await
+                {
+                    debug!(migration = id, "its progress is not written: {error}");
+                }
+            };
+            rest(pause, loading).await;
+            pause = (pause * 2).min(LONGEST);
         }
+        // Said ready: what remains is the leader's. Not begun again while it decides.
+        ctx.causes.withdraw(STUCK, replica.shard);
+        std::future::pending::<()>().await;
     };
-    let still_ours = async {
+    let not_ours = async {
         loop {
             let ours = views.borrow_and_update().shard(replica.shard).is_some_and(|record| {
                 record.is_joining(&ctx.node) && record.migration.as_deref() == Some(id)
@@ -65,25 +78,33 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) 
             }
         }
     };
-    tokio::select! {
-        () = driving => {
-            ctx.causes.withdraw(STUCK, replica.shard);
-            // Said ready: what remains is the leader's. Do not start again while it decides.
-            let mut views = ctx.views.subscribe();
-            let over = views.wait_for(|view| view.shard(replica.shard).is_none_or(|record| !record.is_joining(&ctx.node)));
-            tokio::select! {
-                _ = over => {}
-                () = replica.closing() => {}
-                () = ctx.stop.cancelled() => {}
-            }
-        }
-        () = still_ours => {}
-        // Its store is to be opened anew, or set aside: not while this holds it. The next replica goes on.
-        () = replica.closing() => {}
-        () = ctx.stop.cancelled() => {}
-    }
+    let stopped = ctx.stop.cancelled();
+    until_over(driving, not_ours, replica.closing(), stopped).await;
     ctx.causes.withdraw(STUCK, replica.shard);
     ctx.causes.withdraw(NOT_COMPARED, replica.shard);
+}
+
+/// Goes on with it until one of the others is there. What it holds, such as the store of its replica, it has let go of when this
+/// returns: a store that is to be opened again, or set aside, is not held by who may be in a pause of seconds. The driver of the
+/// next replica goes on.
+async fn until_over(
+    driving: impl Future<Output = ()>,
+    not_ours: impl Future<Output = ()>,
+    closing: impl Future<Output = ()>,
+    stopped: impl Future<Output = ()>,
+) {
+    tokio::select! {
+        () = driving => {}
+        () = not_ours => {}
+        () = closing => {}
+        () = stopped => {}
+    }
+}
+
+/// The pause before the next comparison, each of which puts an entry into the log. What is loaded in the meantime is in it, and
+/// not before or after it.
+async fn rest(pause: Duration, loading: impl Future<Output = ()>) {
+    tokio::join!(tokio::time::sleep(pause), loading);
 }
 
 async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>, silence: &mut Silence) -> Result<()> {
@@ -368,5 +389,46 @@ pub(crate) async fn complete(ctx: &Context, id: &str) {
     };
     if let Err(error) = done.await {
         debug!(migration = id, "{error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_util::sync::CancellationToken;
+
+    /// "The store is still open", for as long as the driver slept: up to five seconds, and its shard had one copy less.
+    #[tokio::test(start_paused = true)]
+    async fn a_driver_in_a_pause_lets_go_of_a_store_that_is_to_be_opened_again() {
+        for reason in 0..3 {
+            let store = Arc::new("store");
+            let held = Arc::downgrade(&store);
+            let over = [(); 3].map(|()| CancellationToken::new());
+            let [not_ours, closing, stopped] = over.clone().map(CancellationToken::cancelled_owned);
+            let driving = async move {
+                loop {
+                    tokio::time::sleep(LONGEST).await;
+                    assert_eq!(*store, "store");
+                }
+            };
+            let mut driven = std::pin::pin!(until_over(driving, not_ours, closing, stopped));
+            let early = tokio::time::timeout(LONGEST * 3, &mut driven).await;
+            assert!(early.is_err() && held.upgrade().is_some(), "it goes on");
+            over[reason].cancel();
+            let began = tokio::time::Instant::now();
+            let ended = tokio::time::timeout(LONGEST * 3, driven).await;
+            assert!(ended.is_ok() && began.elapsed() < LONGEST, "reason {reason}");
+            assert!(held.upgrade().is_none(), "reason {reason}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wrong_copy_is_loaded_again_within_the_pause_and_not_after_it() {
+        let s = Duration::from_secs;
+        for (pause, loading, all) in [(5, 4, 5), (1, 7, 7), (5, 0, 5)] {
+            let began = tokio::time::Instant::now();
+            rest(s(pause), tokio::time::sleep(s(loading))).await;
+            assert_eq!(began.elapsed().as_secs(), all);
+        }
     }
 }

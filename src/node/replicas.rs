@@ -3,19 +3,18 @@
 //! A store is only ever deleted when the shard's record exists, is current, and has not named this node
 //! for the whole grace period: a wiped or unreadable bucket deletes nothing.
 
+mod sweep;
+
+use self::sweep::Unwanted;
 use crate::error::{Error, Result};
-use crate::logic::holding::{Order, may_delete, order};
+use crate::logic::holding::{Order, order};
 use crate::model::ShardId;
-use crate::model::events::ReplicaState;
-use crate::model::records::{MigrationPhase, ShardRecord};
-use crate::model::wire::{PingReply, PingRequest};
 use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::node::copies;
 use crate::node::migration;
-use crate::node::replica::{Repair, Replica, blocking};
+use crate::node::replica::{Repair, Replica};
 use crate::store::{AsideKind, StoreFactory};
-use crate::view::parse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -110,7 +109,7 @@ impl Replicas {
     /// Follows the shard map until the node stops.
     pub(crate) async fn run(self: Arc<Self>) {
         let mut views = self.ctx.views.subscribe();
-        let mut unwanted: BTreeMap<ShardId, Duration> = BTreeMap::new();
+        let mut unwanted = Unwanted::default();
         let mut tick = tokio::time::interval(TICK);
         let mut swept = Duration::ZERO;
         loop {
@@ -295,88 +294,6 @@ impl Replicas {
             migration::drive(&this.ctx, &id, &replica).await;
             this.driving.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         });
-    }
-
-    /// Deletes stores that the map has not wanted here for the grace period.
-    async fn sweep(self: &Arc<Self>, unwanted: &mut BTreeMap<ShardId, Duration>) {
-        if self.leaving.load(Ordering::SeqCst) || !self.ctx.control.nats.is_connected() {
-            return;
-        }
-        let (stores, now) = (self.stores.clone(), self.ctx.clock.now());
-        let Ok(on_disk) = blocking(move || stores.list()).await else { return };
-        let view = self.ctx.view();
-        unwanted.retain(|shard, _| on_disk.contains(shard));
-        for shard in on_disk {
-            let Some(record) = view.shard(shard) else { continue };
-            let wanted = record.holders().any(|n| *n == self.ctx.node) || self.slots().contains_key(&shard);
-            if wanted {
-                unwanted.remove(&shard);
-                continue;
-            }
-            let since = *unwanted.entry(shard).or_insert(now);
-            let (unwanted_for, grace) = (now.saturating_sub(since), self.ctx.config.retire_after);
-            if unwanted_for < grace {
-                continue;
-            }
-            // Our copy of the map may be old: the bucket decides, and garbage in it deletes nothing.
-            let key = shard.token();
-            let Ok(Some(found)) = self.ctx.buckets.shards.get(&key).await else { continue };
-            let stored = parse::<ShardRecord>(&found.value).ok().filter(|record| record.check(&key).is_ok());
-            let stored = stored.filter(|record| !record.is_of_another(self.ctx.cluster.cluster_id));
-            if !may_delete(&self.ctx.node, record, stored.as_ref(), unwanted_for, grace) {
-                continue;
-            }
-            // A record may have been changed by hand: it is no proof that anybody has a copy.
-            if !self.is_served(record).await {
-                continue;
-            }
-            // A copy that is wrong is kept aside, and is never what is deleted here.
-            let wrong = self.wrong().get(&shard).cloned();
-            if let Some((kind, why)) = wrong {
-                if copies::set_aside(&self.ctx, &self.stores, shard, kind, &why).await {
-                    self.wrong().remove(&shard);
-                    unwanted.remove(&shard);
-                }
-                continue;
-            }
-            let stores = self.stores.clone();
-            let done = blocking(move || stores.destroy(shard)).await;
-            self.ctx.used_disk(shard, "delete an old copy", &done);
-            match done {
-                Ok(()) => {
-                    info!(%shard, "the old copy is deleted");
-                    unwanted.remove(&shard);
-                }
-                Err(error) => warn!(%shard, "the old copy cannot be deleted: {error}"),
-            }
-        }
-        // Migrations away from here whose old copy is gone are complete.
-        for (id, (_, record)) in &view.migrations {
-            let mine = record.from.as_deref() == Some(self.ctx.node.as_str());
-            if mine
-                && record.phase == MigrationPhase::Cleanup
-                && !unwanted.contains_key(&record.shard)
-                && !self.slots().contains_key(&record.shard)
-            {
-                migration::complete(&self.ctx, id).await;
-            }
-        }
-    }
-
-    /// Whether one of those that the record names has said just now that it serves the shard, with the record's log.
-    async fn is_served(&self, record: &ShardRecord) -> bool {
-        let asks = record.replicas.iter().map(|node| {
-            let request = PingRequest { shards: vec![record.shard] };
-            let subject = self.ctx.subjects.node(node, "ping");
-            async move { self.ctx.control.call::<_, PingReply>(subject, &request, HOLDER).await }
-        });
-        let answers = futures::future::join_all(asks).await;
-        answers.into_iter().flatten().flat_map(|reply| reply.replicas).any(|report| {
-            report.shard == record.shard
-                && report.is_settled()
-                && report.state == ReplicaState::Serving
-                && report.log_id == record.log_id
-        })
     }
 
     /// Closes all, at the end.

@@ -1,9 +1,9 @@
 //! Looks after what was set aside: what is still needed of it, and what goes.
 
 use crate::error::{Error, Result};
-use crate::model::ShardId;
 use crate::model::events::{Event, ReplicaState};
 use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, PingReply, PingRequest};
+use crate::model::{ShardId, VectorEntry};
 use crate::node::causes::{Severity, Subject};
 use crate::node::context::Context;
 use crate::node::replica::apply::{HELD_NOTE, held_log};
@@ -28,6 +28,8 @@ const SINGLE: Duration = Duration::from_secs(24 * 3_600);
 const COMPARE: Duration = Duration::from_secs(5);
 /// Pause before a copy is looked at again that has something that is nowhere else; less where copies are kept for less.
 const KEPT_AGAIN: Duration = Duration::from_secs(3_600);
+/// And before one is that is of no use and cannot be deleted.
+const DELETED_AGAIN: Duration = Duration::from_secs(300);
 
 /// Looks after what was set aside until the node stops.
 pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
@@ -37,6 +39,8 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let mut elsewhere: BTreeMap<ShardId, Duration> = BTreeMap::new();
     // What may have something that is not known to be anywhere else: when it is looked at again, and why it stays.
     let mut kept: BTreeMap<SetAside, (Duration, String)> = BTreeMap::new();
+    // What is of no use, and cannot be deleted, likewise: to find that out again takes an entry in the shard's log.
+    let mut undeleted: BTreeMap<SetAside, (Duration, String)> = BTreeMap::new();
     let mut tick = tokio::time::interval(LOOK.min(ctx.config.retire_after));
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -59,6 +63,7 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let now = ctx.clock.now();
         known.retain(|aside, _| asides.contains(aside));
         kept.retain(|aside, _| asides.contains(aside));
+        undeleted.retain(|aside, _| asides.contains(aside));
         let unheld: Vec<ShardId> =
             asides.iter().map(|aside| aside.shard).filter(|shard| !replicas.holds(*shard)).collect();
         forget_returned(&mut elsewhere, &unheld);
@@ -76,8 +81,14 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
         let damaged = kept.iter().filter(|(aside, _)| aside.kind == AsideKind::Damaged);
         let damaged = damaged.map(|(aside, (_, why))| (aside.shard.into(), Severity::Yellow, why.clone()));
         ctx.causes.replace("copy_kept", damaged.collect::<Vec<_>>());
+        let stays =
+            undeleted.iter().map(|(aside, (_, why))| (aside.shard.into(), Severity::Yellow, why.clone()));
+        ctx.causes.replace("copy_not_deleted", stays.collect::<Vec<_>>());
         for aside in asides {
-            if kept.get(&aside).is_some_and(|(again, _)| now < *again) {
+            let rests = |known: &BTreeMap<SetAside, (Duration, String)>| {
+                known.get(&aside).is_some_and(|(again, _)| now < *again)
+            };
+            if rests(&kept) || rests(&undeleted) {
                 continue;
             }
             let since = *known.entry(aside.clone()).or_insert(now);
@@ -113,15 +124,23 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             };
             match judged {
                 Judged::Useless(nodes) => {
-                    let (stores, name) = (replicas.stores().clone(), aside.name.clone());
+                    let (stores, name, going) = (replicas.stores().clone(), &aside.name, aside.clone());
                     kept.remove(&aside);
-                    let done = blocking(move || stores.forget(&aside)).await;
-                    ctx.used_disk(shard, "delete a copy that was set aside", &done);
+                    let done = blocking(move || stores.forget(&going)).await;
+                    if matches!(done, Ok(()) | Err(Error::Full(_))) {
+                        ctx.used_disk(shard, "delete a copy that was set aside", &done);
+                    }
                     match done {
-                        Ok(()) => {
-                            info!(%shard, "{name} is deleted: {nodes} has a whole one")
+                        Ok(()) => info!(%shard, "{name} is deleted: {nodes} has a whole one"),
+                        Err(error) => {
+                            let text = format!(
+                                "{name} on {} is of no use any more, as {nodes} has a whole copy, and cannot be deleted: {error}; \
+                                 that is tried again",
+                                ctx.node
+                            );
+                            warn!(%shard, "{text}");
+                            undeleted.insert(aside, (now + DELETED_AGAIN, text));
                         }
-                        Err(error) => warn!(%shard, "{name} cannot be deleted: {error}"),
                     }
                 }
                 Judged::Stays(text) => {
@@ -190,8 +209,8 @@ fn continues(whole: &Whole, log_id: Option<Uuid>, applied: Option<u64>) -> bool 
     log_id == Some(whole.log_id) && applied.is_some_and(|applied| applied <= whole.applied)
 }
 
-/// What a copy that was set aside has that no whole copy is known to have, if there is anything. `Busy` if its replica closes
-/// meanwhile. A large one is read for minutes, at the rate of a scrub; nothing else that was set aside is looked at until then.
+/// What a copy that was set aside has that no whole copy is known to have, if there is anything. `Busy` if its replica cannot say
+/// now what it has. A large one is read for minutes, at the rate of a scrub; nothing else that was set aside is looked at until then.
 async fn only_here(
     ctx: &Context,
     stores: &Arc<dyn StoreFactory>,
@@ -207,22 +226,43 @@ async fn only_here(
     }
     let (factory, looked, dimensions) = (stores.clone(), aside.clone(), ctx.cluster.dimensions);
     blocking(move || {
-        let mut only = Ok(None);
-        factory.aside_entries(&looked, dimensions, &mut |entry| {
-            let pause = entry.wire_bytes() as u64 * 1_000_000 / SCRUB_RATE;
-            std::thread::sleep(Duration::from_micros(pause));
-            let now = match &here {
-                // Whoever closes it waits for all who hold its store.
-                Some(here) if here.is_closing() => Err(Error::Busy("its replica is closing".into())),
-                Some(here) => here.store().get(&entry.id),
-                None => Ok(None),
-            };
-            only = now.map(|now| (now.as_ref() != Some(&entry)).then(|| format!("such as {:?}", entry.id)));
-            only == Ok(None)
-        })?;
-        only
+        first_only_here(&factory, &looked, dimensions, |id| {
+            let Some(here) = &here else { return Ok(None) };
+            // Whoever closes it waits for all who hold its store.
+            if here.is_closing() {
+                return Err(Error::Busy("its replica is closing".into()));
+            }
+            let found = here.store().get(id);
+            // After the look: what is being copied again may have been thrown away by then.
+            if here.status().state != ReplicaState::Serving {
+                return Err(Error::Busy("its replica does not serve at the moment".into()));
+            }
+            found
+        })
     })
     .await
+}
+
+/// The first entry of a copy that was set aside that the live one, asked by `live`, does not have so. What the live one does
+/// not say, as it is busy, is being closed, or has failed and is opened again, says nothing of the copy that was set aside:
+/// that is `Busy`, and tried again soon. Other errors are of what was set aside.
+fn first_only_here(
+    stores: &Arc<dyn StoreFactory>,
+    aside: &SetAside,
+    dimensions: usize,
+    live: impl Fn(&str) -> Result<Option<VectorEntry>>,
+) -> Result<Option<String>> {
+    let mut only = Ok(None);
+    stores.aside_entries(aside, dimensions, &mut |entry| {
+        let pause = entry.wire_bytes() as u64 * 1_000_000 / SCRUB_RATE;
+        std::thread::sleep(Duration::from_micros(pause));
+        only = match live(&entry.id) {
+            Ok(now) => Ok((now.as_ref() != Some(&entry)).then(|| format!("such as {:?}", entry.id))),
+            Err(error) => Err(Error::Busy(format!("the live copy cannot be read at the moment: {error}"))),
+        };
+        only == Ok(None)
+    })?;
+    only
 }
 
 /// Another node whose replica serves and has had the same content as the one here at one sequence.
@@ -323,6 +363,35 @@ mod tests {
         assert!(stays(judge(Ok(Some("such as \"a\"".into()))), "such as \"a\""));
         assert_eq!(judge(Ok(None)), Judged::Useless("n2".into()));
         assert!(matches!(judge(Err(Error::Busy("its replica is closing".into()))), Judged::Later(_)));
+    }
+
+    /// It was said for an hour that nobody could say what the copy has, and to delete it by hand.
+    #[test]
+    fn a_live_store_that_cannot_be_read_just_now_is_no_reason_to_keep_what_was_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = crate::RedbOptions::default();
+        let stores: Arc<dyn StoreFactory> = Arc::new(crate::RedbStores::new(dir.path().into(), options));
+        let (shard, metric) = (ShardId(1), crate::DistanceMetric::Euclidean);
+        let spec = crate::store::StoreSpec { shard, dimensions: 2, metric, cluster: Uuid::nil() };
+        let entry = VectorEntry { id: "a".into(), vector: vec![1.0, 2.0], payload: None };
+        let store = stores.open(&spec).unwrap();
+        let mutations = vec![crate::store::Mutation::Upsert(entry.clone())];
+        store.apply(crate::store::Batch { applied: 1, mutations, ..Default::default() }).unwrap();
+        store.flush().unwrap();
+        drop(store);
+        let aside = stores.set_aside(shard, AsideKind::Damaged).unwrap().unwrap();
+        let looked = |live: Result<Option<VectorEntry>>| {
+            judge(first_only_here(&stores, &aside, 2, |_| live.clone()), "n2".into(), &aside, "n1")
+        };
+        for passes in [
+            Error::Busy("its replica is closing".into()),
+            Error::Unavailable("stopping".into()),
+            Error::Internal("a thread has panicked while it changed the store".into()),
+        ] {
+            assert!(matches!(looked(Err(passes.clone())), Judged::Later(_)), "{passes:?}");
+        }
+        assert_eq!(looked(Ok(Some(entry))), Judged::Useless("n2".into()));
+        assert!(matches!(looked(Ok(None)), Judged::Stays(text) if text.contains("such as \"a\"")));
     }
 
     #[test]

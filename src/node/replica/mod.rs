@@ -299,10 +299,12 @@ impl Replica {
         }
     }
 
-    /// Throws the content of a replica that is being built away and copies it again, from one of these.
+    /// Throws the content of a replica that is being built away and copies it again, from one of these. From now on it has not
+    /// caught up, so nobody compares what is about to go.
     pub(crate) fn reload_from(&self, nodes: Vec<NodeId>) {
         self.ctx.copy_from(self.shard, nodes);
         lock(&self.checkpoints).clear();
+        self.void_answers();
         self.reload.notify_one();
     }
 
