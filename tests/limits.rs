@@ -4,7 +4,10 @@
 mod harness;
 
 use harness::{Setup, TestCluster, eventually, http_get, program, server, tamper};
+use ruvector_cluster::model::OpId;
+use ruvector_cluster::model::wire::{Reply, WriteOp, WriteReply, WriteRequest, decode, encode};
 use ruvector_cluster::playground::{NodeProcess, find_nats_server};
+use ruvector_cluster::{Error, ShardId, VectorEntry};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::Command;
@@ -342,6 +345,41 @@ async fn a_client_is_told_what_fails_and_not_that_it_may_not_listen_to_heartbeat
     let error = said.err.split_once("error: ").map(|(_, error)| error).unwrap_or_default();
     assert!(said.code != Some(0) && error.contains("settings cannot be read"), "{said:?}");
     assert!(!error.contains("permit") && !error.contains("ruvector.heartbeat"), "{said:?}");
+}
+
+/// What NATS takes as a request it may not take as an entry, which has more headers; and sizes are estimated by JSON, in which
+/// numbers are short. Whoever tried to append it kept all other writers of the shard waiting.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_does_not_fit_into_the_log_is_refused_at_once_and_holds_nobody_up() {
+    let setup = Setup { nodes: 1, shards: 1, replication_factor: 1, ..Setup::default() };
+    let cluster = TestCluster::start(setup).await;
+    let client = cluster.client().await;
+    let request = |last: usize| {
+        let entries = (0..9).map(|n| {
+            let mut entry = VectorEntry::new(format!("large-{n}"), vec![1.0, 2.0, 3.0, 4.0]);
+            let numbers = vec![json!(0.5); if n < 8 { 12_800 } else { last }];
+            entry.payload = json!({ "numbers": numbers }).as_object().cloned();
+            entry
+        });
+        let op = WriteOp::Upsert(entries.collect());
+        let op_id = OpId::from_u128(7);
+        encode(&WriteRequest { shard: ShardId(0), op_id, op, timeout_ms: 20_000, born_ms: None }).unwrap()
+    };
+    // The largest that NATS takes without headers.
+    let body = request(((1 << 20) - request(0).len() - 8) / 9);
+    assert!(body.len() <= 1 << 20 && body.len() > (1 << 20) - 200, "{}", body.len());
+    let answer = cluster.raw.request("ruvector.shard.00000.write", body.into());
+    let others = async {
+        for i in 0..20u8 {
+            client.upsert(vec![VectorEntry::new(format!("small-{i}"), vec![1.0; 4])]).await.unwrap();
+        }
+    };
+    let begun = tokio::time::Instant::now();
+    let (answer, ()) = tokio::join!(answer, others);
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let answer: Reply<WriteReply> = decode(&answer.unwrap().payload).unwrap();
+    let error = ruvector_cluster::Result::from(answer).unwrap_err();
+    assert!(matches!(&error, Error::Invalid(text) if text.contains("split it")), "{error}");
 }
 
 /// 256 shards, and messages of 32 KiB: reports, questions and answers about all of them do not fit into one.

@@ -383,6 +383,24 @@ async fn of_two_that_differ_the_log_says_who_is_right_or_an_operator_has_to() {
         (4, &json!("differ"), &Value::Null),
         "{line}"
     );
+    // While nobody decides, another node becomes the primary, and has to say it then; the first one knows no more of it.
+    let primary = |shard: Value| shard["primary"].as_str().unwrap().to_owned();
+    let first = primary(cluster.shard(0).await);
+    let paused = tamper::pause(cluster.node(&first).pid());
+    let next = eventually("there is another primary", || async {
+        let now = primary(cluster.shard(0).await);
+        if now == first { Err(now) } else { Ok(now) }
+    })
+    .await;
+    drop(paused);
+    eventually("only the new primary says it", || async {
+        let status = cluster.status().await?;
+        let causes = status["causes"].as_array().cloned().unwrap_or_default();
+        let by: Vec<_> =
+            causes.iter().filter(|c| c["kind"] == "replicas_differ").map(|c| &c["node"]).collect();
+        if by == [&json!(next)] { Ok(()) } else { Err(format!("{next} is primary: {status}")) }
+    })
+    .await;
     // He does as told.
     cluster.node("n2").kill().await.unwrap();
     let file = tamper::store_file(&cluster.node("n2").data_dir(), 0);

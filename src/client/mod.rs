@@ -410,7 +410,8 @@ impl Client {
 
     fn split_upsert(&self, entries: Vec<VectorEntry>) -> Result<BTreeMap<ShardId, Vec<WriteOp>>> {
         let cluster = &self.inner.cluster;
-        let limit = MAX_JOINED_BYTES.min(self.inner.bus.nats.max_body() / 2);
+        // Sizes are estimated by JSON, in which a number like 0.5 takes four bytes with its comma, and nine in MessagePack.
+        let limit = MAX_JOINED_BYTES.min(self.inner.bus.nats.max_body() / 3);
         let mut parts: BTreeMap<ShardId, Vec<WriteOp>> = BTreeMap::new();
         let mut sizes: BTreeMap<ShardId, usize> = BTreeMap::new();
         for entry in entries {

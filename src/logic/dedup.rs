@@ -95,9 +95,15 @@ impl std::fmt::Display for Expiry {
 impl Expiry {
     /// The refusal as an error.
     pub(crate) fn error(self, log_time_ms: u64) -> Error {
-        let message = format!(
-            "{self}: this copy changed nothing; check the clock, and send it under a new operation id"
-        );
+        let advice = match self {
+            // Of an operation that is ahead no copy has ever taken effect: they were all further ahead.
+            Expiry::Ahead(_) => "check the clock, and send it under a new operation id",
+            Expiry::Old(_) | Expiry::Forgotten => {
+                "an earlier copy may have taken effect, so read before you send it under a new operation id, which would \
+                 undo what was written since; if it was sent just now, check the clock"
+            }
+        };
+        let message = format!("{self}: this copy changed nothing; {advice}");
         Error::Expired { message, log_time_ms }
     }
 }

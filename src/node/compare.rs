@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::logic::compare::{Last, Verdict, first_turn, groups, is_due, verdict};
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::ShardRecord;
-use crate::model::wire::{CompareReply, DigestRequest, HolderDigest, RepairRequest};
+use crate::model::wire::{CompareReply, CompareRequest, DigestRequest, HolderDigest, RepairRequest};
 use crate::model::{InstanceId, NodeId, ShardId};
 use crate::node::causes::Severity;
 use crate::store::{Digest, MemoryStores, StoreFactory};
@@ -36,6 +36,8 @@ const COMPARE: Duration = Duration::from_secs(5);
 /// Longest replay of a log, and how long it may stand still.
 const REPLAY: Duration = Duration::from_secs(600);
 const REPLAY_STANDS: Duration = Duration::from_secs(10);
+/// Replicas hold different things.
+const DIFFER: &str = "replicas_differ";
 /// Replicas cannot be compared, again and again.
 const NOT_COMPARED: &str = "not_compared";
 const TRIES: u32 = 2;
@@ -55,9 +57,9 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             // This one alone: whoever closes another waits for all who hold its store.
             let Ok(replica) = replicas.get(shard) else { continue };
             let Some(holders) = ours(&ctx, &replica) else {
-                // Whoever is primary now knows nothing of when it was compared last, and looks soon enough.
                 known.remove(&shard);
                 ctx.causes.withdraw(NOT_COMPARED, shard);
+                hand_over(&ctx, shard).await;
                 continue;
             };
             let (applied, now) = (replica.status().applied, ctx.clock.now());
@@ -89,6 +91,22 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let tries = if same { 0 } else { tries.saturating_add(1) };
             known.insert(shard, Last { at: ctx.clock.now(), seq, holders, same, tries });
         }
+    }
+}
+
+/// What this node has found as the primary is for the next one to find again, or to find mended: it compares now, as it may
+/// have a day until its turn. Only then this node says no more of it; while the other cannot compare it is asked again the
+/// next time.
+async fn hand_over(ctx: &Context, shard: ShardId) {
+    let view = ctx.view();
+    let Some(record) = view.shard(shard).filter(|record| record.primary != ctx.node) else { return };
+    if !ctx.causes.of_shard(shard).iter().any(|cause| cause.kind == DIFFER) {
+        return;
+    }
+    let subject = ctx.subjects.node(&record.primary, "compare");
+    match ctx.data.call::<_, CompareReply>(subject, &CompareRequest { shard }, COMPARE * 2).await {
+        Ok(_) => ctx.causes.withdraw(DIFFER, shard),
+        Err(error) => debug!(%shard, "the new primary does not compare yet: {error}"),
     }
 }
 
@@ -213,7 +231,7 @@ async fn act(
     let (text, right) = match found {
         Verdict::Same => {
             if all {
-                ctx.causes.withdraw("replicas_differ", shard);
+                ctx.causes.withdraw(DIFFER, shard);
             }
             return None;
         }
@@ -237,7 +255,7 @@ async fn act(
         }
     };
     warn!(%shard, "{text}");
-    ctx.causes.raise("replicas_differ", shard, Severity::Yellow, text.clone());
+    ctx.causes.raise(DIFFER, shard, Severity::Yellow, text.clone());
     let event = Event::new("shard.replicas_differ", format!("shard {shard}: {text}")).shard(shard);
     let digests: serde_json::Map<_, _> =
         said.iter().map(|(node, digest)| (node.clone(), format!("{:032x}", digest.hash).into())).collect();

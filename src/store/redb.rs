@@ -35,7 +35,7 @@ use super::content::{Content, Shared};
 use super::{AsideFacts, AsideKind, SetAside, ShardStore, StoreFactory, StoreSpec};
 use crate::error::{Error, Result};
 use crate::model::{ShardId, VectorEntry};
-use aside::{Folder, meta_of};
+use aside::{Folder, meta_of, try_meta_of};
 use file::{ShardFile, identity, io_error};
 use open::{Disk, RedbStore};
 use pending::{DurablePoint, Pending};
@@ -159,11 +159,12 @@ impl RedbStores {
         }
         let has_main = std::fs::symlink_metadata(&main).is_ok();
         let aside = |kind| self.folder.set_aside(&beside, spec.shard, kind).map(|_| false);
-        let Some(meta) = meta_of(&beside) else {
-            return match has_main {
-                true => remove(&beside).map(|()| false),
-                false => aside(AsideKind::Damaged),
-            };
+        let meta = match try_meta_of(&beside) {
+            Ok(Some(meta)) => meta,
+            // Nothing of it was ever finished.
+            Ok(None) if has_main => return remove(&beside).map(|()| false),
+            // It may be complete: nobody can tell.
+            Ok(None) | Err(_) => return aside(AsideKind::Damaged),
         };
         let of_another =
             meta.cluster.is_some_and(|cluster| !spec.cluster.is_nil() && cluster != spec.cluster);

@@ -213,7 +213,7 @@ impl Applier {
                 batch.notes.push((gone, None));
             }
             let mut taken: Vec<Effect> = Vec::new();
-            let mut checkpoint = None;
+            let mut checkpoints = Vec::new();
             for op in ops {
                 match op {
                     LogOp::Write { op_id, op, born_ms } => {
@@ -242,7 +242,7 @@ impl Applier {
                         done.outcomes.push((op_id, Outcome { seq: read.seq, log_time_ms, result }));
                     }
                     LogOp::Barrier => {}
-                    LogOp::Checkpoint(id) => checkpoint = Some(id),
+                    LogOp::Checkpoint(id) => checkpoints.push(id),
                 }
             }
             if let Some(note) = self.window.record(read.seq, &taken) {
@@ -256,11 +256,12 @@ impl Applier {
             }
             // Below that the content is of mixed age: its digest says nothing.
             let complete = read.seq >= self.complete_at || broken!(DigestOfMixedAge);
-            if let Some(id) = checkpoint.filter(|_| complete) {
+            if complete && !checkpoints.is_empty() {
                 self.held.checksum = checksum.take();
                 self.commit(std::mem::take(&mut batch))?;
                 there.clear();
-                done.checkpoints.push((id, self.store.digest()?));
+                let digest = self.store.digest()?;
+                done.checkpoints.extend(checkpoints.into_iter().map(|id| (id, digest)));
             }
         }
         if checksum.is_some() {
@@ -469,6 +470,16 @@ mod tests {
 
     fn outcome(applied: &Applied) -> Result<Effected> {
         applied.outcomes.last().unwrap().1.result.clone()
+    }
+
+    /// The one of whom nothing was remembered waited in vain.
+    #[test]
+    fn two_who_compare_at_once_each_find_their_checkpoint() {
+        let mut replica = empty();
+        let ids = [Uuid::from_u128(1), Uuid::from_u128(2)];
+        let applied = replica.apply(vec![read_at(1, 1, ids.map(LogOp::Checkpoint).to_vec())]).unwrap();
+        let digest = replica.store.digest().unwrap();
+        assert_eq!(applied.checkpoints, ids.map(|id| (id, digest)));
     }
 
     #[test]

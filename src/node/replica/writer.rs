@@ -172,6 +172,12 @@ async fn append(target: &Target, batch: Vec<Job>) {
                 batches.extend([second, batch]);
                 continue;
             }
+            // Nothing makes it fit: whoever tried would keep all others waiting.
+            Ok(body) if body.len() > target.logs.max_body() => Err(Error::Invalid(format!(
+                "the write takes {} bytes in the log, {} fit into a message of NATS: split it, or raise max_payload",
+                body.len(),
+                target.logs.max_body()
+            ))),
             Ok(body) => persist(target, body.into(), deadline).await,
             Err(error) => Err(error),
         };

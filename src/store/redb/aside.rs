@@ -11,16 +11,17 @@
 
 use super::file::io_error;
 use super::raw::{Found, Raw};
-use super::record::{Meta, read_entry};
+use super::record::{META_KEY, Meta, is_sound, read_entry, read_meta};
 use crate::error::{Error, Result};
 use crate::model::{ShardId, VectorEntry};
 use crate::store::{AsideFacts, AsideKind, SetAside};
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use tracing::warn;
 use uuid::Uuid;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Copies of one shard that were damaged or replaced, and are kept aside. When there are more, one of those goes that is
 /// neither the newest nor the one with most intact entries. What does not belong to the shard is nobody's to delete.
@@ -145,7 +146,7 @@ impl Folder {
         }
         #[cfg(test)]
         super::faults::reading_asides(&self.0);
-        let mut intact: Vec<u64> =
+        let mut intact: Vec<Option<u64>> =
             of_shard.iter().map(|aside| intact_entries(&self.0.join(&aside.name))).collect();
         while of_shard.len() > MOST {
             let Some(at) = surplus(&of_shard, &intact, newest) else { return };
@@ -266,26 +267,41 @@ fn parse(name: &str) -> Option<(ShardId, &str)> {
 
 /// What the file says of itself; `None` when it says nothing.
 pub(super) fn meta_of(path: &Path) -> Option<Meta> {
-    if !path.is_file() {
-        return None;
-    }
-    Raw::open(path).and_then(|mut raw| raw.meta()).ok().flatten()
+    try_meta_of(path).ok().flatten()
 }
 
-/// How many entries of a file can still be read.
-fn intact_entries(path: &Path) -> u64 {
-    let Some(meta) = meta_of(path) else { return 0 };
-    let mut intact = 0;
-    let walked = Raw::open(path).and_then(|mut raw| {
-        raw.walk(&mut |_| true, &mut |record| {
-            if let Found::Entry(id, bytes) = record
-                && let Ok(id) = std::str::from_utf8(id)
-            {
-                intact += u64::from(read_entry(id, meta.dimensions, bytes).is_some());
-            }
-        })
+/// The same; an error is the system's, and says nothing of what is in the file.
+pub(super) fn try_meta_of(path: &Path) -> std::io::Result<Option<Meta>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    match Raw::open(path).and_then(|mut raw| raw.meta()) {
+        Err(e) if e.kind() == ErrorKind::InvalidData => Ok(None),
+        read => read,
+    }
+}
+
+/// How many entries of a file can still be had, as [`Folder::entries`] finds them: also where nothing leads to their pages
+/// any more. `None` when the system does not let it be read: then nobody knows.
+fn intact_entries(path: &Path) -> Option<u64> {
+    let mut intact = HashSet::new();
+    let mut each = |record: Found<'_>| {
+        if let Found::Entry(id, bytes) = record
+            && is_sound(id, bytes)
+            && (id != META_KEY || read_meta(bytes).is_none())
+        {
+            intact.insert(xxh3_64(id));
+        }
+    };
+    let read = Raw::open(path).and_then(|mut raw| {
+        let walk = raw.walk(&mut |_| true, &mut each)?;
+        if walk.lost_pages { raw.scan(&mut each) } else { Ok(()) }
     });
-    walked.map_or(0, |_| intact)
+    match read {
+        Ok(()) => Some(intact.len() as u64),
+        Err(e) if e.kind() == ErrorKind::InvalidData => Some(0),
+        Err(_) => None,
+    }
 }
 
 /// Those whose number is bounded.
@@ -295,13 +311,13 @@ fn bounded(asides: Vec<SetAside>, shard: ShardId) -> Vec<SetAside> {
 }
 
 /// Which of too many copies goes: the poorest of those that are neither the newest nor the best, and of equals the
-/// oldest. `intact` are their entries.
-fn surplus(asides: &[SetAside], intact: &[u64], newest: &SetAside) -> Option<usize> {
+/// oldest. `intact` are their entries; one that cannot be read may be the best, and stays.
+fn surplus(asides: &[SetAside], intact: &[Option<u64>], newest: &SetAside) -> Option<usize> {
+    let known = intact.iter().enumerate().filter_map(|(at, entries)| Some((at, (*entries)?)));
     // Of equals the newest is the best.
-    let best = intact.iter().enumerate().max_by_key(|(_, entries)| **entries).map(|(at, _)| at);
-    let others = asides.iter().zip(intact).enumerate();
-    let others = others.filter(|(at, (aside, _))| Some(*at) != best && *aside != newest);
-    others.min_by_key(|(_, (_, entries))| **entries).map(|(at, _)| at)
+    let best = known.clone().max_by_key(|(_, entries)| *entries).map(|(at, _)| at);
+    let others = known.filter(|(at, _)| Some(*at) != best && asides[*at] != *newest);
+    others.min_by_key(|(_, entries)| *entries).map(|(at, _)| at)
 }
 
 #[cfg(test)]
@@ -325,13 +341,23 @@ mod tests {
         for (aside, intact) in asides(10).into_iter().zip([5, 6, 900, 7, 8, 0, 9, 10, 11, 12]) {
             kept.push((aside.clone(), intact));
             if kept.len() > MOST {
-                let (list, intact): (Vec<SetAside>, Vec<u64>) = kept.iter().cloned().unzip();
+                let list: Vec<SetAside> = kept.iter().map(|(aside, _)| aside.clone()).collect();
+                let intact: Vec<Option<u64>> = kept.iter().map(|(_, intact)| Some(*intact)).collect();
                 kept.remove(surplus(&list, &intact, &aside).unwrap());
             }
             assert!(kept.iter().any(|(kept, _)| *kept == aside), "the newest");
         }
         let left: Vec<u64> = kept.iter().map(|(_, intact)| *intact).collect();
         assert_eq!(left, [900, 10, 11, 12]);
+    }
+
+    #[test]
+    fn a_copy_that_cannot_be_read_just_now_is_never_one_too_many() {
+        let five = asides(5);
+        let chosen = |intact| surplus(&five, intact, &five[4]);
+        assert_eq!(chosen(&[None, Some(3), Some(2), Some(9), Some(0)]), Some(2));
+        assert_eq!(chosen(&[None, None, Some(2), None, None]), None, "the only one that is known to be good");
+        assert_eq!(chosen(&[None; 5]), None);
     }
 
     #[test]

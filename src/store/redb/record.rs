@@ -92,17 +92,20 @@ pub(super) fn read_note(key: u64, bytes: &[u8]) -> Option<Vec<u8>> {
     unseal(&key.to_le_bytes(), bytes).map(<[u8]>::to_vec)
 }
 
+/// Key of the meta record.
+pub(super) const META_KEY: &[u8] = b"meta";
+
 /// The meta record.
 pub(super) fn meta(meta: &Meta) -> Result<Vec<u8>> {
     let mut out = begin(128);
     rmp_serde::encode::write_named(&mut out, meta)
         .map_err(|e| Error::Internal(format!("the meta record has no MessagePack form: {e}")))?;
-    Ok(seal(b"meta", out))
+    Ok(seal(META_KEY, out))
 }
 
 /// Reads what [`meta`] wrote.
 pub(super) fn read_meta(bytes: &[u8]) -> Option<Meta> {
-    rmp_serde::from_slice(unseal(b"meta", bytes)?).ok()
+    rmp_serde::from_slice(unseal(META_KEY, bytes)?).ok()
 }
 
 /// Room for the checksum, and for about `bytes` after it.

@@ -1,11 +1,13 @@
 //! Files that are not what was written.
 
 use crate::error::{Error, Result};
-use crate::model::ShardId;
+use crate::model::{ShardId, VectorEntry};
 use crate::store::conformance::{Model, Random, batch, entry, redb_stores, spec, upsert};
+use crate::store::redb::aside::meta_of;
 use crate::store::redb::{RedbStores, faults};
 use crate::store::{AsideKind, SetAside, ShardStore, StoreFactory, StoreSpec};
 use ::redb::{Database, TableDefinition};
+use std::collections::BTreeSet;
 use std::path::Path;
 use uuid::Uuid;
 
@@ -253,6 +255,39 @@ fn the_tenth_damage_in_a_row_finds_a_bounded_number_of_copies() {
         let kept = stores.asides().unwrap();
         assert!(kept.len() <= 4 && kept.contains(&best) && kept.contains(&newest), "{kept:?}");
     }
+}
+
+/// All its entries are there, and nothing leads to them any more: so it counted as empty, and went first.
+#[test]
+fn the_best_copy_is_kept_though_its_header_is_what_is_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, model) = filled(dir.path());
+    let path = stores.path(ShardId(7));
+    let poor = |round: i16| {
+        let store = stores.open(&spec()).unwrap();
+        store.apply(batch(1, vec![upsert(entry(&format!("poor-{round}"), 1, round))])).unwrap();
+        store.flush().unwrap();
+    };
+    let mut bytes = std::fs::read(&path).unwrap();
+    // A bit of the commit slot that counts: the other one may never have got to the disk.
+    let primary = usize::from(bytes[9] & 1);
+    bytes[[64, 192][primary] + 20] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert_eq!(meta_of(&path), None);
+    let best = stores.set_aside(ShardId(7), AsideKind::Damaged).unwrap().unwrap();
+    for round in 0..6 {
+        poor(round);
+        stores.set_aside(ShardId(7), AsideKind::Damaged).unwrap().unwrap();
+    }
+    let kept = stores.asides().unwrap();
+    assert!(kept.len() == 4 && kept.contains(&best), "{kept:?}");
+    let mut had = BTreeSet::new();
+    let mut see = |entry: VectorEntry| {
+        had.insert(entry.id);
+        true
+    };
+    stores.aside_entries(&best, 2, &mut see).unwrap();
+    assert!(model.entries.len() > 1 && model.entries.keys().all(|id| had.contains(id)), "{had:?}");
 }
 
 fn whole(store: &dyn ShardStore) -> Result<()> {
