@@ -274,11 +274,6 @@ impl Logs {
         }
     }
 
-    /// Deletes the stream. Missing is fine.
-    pub(crate) async fn delete(&self, shard: ShardId) -> Result<()> {
-        self.nats.delete_stream(&self.subjects.log_stream(shard)).await
-    }
-
     /// Appends one entry. `message_id` lets JetStream drop a doubled message within its window.
     pub(crate) async fn append(
         &self,

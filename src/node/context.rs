@@ -76,8 +76,8 @@ pub(crate) struct Context {
     pub(crate) arrivals: Arrivals,
     /// Scans at a time: they use a core each.
     pub(crate) scans: Arc<Semaphore>,
-    /// When this process was last seen awake and connected, in ms of its clock; see `node::lag`.
-    pub(crate) awake_at: AtomicU64,
+    /// When this process was last seen awake and connected; see `node::lag`.
+    pub(crate) awake: Mutex<crate::logic::lag::Awake>,
     /// Replicas that are copied again after a comparison: from whom, and until when that counts.
     pub(crate) sources: Mutex<BTreeMap<ShardId, (Vec<NodeId>, Duration)>>,
     /// What requests and answers in hand take, all together.

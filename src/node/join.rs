@@ -153,7 +153,7 @@ pub(crate) async fn join(config: ClusterConfig) -> Result<Joined> {
         rate: RateLimit::new(clock, config.migration_rate),
         arrivals: crate::node::arrivals::Arrivals::new(),
         scans: Arc::new(Semaphore::new(cores)),
-        awake_at: AtomicU64::new(0),
+        awake: Mutex::default(),
         sources: Mutex::default(),
         memory: Memory::new(&config.node_id, config.in_hand_bytes),
         waiting: Places::new("reads that wait for the log", WAITING),

@@ -18,7 +18,9 @@
 use super::context::Context;
 use super::replica::Replica;
 use super::replicas::Replicas;
+use crate::clock::wall_ms;
 use crate::error::{Error, Result};
+use crate::logic::lag::{Awake, Away};
 use crate::model::wire::{AppliedNote, ReplicaReport, decode};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bus::{Message, sender};
@@ -27,8 +29,7 @@ use crate::view::View;
 use futures::StreamExt;
 use futures::stream::{BoxStream, SelectAll};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -57,16 +58,20 @@ const SLACK: Duration = Duration::from_millis(500);
 /// # Errors
 /// `Unavailable` until it is known what others did meanwhile.
 pub(crate) fn awake(ctx: &Context) -> Result<()> {
-    let at = Duration::from_millis(ctx.awake_at.load(Ordering::Relaxed));
-    let stood = ctx.clock.now().saturating_sub(at);
-    if stood <= ctx.config.max_lag + SLACK {
-        return Ok(());
-    }
-    Err(Error::Unavailable(format!(
-        "{} was stopped or cut off for {:.1} s: it looks first how far the others are",
-        ctx.node,
-        stood.as_secs_f64()
-    )))
+    let away = match lock(&ctx.awake).until(&awake_now(ctx)) {
+        Away::For(time) if time <= ctx.config.max_lag + SLACK => return Ok(()),
+        Away::For(time) => format!("was stopped or cut off for {:.1} s", time.as_secs_f64()),
+        Away::Reconnected => "has lost its connection to NATS and has a new one".to_owned(),
+    };
+    Err(Error::Unavailable(format!("{} {away}: it looks first how far the others are", ctx.node)))
+}
+
+fn lock(awake: &Mutex<Awake>) -> MutexGuard<'_, Awake> {
+    awake.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn awake_now(ctx: &Context) -> Awake {
+    Awake { at: ctx.clock.now(), wall_ms: wall_ms(), connection: ctx.data.nats.connection() }
 }
 
 /// Runs until the node stops.
@@ -82,7 +87,7 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     };
     let (mut notes, mut views) = (Notes::default(), ctx.views.subscribe());
     views.mark_changed();
-    ctx.awake_at.store(ctx.clock.now().as_millis() as u64, Ordering::Relaxed);
+    *lock(&ctx.awake) = awake_now(&ctx);
     loop {
         tokio::select! {
             () = ctx.stop.cancelled() => return,
@@ -173,16 +178,17 @@ impl Watch {
         let (ctx, now) = (self.ctx.clone(), self.ctx.clock.now());
         let all = self.replicas.all();
         if ctx.data.nats.is_connected() {
-            let stood = now.saturating_sub(Duration::from_millis(ctx.awake_at.load(Ordering::Relaxed)));
-            if stood > ctx.config.max_lag {
-                debug!(?stood, "this process was stopped or cut off");
+            let awake = awake_now(&ctx);
+            let away = lock(&ctx.awake).until(&awake);
+            if away > Away::For(ctx.config.max_lag) {
+                debug!(?away, "this process was stopped or cut off");
                 all.iter()
                     .filter(|r| !self.live_others(r.shard).is_empty())
                     .for_each(|r| r.lag().doubts(now));
                 // Before requests are let in again, so that those that wait find the doubt.
                 all.iter().for_each(|replica| replica.judge_lag(now));
             }
-            ctx.awake_at.store(now.as_millis() as u64, Ordering::Relaxed);
+            *lock(&ctx.awake) = awake;
         }
         for (shard, seq) in ctx.logs.take_acknowledged() {
             if let Ok(replica) = self.replicas.get(shard) {

@@ -43,12 +43,12 @@ const COPIED: Duration = Duration::from_secs(20);
 /// should a process end.
 const ON_DISK: Duration = Duration::from_secs(4);
 /// A store is lost when everything is whole: this is how long that may take to come.
-const WHOLE: Duration = Duration::from_secs(40);
+const WHOLE: Duration = Duration::from_secs(120);
 /// Two servers of three agree on leaders, and on what the third had acknowledged with one of them alone: RAFT
 /// elects after 4 to 9 s. A store that goes back and votes before that breaks what RAFT stands on.
 const ELECTED: Duration = Duration::from_secs(12);
 /// A busy machine may need longer.
-const AGREED: Duration = Duration::from_secs(40);
+const AGREED: Duration = Duration::from_secs(120);
 
 impl Nemesis {
     pub(crate) fn new(dice: Dice, most_nodes: usize, recorder: &Recorder) -> Nemesis {

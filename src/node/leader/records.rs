@@ -1,9 +1,10 @@
 //! Shard records: changes, first placement, promotion, removal, and rebuilding a lost log; and what else NATS has lost.
 
 use super::Leader;
-use crate::clock::{fresh_id, wall};
+use crate::clock::{fresh_id, wall, wall_ms};
 use crate::error::{Error, Result};
 use crate::logic::fencing::is_decision;
+use crate::logic::lag::{Awake, Away};
 use crate::logic::log_loss::{Suspicion, Verdict, close, is_of, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -26,6 +27,8 @@ const LOG_CHECKS: Duration = Duration::from_millis(500);
 /// One look at one log, and one holder's part of it: the leader has other things to do.
 const LOG_LOOK: Duration = Duration::from_millis(1_500);
 const HOLDER: Duration = Duration::from_millis(800);
+/// What is deleted was looked at no longer ago than this.
+const LATEST_DELETION: Duration = Duration::from_secs(3);
 
 impl Leader {
     /// Writes a changed record; nobody else does, so a lost compare-and-set means garbage or a newer term.
@@ -394,12 +397,26 @@ impl Leader {
         Ok(())
     }
 
+    /// Makes the log that the record names, in the place of any other.
+    ///
+    /// A deletion has no condition that NATS could check, so it must not come late, when another leader has made the log
+    /// and clients have written to it. It goes over the connection that the lease is kept on, and only while that one has
+    /// been there since the record was read, as a client keeps what it cannot send for the next one; and not if the
+    /// process or its machine has slept since. What is left is a stop between this look and the call itself: then the
+    /// other leader's log is lost like one that NATS loses, and is rebuilt from what its replicas have applied.
     async fn recreate(&self, record: &ShardRecord) -> Result<()> {
         self.check_lease()?;
         let (logs, shard, id) = (&self.ctx.logs, record.shard, record.log_id);
+        let control = &self.ctx.control.nats;
         match logs.create(shard, id, record.log_first_seq, &self.ctx.cluster).await {
             Err(Error::Conflict(_)) => {
                 // Creating may have taken long: somebody else may lead by now, and have made the log anew.
+                let awake = || Awake {
+                    at: self.ctx.clock.now(),
+                    wall_ms: wall_ms(),
+                    connection: control.connection(),
+                };
+                let before = awake();
                 self.check_lease()?;
                 let stored = self.ctx.buckets.shards.get(&shard.token()).await?;
                 let stored = stored.and_then(|found| parse::<ShardRecord>(&found.value).ok());
@@ -407,7 +424,13 @@ impl Leader {
                     return Err(Error::Conflict(format!("the record of shard {shard} has changed")));
                 }
                 self.check_lease()?;
-                logs.delete(shard).await?;
+                if !control.is_still(before.connection) || before.until(&awake()) > Away::For(LATEST_DELETION)
+                {
+                    return Err(Error::Unavailable(format!(
+                        "the log of shard {shard} is not made anew yet: this leader was stopped or cut off"
+                    )));
+                }
+                control.delete_stream(&self.ctx.subjects.log_stream(shard)).await?;
                 logs.create(shard, id, record.log_first_seq, &self.ctx.cluster).await.map(drop)
             }
             other => other.map(drop),
