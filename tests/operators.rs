@@ -499,6 +499,10 @@ async fn a_node_that_is_gone_for_good_can_be_forgotten_but_not_while_it_holds_so
     let warned = |status: &Value| status["warnings"].to_string().contains("n4");
     let status = cluster.status().await.unwrap();
     assert!(!warned(&status), "it was replaced: {status}");
+    let events = cluster.events().await;
+    let left_out = events.iter().filter(|event| event["event"] == "migration.not_compared");
+    let named = |event: &Value| event["message"].to_string().contains("without n4");
+    assert!(left_out.clone().count() > 0 && left_out.clone().all(named), "{events:?}");
     cluster.command("nodes forget n4").await.done();
     assert!(!is_known(&cluster, "n4").await);
     cluster.command("nodes forget n4").await.refused("is not known");

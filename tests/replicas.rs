@@ -539,15 +539,22 @@ async fn a_move_from_a_replica_that_differs_waits_for_holders_that_are_being_res
         let record = all.iter().find(|record| record.id == id).ok_or("no record")?;
         let error = record.error.clone().unwrap_or_default();
         let said = others.iter().all(|node| error.contains(&format!("{node} (down)")));
-        if said && record.phase.is_running() { Ok(()) } else { Err(format!("{record:?}")) }
+        let waits = others.iter().all(|node| record.waits_for.contains(node));
+        if said && waits && record.phase.is_running() { Ok(()) } else { Err(format!("{record:?}")) }
     })
     .await;
-    assert_eq!(cluster.map().await.0[&0], holders, "nothing was taken over");
+    // Whoever is primary meanwhile.
+    let now = cluster.map().await.0[&0].clone();
+    assert!(
+        now.len() == 3 && holders.iter().all(|node| now.contains(node)),
+        "nothing was taken over: {now:?}"
+    );
     for node in others {
         cluster.node(node).restart().unwrap();
     }
     let record = cluster.migrated(&id).await;
-    assert!(record["error"].is_null() && record.get("not_compared").is_none(), "{record}");
+    assert!(record["error"].is_null(), "{record}");
+    assert!(record.get("not_compared").is_none() && record.get("waits_for").is_none(), "{record}");
     wait_same(&cluster, 0).await;
     for node in others.iter().map(String::as_str).chain([outsider]) {
         let entry = store_entry(&cluster, node, "a").await;

@@ -235,6 +235,7 @@ fn the_records() {
             error: None,
             given_up: vec![],
             not_compared: vec![],
+            waits_for: vec![],
         },
     );
     json_form(

@@ -350,6 +350,7 @@ pub(crate) mod tests {
             error: None,
             given_up: Vec::new(),
             not_compared: Vec::new(),
+            waits_for: Vec::new(),
         }
     }
 

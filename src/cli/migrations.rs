@@ -126,10 +126,19 @@ fn listing(records: &[MigrationRecord], now: DateTime<Utc>) -> String {
             Cell::right(bytes(record.bytes_done)),
             Cell::new(ago(record.started_at, now)),
             Cell::right(took(record, now).as_deref().unwrap_or("-")),
-            Cell::new(record.error.as_deref().unwrap_or(&record.reason)),
+            Cell::new(why(record)),
         ]
     };
     fitted_table(&head, records.iter().map(row).collect(), &["BYTES", "STARTED", "TOOK", "DONE"])
+}
+
+/// What went wrong last, or why it was begun; and whom it was finished without.
+fn why(record: &MigrationRecord) -> String {
+    let why = record.error.as_deref().unwrap_or(&record.reason);
+    match record.not_compared.as_slice() {
+        [] => why.to_owned(),
+        nodes => format!("{why} (not compared with {})", nodes.join(", ")),
+    }
 }
 
 pub(crate) fn sheet(record: &MigrationRecord, now: DateTime<Utc>) -> String {
@@ -155,6 +164,11 @@ pub(crate) fn sheet(record: &MigrationRecord, now: DateTime<Utc>) -> String {
         ("updated", Cell::new(format!("{} ({})", local(record.updated_at), ago(record.updated_at, now)))),
     ];
     lines.extend(took(record, now).map(|took| ("took", Cell::new(took))));
+    for (what, nodes) in [("waits for", &record.waits_for), ("not compared", &record.not_compared)] {
+        if !nodes.is_empty() {
+            lines.push((what, Cell::new(nodes.join(", ")).tone(Tone::Warn)));
+        }
+    }
     if let Some(error) = &record.error {
         lines.push(("error", Cell::new(error).tone(Tone::Bad)));
     }
@@ -279,5 +293,15 @@ mod tests {
         let why = "an operator asked for it";
         assert_eq!(lines[1], format!("m-00007-ab 7 n1 n4 snapshot 45 % 1.0 KiB 1m ago 1m {why}"));
         assert_eq!(lines[2], format!("m-00007-ab 7 n1 n4 completed 100 % 1.0 KiB 1m ago 1.5s {why}"));
+    }
+
+    #[test]
+    fn a_move_that_was_finished_without_a_holder_says_so_while_its_record_lasts() {
+        let moved = record(MigrationPhase::Completed);
+        assert!(!sheet(&moved, DateTime::UNIX_EPOCH).contains("not compared"));
+        let moved = MigrationRecord { not_compared: vec!["n2".into()], ..moved };
+        let listed = listing(std::slice::from_ref(&moved), DateTime::UNIX_EPOCH);
+        assert!(listed.contains("an operator asked for it (not compared with n2)"), "{listed}");
+        assert!(sheet(&moved, DateTime::UNIX_EPOCH).contains("not compared"));
     }
 }

@@ -4,15 +4,17 @@
 //! a shard has its old replicas before it and the new ones after it, and never fewer of them.
 
 use crate::logic::replica::{LogFacts, same_entry};
-use crate::model::NodeId;
 use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, MigrationRecord, NodeStatus, ShardRecord};
 use crate::model::wire::ReplicaReport;
-use std::collections::BTreeMap;
+use crate::model::{NodeId, ShardId};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Entries behind that count as "close behind": the target may compare its content with a source.
 pub(crate) const CLOSE: u64 = 64;
+/// Shards and nodes that are named in one sentence.
+const NAMED: usize = 8;
 /// How old what the leader saw may be when it writes a swap.
 const LOOK_COUNTS: Duration = Duration::from_secs(2);
 
@@ -49,14 +51,19 @@ pub(crate) enum Compared {
     Without(Vec<NodeId>),
 }
 
-/// Since when holders have not answered that comparison, try after try.
+/// Since when holders have not answered that comparison, try after try: of one move, whose target may open its replica anew in
+/// between.
 #[derive(Debug, Default)]
-pub(crate) struct Silence(BTreeMap<NodeId, Duration>);
+pub(crate) struct Silence {
+    since: BTreeMap<NodeId, Duration>,
+    /// The last try has found nothing else that it waits for.
+    pub(crate) waits_for: Vec<NodeId>,
+}
 
 impl Silence {
     /// Takes in who has not answered. A holder is waited for as long as a node may be away (`patience`), then no longer, so that
     /// a shard can leave a node that hangs, or whose store cannot be opened; and not at all where the leader has given it up.
-    /// A target that dies begins to wait anew.
+    /// A target whose process dies begins to wait anew.
     pub(crate) fn compared(
         &mut self,
         silent: &[NodeId],
@@ -64,11 +71,11 @@ impl Silence {
         now: Duration,
         patience: Duration,
     ) -> Compared {
-        self.0.retain(|node, _| silent.contains(node));
+        self.since.retain(|node, _| silent.contains(node));
         let patience = waited_for(patience);
         let mut waits = Vec::new();
         for node in silent {
-            let since = *self.0.entry(node.clone()).or_insert(now);
+            let since = *self.since.entry(node.clone()).or_insert(now);
             if !given_up.contains(node) && now.saturating_sub(since) < patience {
                 waits.push(node.clone());
             }
@@ -79,6 +86,48 @@ impl Silence {
             (_, true) => Compared::Without(silent.to_vec()),
         }
     }
+}
+
+/// Whom the target asks when it compares. Who is given up and not live would only cost the time that it is waited for; one that
+/// lives, and is given up as its replica has not worked for long, may well have an answer.
+pub(crate) fn asked(
+    holders: &[NodeId],
+    given_up: &[NodeId],
+    is_live: impl Fn(&NodeId) -> bool,
+) -> Vec<NodeId> {
+    holders.iter().filter(|node| is_live(node) || !given_up.contains(node)).cloned().collect()
+}
+
+/// Whether the leader writes into a migration's record whom it has given up now. Also after the cut-over has begun: a target
+/// that is restarted then compares once more, and would wait for whoever the list does not name.
+pub(crate) fn is_news(migration: &MigrationRecord, gone: &[NodeId]) -> bool {
+    migration.phase.is_running() && migration.given_up != gone
+}
+
+/// What an operator should know of moves that were finished although holders had not answered: as long as the record is
+/// there, and such a holder still holds the shard, where what it has can be compared. Of the others the record tells.
+pub(crate) fn unproved<'a>(
+    migrations: impl Iterator<Item = &'a MigrationRecord>,
+    holds: impl Fn(&NodeId, ShardId) -> bool,
+) -> Option<String> {
+    let (mut nodes, mut shards) = (BTreeSet::new(), BTreeSet::new());
+    let goes_through = |phase: MigrationPhase| phase == MigrationPhase::Cutover || phase.is_success();
+    for migration in migrations.filter(|migration| goes_through(migration.phase)) {
+        for node in migration.not_compared.iter().filter(|node| holds(node, migration.shard)) {
+            nodes.insert(node.as_str());
+            shards.insert(migration.shard);
+        }
+    }
+    let shown: Vec<String> = shards.iter().take(NAMED).map(ToString::to_string).collect();
+    let more = if shards.len() > NAMED { ", …" } else { "" };
+    (!shards.is_empty()).then(|| {
+        format!(
+            "shards were moved within the last day without a comparison with {}, which did not answer: {}{more}; see migrations \
+             ls, and check --shard compares all holders",
+            nodes.into_iter().take(NAMED).collect::<Vec<_>>().join(", "),
+            shown.join(", "),
+        )
+    })
 }
 
 /// Holders that a migration does not wait for: those that count as gone, and those that did so for an earlier leader and have
@@ -319,6 +368,44 @@ mod tests {
         assert_eq!(given_up(&[], &holders), names(&["b"]), "c may come back");
         let before = names(&["a", "c"]);
         assert_eq!(given_up(&before, &holders), names(&["b", "c"]), "a is back; a new leader waits anew");
+    }
+
+    #[test]
+    fn who_is_given_up_and_not_live_costs_a_comparison_no_time() {
+        let names = crate::sim::records::names;
+        let live = |node: &NodeId| node != "b" && node != "c";
+        let holders = names(&["a", "b", "c", "d"]);
+        assert_eq!(asked(&holders, &names(&["b", "d"]), live), names(&["a", "c", "d"]));
+        assert_eq!(asked(&holders, &[], live), holders, "a leader of 0.2 gives nobody up");
+    }
+
+    /// The target was restarted after that, and waited for the whole of its five minutes.
+    #[test]
+    fn who_is_given_up_after_the_cut_over_has_begun_is_written_down_too() {
+        let names = crate::sim::records::names;
+        let record = |phase| MigrationRecord { phase, ..migration_record("m", Some("a"), "c") };
+        for phase in [MigrationPhase::Prepare, MigrationPhase::CatchUp, MigrationPhase::Cutover] {
+            assert!(is_news(&record(phase), &names(&["b"])) && !is_news(&record(phase), &[]));
+        }
+        assert!(!is_news(&record(MigrationPhase::Cleanup), &names(&["b"])));
+    }
+
+    #[test]
+    fn a_move_without_a_holder_is_told_of_while_that_holds_the_shard() {
+        let names = crate::sim::records::names;
+        let moved = MigrationRecord {
+            phase: MigrationPhase::Completed,
+            not_compared: names(&["b"]),
+            ..migration_record("m", Some("a"), "c")
+        };
+        let all = [moved.clone(), migration_record("n", Some("a"), "d")];
+        let said = unproved(all.iter(), |_, _| true).unwrap();
+        assert!(said.contains("with b, which did not answer: 0;"), "{said}");
+        assert_eq!(unproved(all.iter(), |_, _| false), None, "it was replaced");
+        for phase in [MigrationPhase::CatchUp, MigrationPhase::Failed, MigrationPhase::Cancelled] {
+            let other = MigrationRecord { phase, ..moved.clone() };
+            assert_eq!(unproved([other].iter(), |_, _| true), None, "{phase}");
+        }
     }
 
     #[test]

@@ -45,4 +45,5 @@ pub(crate) mod settings;
 pub(crate) mod shares;
 pub(crate) mod signing;
 pub(crate) mod skew;
+pub(crate) mod slots;
 pub(crate) mod truncation;

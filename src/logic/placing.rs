@@ -21,6 +21,8 @@ pub(crate) struct Unplaced {
     pub(crate) unheard: Vec<NodeId>,
     /// No shard at all has a record.
     pub(crate) no_map: bool,
+    /// This leader has found none, has waited for nobody, and has begun to place them.
+    pub(crate) begun: bool,
     /// How old the cluster is, by the clocks of two nodes: if they differ, it waits needlessly, or not in a case that takes
     /// the loss of all nodes' records besides.
     pub(crate) age: Duration,
@@ -43,6 +45,12 @@ pub(crate) enum WaitFor {
     Anybody,
 }
 
+/// Whether the wait is a part of setting a cluster up: the first leader was replaced while it placed shards. It takes some
+/// seconds and nobody has to do anything.
+pub(crate) fn is_start(whom: &WaitFor, age: Duration) -> bool {
+    *whom == WaitFor::Running && age <= YOUNG
+}
+
 /// Whether first placements wait.
 pub(crate) fn waits(unplaced: Unplaced) -> Option<WaitFor> {
     if unplaced.term <= 1 {
@@ -51,7 +59,8 @@ pub(crate) fn waits(unplaced: Unplaced) -> Option<WaitFor> {
     if !unplaced.unheard.is_empty() {
         return Some(WaitFor::Nodes(unplaced.unheard));
     }
-    if !unplaced.no_map && unplaced.leading < unplaced.write_back {
+    // What is left of a placement of its own was not placed by anybody else meanwhile.
+    if !unplaced.no_map && !unplaced.begun && unplaced.leading < unplaced.write_back {
         return Some(WaitFor::Running);
     }
     let lost = unplaced.no_map && unplaced.age > YOUNG && unplaced.leading < unplaced.patience;
@@ -67,6 +76,7 @@ mod tests {
             term: 4,
             unheard: vec![],
             no_map: true,
+            begun: false,
             age: Duration::from_secs(60),
             leading: Duration::from_secs(1),
             patience: Duration::from_secs(300),
@@ -89,6 +99,19 @@ mod tests {
         assert_eq!(waits(some.clone()), Some(WaitFor::Running));
         assert_eq!(waits(Unplaced { leading: some.write_back, ..some.clone() }), None);
         assert_eq!(waits(Unplaced { term: 1, ..some }), None);
+    }
+
+    /// A log could not be made at once, or the first leader was replaced while it placed shards.
+    #[test]
+    fn a_cluster_that_is_being_set_up_is_not_red_for_a_wait_of_some_seconds() {
+        let rest = Unplaced { no_map: false, ..unplaced() };
+        assert_eq!(waits(Unplaced { begun: true, ..rest.clone() }), None, "its own placement goes on");
+        let whom = waits(rest).unwrap();
+        assert!(is_start(&whom, Duration::from_secs(60)) && !is_start(&whom, YOUNG * 2));
+        assert!(
+            !is_start(&WaitFor::Anybody, Duration::ZERO)
+                && !is_start(&WaitFor::Nodes(vec![]), Duration::ZERO)
+        );
     }
 
     #[test]

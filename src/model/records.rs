@@ -676,6 +676,9 @@ pub struct MigrationRecord {
     /// Holders that have not taken part in it: what they hold was not looked at.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_compared: Vec<NodeId>,
+    /// Holders for which it waits, and does nothing else: all is copied, and they have not answered the comparison yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waits_for: Vec<NodeId>,
 }
 
 impl MigrationRecord {
@@ -685,7 +688,8 @@ impl MigrationRecord {
     /// [`Error::Invalid`] that names what is wrong.
     pub fn check(&self, key: &str) -> Result<()> {
         validate_name("migration id", &self.id)?;
-        for node in [&self.to].into_iter().chain(&self.from).chain(&self.given_up).chain(&self.not_compared) {
+        let others = self.given_up.iter().chain(&self.not_compared).chain(&self.waits_for);
+        for node in [&self.to].into_iter().chain(&self.from).chain(others) {
             validate_name("node id", node)?;
         }
         same_key(key, &self.id)

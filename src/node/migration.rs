@@ -16,7 +16,7 @@ use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::failpoint::pause;
 use crate::logic::compare::groups;
-use crate::logic::migration::{Compared, Silence, is_close};
+use crate::logic::migration::{Compared, Silence, asked, is_close};
 use crate::model::NodeId;
 use crate::model::events::Event;
 use crate::model::records::{MigrationPhase, MigrationRecord};
@@ -44,15 +44,19 @@ const COMPARE: Duration = Duration::from_secs(5);
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// Runs until the migration is over or the node stops.
-pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) {
+pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>, silence: &mut Silence) {
     let mut views = ctx.views.subscribe();
     let driving = async {
-        let (mut pause, mut silence) = (Duration::from_millis(200), Silence::default());
-        while let Err(error) = Box::pin(steps(ctx, id, replica, &mut silence)).await {
+        let mut pause = Duration::from_millis(200);
+        while let Err(error) = Box::pin(steps(ctx, id, replica, silence)).await {
             debug!(migration = id, "trying again: {error}");
             let text = format!("its move to {} does not go on: {error}", ctx.node);
             ctx.causes.retry(STUCK, replica.shard, Severity::Yellow, text);
-            let _ = update(ctx, id, |record| record.error = Some(error.to_string())).await;
+            let told = update(ctx, id, |record| {
+                record.error = Some(error.to_string());
+                record.waits_for.clone_from(&silence.waits_for);
+            });
+            let _ = told.await;
             // The replica does not wait for this to load a wrong copy again.
             let loading = async {
                 if matches!(error, Error::Corrupt(_))
@@ -109,6 +113,7 @@ async fn rest(pause: Duration, loading: impl Future<Output = ()>) {
 
 async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>, silence: &mut Silence) -> Result<()> {
     pause("migration-prepare").await;
+    silence.waits_for.clear();
     load(ctx, id, replica).await?;
     pause("migration-catch-up").await;
     let (digest, without) = compare(ctx, id, replica, silence).await?;
@@ -128,8 +133,15 @@ async fn steps(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>, silence: &m
         record.lag = 0;
         record.error = None;
         record.not_compared.clone_from(&without);
+        record.waits_for.clear();
     })
     .await?;
+    if !without.is_empty() {
+        let message = format!("shard {}: {}", replica.shard, unproved(ctx, replica, &without));
+        let event = Event::new("migration.not_compared", message);
+        let event = event.shard(replica.shard).migration(id).node(&ctx.node);
+        ctx.event(event.with("not_compared", without.clone())).await;
+    }
     let progress = replica.status().progress;
     let message = format!(
         "shard {}: the new replica on {} has the same content ({} vectors) and serves",
@@ -174,6 +186,9 @@ async fn load(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>) -> Result<()
                 record.bytes_total = now.progress.bytes_total.max(now.progress.bytes_done);
                 record.chunks = now.progress.chunks;
                 record.lag = now.lag;
+                if !is_close(now.caught_up, now.lag) {
+                    record.waits_for.clear();
+                }
                 // Close behind the log it compares, and why that did not do is said until it does.
                 if changed_phase && phase != MigrationPhase::CatchUp {
                     record.error = None;
@@ -238,10 +253,12 @@ async fn compare(
     let record = view.shard(shard).ok_or_else(|| Error::NotFound(format!("shard {shard}")))?;
     let given_up = view.migrations.get(id).map(|(_, record)| record.given_up.clone()).unwrap_or_default();
     let mut said: Vec<(NodeId, Digest)> = Vec::new();
+    let asked = asked(&record.replicas, &given_up, |node| view.node_status(node).is_live());
     let mut silent: Vec<NodeId> = record.replicas.clone();
     let mut last = Error::Unavailable(format!("shard {shard} has no live replica to compare with"));
     for _ in 0..2 {
-        for (node, answer) in ask(ctx, shard, checkpoint, &silent.clone()).await {
+        let left: Vec<NodeId> = silent.iter().filter(|node| asked.contains(node)).cloned().collect();
+        for (node, answer) in ask(ctx, shard, checkpoint, &left).await {
             match answer {
                 Ok(theirs) => {
                     silent.retain(|n| *n != node);
@@ -260,8 +277,12 @@ async fn compare(
     if let Some((node, _)) = said.iter().find(|(_, theirs)| theirs.applied != mine.applied) {
         return Err(Error::Unavailable(format!("{node} has the checkpoint at another sequence")));
     }
+    let stands = silence.compared(&silent, &given_up, ctx.clock.now(), ctx.config.rereplicate_after);
     let (agreed, others) = match groups(&said).as_slice() {
-        [] => return Err(last),
+        [] => {
+            silence.waits_for = silent;
+            return Err(last);
+        }
         [one] => one.clone(),
         differ => {
             let error = Error::Conflict(format!(
@@ -287,15 +308,15 @@ async fn compare(
             return Err(error);
         }
     };
-    let patience = ctx.config.rereplicate_after;
     // Whatever the others hold, more than half of the holders agree.
     let majority = others.len() * 2 > record.replicas.len();
-    let without = match silence.compared(&silent, &given_up, ctx.clock.now(), patience) {
+    let without = match stands {
         Compared::All => Vec::new(),
         Compared::Waits(_) if majority => silent,
         Compared::Without(nodes) => nodes,
         Compared::Waits(nodes) => {
             let named = |n: &NodeId| format!("{n} ({})", view.node_status(n));
+            silence.waits_for.clone_from(&nodes);
             return Err(Error::Unavailable(format!(
                 "{} did not answer the comparison of all holders that comes before a move ({last}): it is waited for as long as \
                  a node may be away, five minutes at most",
@@ -305,11 +326,7 @@ async fn compare(
     };
     if agreed == mine {
         if !without.is_empty() {
-            let text = format!(
-                "its move to {} is finished without {}, which did not answer: what is there was not compared; see `ruvector-cluster check --shard {shard}`",
-                ctx.node,
-                without.join(", ")
-            );
+            let text = unproved(ctx, replica, &without);
             warn!(migration = id, %shard, "{text}");
             ctx.causes.raise(NOT_COMPARED, shard, Severity::Yellow, text);
         }
@@ -324,6 +341,16 @@ async fn compare(
     ctx.bad_message("digest", &nodes, &error);
     replica.reload_from(others);
     Err(error)
+}
+
+fn unproved(ctx: &Context, replica: &Replica, without: &[NodeId]) -> String {
+    format!(
+        "its move to {} is finished without {}, which did not answer: what is there was not compared; see `ruvector-cluster check \
+         --shard {}`",
+        ctx.node,
+        without.join(", "),
+        replica.shard
+    )
 }
 
 /// The migration's record and its revision. Where NATS has lost the record, our copy of the map has it: a store that

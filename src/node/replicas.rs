@@ -8,6 +8,7 @@ mod sweep;
 use self::sweep::Unwanted;
 use crate::error::{Error, Result};
 use crate::logic::holding::{Order, order};
+use crate::logic::migration::Silence;
 use crate::model::ShardId;
 use crate::node::causes::Severity;
 use crate::node::context::Context;
@@ -17,7 +18,7 @@ use crate::node::replica::{Repair, Replica};
 use crate::store::{AsideKind, StoreFactory};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tracing::{debug, info, warn};
 
@@ -43,6 +44,8 @@ pub(crate) struct Replicas {
     leaving: AtomicBool,
     /// Migrations to this node whose driver runs.
     driving: Mutex<BTreeSet<String>>,
+    /// Whom these migrations wait for, and since when: their replica may be opened anew in between.
+    silences: Mutex<BTreeMap<String, Silence>>,
     /// Copies that are known to be wrong and still have their name: each is set aside before anything is opened there.
     wrong: Mutex<BTreeMap<ShardId, (AsideKind, String)>>,
 }
@@ -61,6 +64,7 @@ impl Replicas {
             slots: Mutex::default(),
             leaving: AtomicBool::new(false),
             driving: Mutex::default(),
+            silences: Mutex::default(),
             wrong: Mutex::default(),
         })
     }
@@ -284,6 +288,10 @@ impl Replicas {
         });
     }
 
+    fn silences(&self) -> MutexGuard<'_, BTreeMap<String, Silence>> {
+        self.silences.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn drive(self: &Arc<Self>, id: &str, replica: &Arc<Replica>) {
         let mut driving = self.driving.lock().unwrap_or_else(PoisonError::into_inner);
         if !driving.insert(id.to_owned()) {
@@ -291,7 +299,14 @@ impl Replicas {
         }
         let (this, id, replica) = (self.clone(), id.to_owned(), replica.clone());
         self.ctx.tasks.spawn(async move {
-            migration::drive(&this.ctx, &id, &replica).await;
+            let mut silence = this.silences().remove(&id).unwrap_or_default();
+            migration::drive(&this.ctx, &id, &replica, &mut silence).await;
+            let view = this.ctx.view();
+            let runs = |id: &String| view.migrations.get(id).is_some_and(|(_, m)| m.phase.is_running());
+            let mut silences = this.silences();
+            silences.insert(id.clone(), silence);
+            silences.retain(|id, _| runs(id));
+            drop(silences);
             this.driving.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         });
     }

@@ -45,6 +45,7 @@ pub(crate) fn migration_record(id: &str, from: Option<&str>, to: &str) -> Migrat
         error: None,
         given_up: Vec::new(),
         not_compared: Vec::new(),
+        waits_for: Vec::new(),
     }
 }
 

@@ -4,6 +4,28 @@ use super::world::World;
 use super::{PlanInput, Role, plan};
 use crate::model::ShardId;
 use crate::model::admin::{ExplainReply, NodeVerdict, RuleVerdict};
+use crate::model::records::ShardRecord;
+
+/// Why nothing can be ordered of a shard of which a leader has no record of its own; `unsigned`: what NATS has, and it has not
+/// signed.
+pub(crate) fn unplaced(shard: ShardId, unsigned: Option<&ShardRecord>) -> String {
+    match unsigned {
+        None => format!("shard {shard} is not placed yet"),
+        Some(record) => format!(
+            "shard {shard} is on {}, and {UNSIGNED}: see status, and try again",
+            record.replicas.join(", ")
+        ),
+    }
+}
+
+/// What is said of a shard whose record is not signed: it stays where that says.
+pub(crate) fn explain_unsigned(reply: &mut ExplainReply, record: &ShardRecord) {
+    reply.replicas.clone_from(&record.replicas);
+    reply.summary = format!("it is on {}, and {UNSIGNED}; see status", record.replicas.join(", "));
+    reply.next.clear();
+}
+
+const UNSIGNED: &str = "nothing of that is changed before who leads has signed its record, as nodes that may remember a later one are waited for";
 
 /// Judges every node for one shard, as the planner does; `None`: there is no such shard.
 pub(crate) fn explain(input: &PlanInput, shard: ShardId) -> Option<ExplainReply> {
@@ -122,5 +144,34 @@ fn verdict(world: &World<'_>, shard: u32, node: u32) -> NodeVerdict {
         // What is waited for may stay.
         allowed: rules.iter().all(|rule| rule.ok || (rule.rule == "up" && waited_for)),
         rules,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::records::shard_record;
+
+    #[test]
+    fn a_shard_whose_record_is_not_signed_is_not_said_to_be_nowhere() {
+        let (shard, record) = (ShardId(0), shard_record(3, &["a", "b"]));
+        assert_eq!(unplaced(shard, None), "shard 0 is not placed yet");
+        let said = unplaced(shard, Some(&record));
+        assert!(
+            said.contains("is on a, b") && said.contains("signed") && !said.contains("not placed"),
+            "{said}"
+        );
+        let mut reply = ExplainReply {
+            shard,
+            replicas: vec![],
+            wanted: 2,
+            summary: "it is not placed yet".into(),
+            next: vec!["build a replica on c: it has too few".into()],
+            nodes: vec![],
+            causes: vec![],
+        };
+        explain_unsigned(&mut reply, &record);
+        assert!(reply.summary.starts_with("it is on a, b") && reply.next.is_empty(), "{reply:?}");
+        assert_eq!(reply.replicas, record.replicas);
     }
 }

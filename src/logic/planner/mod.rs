@@ -29,7 +29,7 @@ mod world;
 
 pub(crate) use cost::{Copying, cost};
 pub use described::plan_described;
-pub(crate) use explain::explain;
+pub(crate) use explain::{explain, explain_unsigned, unplaced};
 
 use crate::model::plan::{Balance, Promotion, RebalancePlan};
 use crate::model::records::Placement;

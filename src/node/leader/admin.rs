@@ -4,6 +4,7 @@ use super::Leader;
 use super::placement::BY_OPERATOR;
 use crate::clock::wall;
 use crate::error::{Error, Result, shortened_to};
+use crate::logic::migration::unproved;
 use crate::logic::planner::balance_of;
 use crate::model::NodeId;
 use crate::model::admin::{
@@ -15,6 +16,7 @@ use crate::model::events::ReplicaState;
 use crate::model::records::{MigrationPhase, NodeStatus, ShardRecord, ShardStatus};
 use crate::model::strict::{self, Format};
 use crate::nats::bus::{Message, content_type, sender};
+use crate::view::View;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -130,7 +132,8 @@ impl Leader {
         let view = self.ctx.view();
         let known = view.nodes.values().map(|(_, n)| n).filter(|n| n.status != NodeStatus::Left);
         let total = self.ctx.cluster.num_shards as usize;
-        let count = |status| self.shards.values().filter(|(_, r)| self.status_of(r) == status).count();
+        let records = self.records(&view);
+        let count = |status| records.iter().filter(|record| self.status_of(record) == status).count();
         let (full, degraded) = (count(ShardStatus::Full), count(ShardStatus::Degraded));
         let shards = ShardCounts { total, full, degraded, offline: total - full - degraded };
         let (recovering, not_reported) = (self.recovering(), self.not_reported());
@@ -153,11 +156,19 @@ impl Leader {
             },
             shards,
             migrations: self.shards.values().filter(|(_, r)| r.migration.is_some()).count(),
-            vectors: self.shards.values().map(|(_, r)| Some(self.known_size(r)?.0)).sum(),
+            vectors: records.iter().map(|record| Some(self.known_size(record)?.0)).sum(),
             warnings: self.warnings(recovering, crowded, &causes, &not_reported),
             causes,
             not_reported,
         }
+    }
+
+    /// The map as replicas go by it: also records that are not signed yet.
+    fn records<'a>(&'a self, view: &'a View) -> Vec<&'a ShardRecord> {
+        let unsigned = self.unsigned.iter().filter_map(|shard| view.shard(*shard));
+        let mut all: Vec<_> = self.shards.values().map(|(_, record)| record).chain(unsigned).collect();
+        all.sort_by_key(|record| record.shard);
+        all
     }
 
     /// What this node knows, and what the heartbeats of the others said last; red ones first.
@@ -229,6 +240,8 @@ impl Leader {
             }
         }
         warnings.extend(self.strange_keys());
+        let holds = |node: &NodeId, shard| self.shards.get(&shard).is_some_and(|(_, r)| r.has_replica(node));
+        warnings.extend(unproved(view.migrations.values().map(|(_, migration)| migration), holds));
         if crowded > 0 {
             warnings.push(format!("{crowded} shards have too many replicas in one rack"));
         }
@@ -310,7 +323,8 @@ impl Leader {
         let wanted = |record: &&ShardRecord| {
             request.only.map_or(record.shard.0 >= request.from, |only| record.shard == only)
         };
-        let mut found = self.shards.values().map(|(_, record)| record).filter(wanted);
+        let view = self.ctx.view();
+        let mut found = self.records(&view).into_iter().filter(wanted);
         let page = PAGE.min(self.ctx.control.nats.max_body() / SHARD_BYTES).max(1);
         let shards = found.by_ref().take(page).map(|record| {
             let (vectors, size_bytes) = self.size(record);
@@ -338,7 +352,7 @@ impl Leader {
             )));
         }
         let Some((_, record)) = self.shards.get(&shard) else {
-            return Err(Error::Unavailable(format!("shard {shard} is not placed yet")));
+            return Err(self.not_placed(shard));
         };
         let view = self.ctx.view();
         let Some(target) = view.node(&to) else {

@@ -256,8 +256,8 @@ impl Leader {
                      it has what a node remembered, or what an earlier leader wrote, which may not be the last; they stay where \
                      these records say, and nothing of them is changed"
                 );
-                let text = self.waiting_text(&what, &whom);
-                leading.retry(super::UNKNOWN, Subject::Node, Severity::Red, text);
+                let (text, severity) = (self.waiting_text(&what, &whom), self.waiting_severity(&whom));
+                leading.retry(super::UNKNOWN, Subject::Node, severity, text);
                 false
             }
             None => {

@@ -131,7 +131,7 @@ impl Leader {
                 self.promote(shard, &to, BY_HEAT).await
             }
             Action::Move { shard, from, to } => {
-                let started = if self.may_start(Some(&from), &to) {
+                let started = if self.may_start(shard, Some(&from), &to) {
                     self.start_migration(shard, Some(from), &to, BY_HEAT).await
                 } else {
                     Err(crate::Error::Busy("enough migrations run".into()))

@@ -13,10 +13,11 @@ use crate::clock::{fresh_id, wall};
 use crate::error::{Error, Result};
 use crate::failpoint::pause;
 use crate::logic::migration::{
-    Facts, Look, Step, given_up, has_none_for_long, joined, may_swap, next_step, released, swapped,
+    Facts, Look, Step, given_up, has_none_for_long, is_news, joined, may_swap, next_step, released, swapped,
     waited_for,
 };
-use crate::logic::planner::Role;
+use crate::logic::planner::{Role, unplaced};
+use crate::logic::slots::{Limits, Wanted, may_begin, would_wait};
 use crate::model::events::{Event, ReplicaState};
 use crate::model::records::{MigrationPhase, MigrationRecord, ShardRecord};
 use crate::model::wire::ReplicaReport;
@@ -45,16 +46,18 @@ impl Leader {
         self.shards.values().any(|(_, record)| record.migration.is_some())
     }
 
-    /// Limits: so many into and out of each node, and half as many as there are nodes in all.
-    pub(super) fn may_start(&self, from: Option<&str>, to: &str) -> bool {
+    /// Limits: so many into and out of each node, and half as many as there are nodes in all; see [`slots`](crate::logic::slots).
+    pub(super) fn may_start(&self, shard: ShardId, from: Option<&str>, to: &str) -> bool {
+        let Some((_, record)) = self.shards.get(&shard) else { return false };
         let running = self.running();
         let per_node = self.ctx.config.migrations_per_node;
-        let total = (self.present.len() / 2).max(2).max(per_node);
-        let count = |side: &dyn Fn(&MigrationRecord) -> bool| running.iter().filter(|m| side(m)).count();
+        let limits = Limits { total: (self.present.len() / 2).max(2).max(per_node), per_node };
         let started = self.shards.values().filter(|(_, r)| r.migration.is_some()).count();
-        running.len().max(started) < total
-            && count(&|m| m.to == to) < per_node
-            && from.is_none_or(|from| count(&|m| m.from.as_deref() == Some(from)) < per_node)
+        let awaited = |node: &NodeId| running.iter().any(|migration| migration.waits_for.contains(node));
+        let absent = |node: &NodeId| !self.is_live(node) || awaited(node);
+        let would_wait = would_wait(&record.replicas, &self.given_up(&[], record), absent);
+        let unseen = started.saturating_sub(running.len());
+        may_begin(limits, &running, unseen, Wanted { from, to, would_wait })
     }
 
     pub(super) async fn start_migration(
@@ -66,7 +69,7 @@ impl Leader {
     ) -> Result<String> {
         self.check_lease()?;
         let Some((_, record)) = self.shards.get(&shard) else {
-            return Err(Error::NotFound(format!("shard {shard} is not placed yet")));
+            return Err(self.not_placed(shard));
         };
         let record = record.clone();
         let id = format!("m-{}-{}", shard.token(), &fresh_id().simple().to_string()[..8]);
@@ -88,6 +91,7 @@ impl Leader {
             error: None,
             given_up: self.given_up(&[], &record),
             not_compared: Vec::new(),
+            waits_for: Vec::new(),
         };
         let value = serde_json::to_vec(&migration).map_err(|e| Error::Internal(e.to_string()))?;
         match self.ctx.buckets.migrations.create(&id, value).await? {
@@ -103,6 +107,13 @@ impl Leader {
         let event = Event::new("migration.started", message).shard(shard).migration(&id).node(to);
         self.ctx.event(event.with("from", from).with("to", to).with("reason", reason)).await;
         Ok(id)
+    }
+
+    /// Why there is no record of a shard to go by.
+    pub(super) fn not_placed(&self, shard: ShardId) -> Error {
+        let view = self.ctx.view();
+        let unsigned = view.shard(shard).filter(|_| self.unsigned.contains(&shard));
+        Error::Unavailable(unplaced(shard, unsigned))
     }
 
     /// Brings every migration one step on.
@@ -135,7 +146,7 @@ impl Leader {
         let young = now.saturating_sub(entry_since) < Duration::from_secs(2);
         let Some((_, record)) = self.shards.get(&migration.shard) else { return Ok(()) };
         let gone = self.given_up(&migration.given_up, record);
-        if gone != migration.given_up && migration.phase < MigrationPhase::Cutover {
+        if is_news(migration, &gone) {
             self.check_lease()?;
             update(&self.ctx, &migration.id, |record| record.given_up.clone_from(&gone)).await?;
         }
@@ -278,6 +289,7 @@ impl Leader {
                 return Ok(false);
             }
             record.phase = phase;
+            record.waits_for.clear();
             record.updated_at = wall();
             record.moved_at = phase.is_success().then(wall);
             if let Some(error) = error {

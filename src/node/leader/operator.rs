@@ -9,7 +9,7 @@ use super::Leader;
 use super::placement::BY_OPERATOR;
 use crate::clock::wall;
 use crate::error::{Error, Result};
-use crate::logic::planner::{Copying, cost, explain, plan};
+use crate::logic::planner::{Copying, PlanShard, cost, explain, explain_unsigned, plan};
 use crate::model::ShardId;
 use crate::model::admin::{
     DrainReply, ExplainReply, LeaveReply, LeaveRequest, MAX_MAINTENANCE_MS, MaintenanceRequest, NodeReply,
@@ -258,13 +258,24 @@ impl Leader {
 
     pub(super) async fn explain(&self, shard: ShardId) -> Result<ExplainReply> {
         let shards = self.ctx.cluster.num_shards;
-        let input = self.plan_input(true);
+        let mut input = self.plan_input(true);
+        let view = self.ctx.view();
+        let unsigned = view.shard(shard).filter(|_| self.unsigned.contains(&shard));
+        if let Some(record) = unsigned
+            && record.replicas.iter().all(|node| input.nodes.contains_key(node))
+        {
+            let replicas = record.replicas.clone();
+            input.shards.insert(shard, PlanShard { replicas, ..PlanShard::default() });
+        }
         let explained = blocking(move || Ok(explain(&input, shard))).await?;
         let unknown =
             || Error::NotFound(format!("shard {shard} does not exist: there are {shards}, counted from 0"));
         let mut explained = explained.ok_or_else(unknown)?;
         if let Some(id) = self.shards.get(&shard).and_then(|(_, record)| record.migration.as_ref()) {
             explained.next.insert(0, format!("migration {id} is under way: see migrations show {id}"));
+        }
+        if let Some(record) = unsigned {
+            explain_unsigned(&mut explained, record);
         }
         let own = self.ctx.causes.of_shard(shard);
         let others = self.causes.iter().filter(|(node, _)| **node != self.ctx.node);

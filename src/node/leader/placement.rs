@@ -9,7 +9,7 @@ use super::{Leader, UNKNOWN};
 use crate::clock::wall;
 use crate::error::{Error, Result};
 use crate::logic::damping::{is_led_unevenly, is_uneven, is_worth_it, may_even_out};
-use crate::logic::placing::{Unplaced, WaitFor, waits};
+use crate::logic::placing::{Unplaced, WaitFor, is_start, waits};
 use crate::logic::planner::{
     Moved, PlanInput, PlanNode, PlanShard, Role, Rules, balance_of, even_primaries, plan,
 };
@@ -58,6 +58,8 @@ pub(super) struct Placement {
     plans: VecDeque<(String, PlanInput, RebalancePlan)>,
     /// Nodes that are about to stop.
     pub(super) leaving: BTreeMap<NodeId, (crate::model::InstanceId, Duration)>,
+    /// It has found no map, and has begun to make one.
+    begun: bool,
     next_look: Duration,
     next_balance: Duration,
 }
@@ -280,11 +282,21 @@ impl Leader {
             term: self.term,
             unheard: unheard.map(|record| record.node.clone()).chain(strangers.cloned()).collect(),
             no_map: self.shards.is_empty() && self.unsigned.is_empty(),
-            age: (wall() - self.ctx.cluster.created_at).to_std().unwrap_or_default(),
+            begun: self.placement.begun,
+            age: self.age(),
             leading: now.saturating_sub(self.began),
             patience: self.ctx.config.rereplicate_after,
             write_back: self.ctx.config.lease_ttl + self.ctx.config.heartbeat_interval * 2,
         }
+    }
+
+    fn age(&self) -> Duration {
+        (wall() - self.ctx.cluster.created_at).to_std().unwrap_or_default()
+    }
+
+    /// How bad it is that these are waited for.
+    pub(super) fn waiting_severity(&self, whom: &WaitFor) -> Severity {
+        if is_start(whom, self.age()) { Severity::Yellow } else { Severity::Red }
     }
 
     /// `what` is wrong with the map, and who may help.
@@ -297,6 +309,9 @@ impl Leader {
                  ({patience:?}); one that is gone for good is not after nodes drain",
                 self.ctx.node,
                 nodes.join(", ")
+            ),
+            whom if is_start(whom, self.age()) => format!(
+                "the cluster is starting, and who leads has changed meanwhile; in some seconds it goes on. Until then {what}"
             ),
             WaitFor::Running => {
                 format!("{what}; nodes that run may remember where they are, and write that back in a moment")
@@ -320,11 +335,12 @@ impl Leader {
         }
         if let Some(whom) = waits(self.unplaced()) {
             let what = format!("NATS has no record of {} shards", fresh.len());
-            let text = self.waiting_text(&what, &whom);
-            self.ctx.causes.leading().retry(UNKNOWN, Subject::Node, Severity::Red, text);
+            let (text, severity) = (self.waiting_text(&what, &whom), self.waiting_severity(&whom));
+            self.ctx.causes.leading().retry(UNKNOWN, Subject::Node, severity, text);
             return Ok(true);
         }
         self.ctx.causes.leading().withdraw(UNKNOWN, Subject::Node);
+        self.placement.begun |= self.shards.is_empty();
         self.assign(fresh.into_iter().collect()).await?;
         self.placement.look();
         Ok(true)
@@ -369,7 +385,7 @@ impl Leader {
         }
         let from = step.from.clone().filter(|from| record.has_replica(from));
         let rests = self.rests_until(step).is_some_and(|until| wall() < until);
-        if record.has_replica(&step.to) || rests || !self.may_start(from.as_deref(), &step.to) {
+        if record.has_replica(&step.to) || rests || !self.may_start(step.shard, from.as_deref(), &step.to) {
             return Ok(true);
         }
         if let Err(error) = self.start_migration(step.shard, from, &step.to, &step.reason).await {
