@@ -16,6 +16,8 @@ pub(crate) struct Condition {
     pub(crate) caught_up: bool,
     /// Its content has been compared, or the shard's record names it.
     pub(crate) may_serve: bool,
+    /// The shard's record names it as a replica, and not only as one that is being built.
+    pub(crate) named: bool,
     /// Its store does not work.
     pub(crate) failed: bool,
     /// What is in it is known to be wrong, and is about to be set aside.
@@ -36,6 +38,15 @@ impl Condition {
             && !self.failed
             && !self.wrong
             && !self.late
+    }
+
+    /// It may take writes, and so acknowledge them. Whoever looks at a log, the leader and every replica alike, asks those
+    /// that the record names what they have applied. One that is still being built is not asked, and is thrown away when
+    /// its migration ends early: what it alone had applied would be given up with a log that has lost it. So it answers
+    /// reads from when it was compared, and writes from when it was swapped in. Until then the others do, the source among
+    /// them, which takes what NATS hands over for a moment longer than the swap.
+    pub(crate) fn takes_writes(&self) -> bool {
+        self.serves() && self.named
     }
 
     /// It could, if nobody were ahead of it.
@@ -445,12 +456,22 @@ mod tests {
     const SERVES: Condition = Condition {
         caught_up: true,
         may_serve: true,
+        named: true,
         failed: false,
         wrong: false,
         late: false,
         lost: None,
         log_id: A,
     };
+
+    /// Nobody asks it what it has applied when the log is looked at.
+    #[test]
+    fn one_that_is_being_built_answers_reads_and_acknowledges_nothing() {
+        let target = Condition { named: false, ..SERVES };
+        assert_eq!((target.serves(), target.takes_writes()), (true, false));
+        assert_eq!(target.state(), ReplicaState::Serving, "the leader swaps it in");
+        assert!(SERVES.takes_writes() && !Condition { late: true, ..SERVES }.takes_writes());
+    }
 
     /// The others are told so: one that waits for it would wait for ever.
     #[test]

@@ -3,7 +3,8 @@
 //! The leader has named this node in the shard record's `joining`, so the log is not truncated under us.
 //! The replica loads and catches up by itself; here its progress is written to the migration record, the
 //! content is compared with a source at one sequence of the log and put on the disk, and then the replica starts to
-//! serve and says so. The leader swaps. Until then the old replicas serve; from before then on this one does.
+//! answer reads and says so. The leader swaps. Until then the old replicas serve; from before then on this one does. Writes it
+//! takes from the swap on only (see [`Condition::takes_writes`](crate::logic::replica::Condition::takes_writes)).
 //!
 //! - This process dies: after the restart the record still names us, and the driver starts again from
 //!   what is in the store.

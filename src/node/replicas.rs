@@ -159,9 +159,13 @@ impl Replicas {
                     slots.insert(*shard, Slot::Closing);
                     self.repair(*shard, open);
                 }
-                (Some(Slot::Open(open)), Order::Serve) => open.allow_serving(),
-                (Some(Slot::Open(open)), Order::Build(Some(id))) => self.drive(&id, open),
-                (Some(Slot::Open(_)), Order::Build(None)) => {}
+                (Some(Slot::Open(open)), Order::Serve) => open.is_named(true),
+                (Some(Slot::Open(open)), Order::Build(id)) => {
+                    open.is_named(false);
+                    if let Some(id) = id {
+                        self.drive(&id, open);
+                    }
+                }
                 (Some(Slot::Open(open)), Order::Close) => {
                     let open = open.clone();
                     slots.insert(*shard, Slot::Closing);
@@ -171,7 +175,7 @@ impl Replicas {
         }
     }
 
-    fn open(self: &Arc<Self>, slots: &mut BTreeMap<ShardId, Slot>, shard: ShardId, may_serve: bool) {
+    fn open(self: &Arc<Self>, slots: &mut BTreeMap<ShardId, Slot>, shard: ShardId, named: bool) {
         let failing_since = match slots.get(&shard) {
             Some(Slot::Opening { failing_since, .. }) => *failing_since,
             _ => None,
@@ -189,7 +193,7 @@ impl Replicas {
                     return;
                 }
             };
-            let opened = Replica::open(&this.ctx, &this.stores, shard, may_serve).await;
+            let opened = Replica::open(&this.ctx, &this.stores, shard, named).await;
             // Anything else is said as `replica_not_open`.
             if matches!(opened, Ok(_) | Err(Error::Full(_))) {
                 this.ctx.used_disk(shard, "open its store", &opened);

@@ -44,8 +44,9 @@ pub(crate) async fn hold(world: World, state: State) {
                     open.close(&world);
                     state.replicas.borrow_mut().remove(&record.shard);
                 }
-                (Order::Serve, Some(open)) => open.allow_serving(),
+                (Order::Serve, Some(open)) => open.is_named(true),
                 (Order::Build(id), Some(open)) => {
+                    open.is_named(false);
                     if let Some(id) = id.filter(|id| !state.driving.borrow().contains(id)) {
                         state.driving.borrow_mut().push(id.clone());
                         world

@@ -51,11 +51,12 @@ pub(crate) struct Replica {
 type Tried<T> = Result<T, &'static str>;
 
 impl Replica {
-    pub(crate) fn open(world: &World, state: &State, shard: ShardId, may_serve: bool) -> Rc<Replica> {
+    pub(crate) fn open(world: &World, state: &State, shard: ShardId, named: bool) -> Rc<Replica> {
         let store = world.disks.borrow_mut().entry((state.at, shard)).or_default().clone();
         let condition = Condition {
             caught_up: false,
-            may_serve,
+            may_serve: named,
+            named,
             failed: false,
             wrong: false,
             late: false,
@@ -122,6 +123,15 @@ impl Replica {
     pub(crate) fn allow_serving(&self) {
         if !self.condition.get().may_serve {
             self.change(|c| c.may_serve = true);
+        }
+    }
+
+    pub(crate) fn is_named(&self, named: bool) {
+        if named {
+            self.allow_serving();
+        }
+        if self.condition.get().named != named {
+            self.change(|c| c.named = named);
         }
     }
 
@@ -472,7 +482,7 @@ impl Replica {
 
     /// Says in which epoch JetStream has acknowledged it.
     pub(crate) async fn write(&self, world: &World, op_id: OpId, op: LogOp) -> Tried<u64> {
-        if !self.serves() || !self.gate.get() {
+        if !self.condition.get().takes_writes() || !self.gate.get() {
             return Err("not now");
         }
         let (before, log_id) = (self.applied.get(), self.condition.get().log_id);

@@ -29,6 +29,7 @@ use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::store::{AsideKind, Digest, ShardStore, StoreFactory, StoreSpec};
 use apply::Outcome;
+use serve::Verb;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -73,6 +74,8 @@ pub(crate) struct Status {
     pub(crate) caught_up: bool,
     /// It may answer requests.
     pub(crate) serving: bool,
+    /// It may take writes.
+    takes_writes: bool,
     /// It might, if nobody were ahead of it.
     could_serve: bool,
     /// The log that was found to have lost entries, until it is the log no more.
@@ -81,7 +84,7 @@ pub(crate) struct Status {
     failed: bool,
     /// It is too far behind its log, and another one is not.
     late: bool,
-    /// NATS sends it requests.
+    /// NATS sends it reads.
     pub(crate) subscribed: bool,
     /// Why it takes no writes, if so.
     pub(crate) gate: Option<Error>,
@@ -117,6 +120,8 @@ pub(crate) struct Replica {
     status: watch::Sender<Status>,
     /// A migration's target serves only after its digest has been compared.
     may_serve: watch::Sender<bool>,
+    /// The map names it as a replica, not only as one that is being built.
+    named: AtomicBool,
     reload: tokio::sync::Notify,
     /// What is known of the log's end.
     lag: Mutex<Lag>,
@@ -184,12 +189,12 @@ pub(crate) struct Window {
 type SnapshotAsks = mpsc::Receiver<oneshot::Sender<Window>>;
 
 impl Replica {
-    /// Opens the store and starts the loop.
+    /// Opens the store and starts the loop; `named`: the map names it as a replica.
     pub(crate) async fn open(
         ctx: &Arc<Context>,
         stores: &Arc<dyn StoreFactory>,
         shard: ShardId,
-        may_serve: bool,
+        named: bool,
     ) -> Result<Arc<Replica>> {
         let spec = store_spec(ctx, shard);
         let _permit = ctx.opens.acquire().await.map_err(|_| Error::Unavailable("stopping".into()))?;
@@ -210,6 +215,7 @@ impl Replica {
             following: false,
             caught_up: false,
             serving: false,
+            takes_writes: false,
             could_serve: false,
             lost: None,
             failed: false,
@@ -226,7 +232,8 @@ impl Replica {
             ctx: ctx.clone(),
             store,
             status,
-            may_serve: watch::Sender::new(may_serve),
+            may_serve: watch::Sender::new(named),
+            named: AtomicBool::new(named),
             reload: tokio::sync::Notify::new(),
             lag: Mutex::default(),
             reread: tokio::sync::Notify::new(),
@@ -259,7 +266,9 @@ impl Replica {
         replica.tasks.spawn(writing);
         replica.tasks.spawn(replica.clone().run(asks));
         replica.tasks.spawn(replica.clone().flush_often());
-        replica.serving.spawn(replica.clone().serve());
+        for verb in [Verb::Read, Verb::Write] {
+            replica.serving.spawn(replica.clone().serve(verb));
+        }
         replica.tasks.close();
         Ok(replica)
     }
@@ -292,9 +301,20 @@ impl Replica {
         self.status.subscribe()
     }
 
-    /// Lets a migration's target serve.
+    /// Lets a migration's target answer reads.
     pub(crate) fn allow_serving(&self) {
         if !self.may_serve.send_replace(true) {
+            self.change(|_| {});
+        }
+    }
+
+    /// Whether the map names it as a replica: then it answers everything. One that is, again, only being built takes no more
+    /// writes, see [`Condition::takes_writes`].
+    pub(crate) fn is_named(&self, named: bool) {
+        if named {
+            self.allow_serving();
+        }
+        if self.named.swap(named, Ordering::SeqCst) != named {
             self.change(|_| {});
         }
     }
@@ -386,13 +406,14 @@ impl Replica {
 
     /// Changes the status; what the replica can do follows from it, in this one place.
     fn change(&self, change: impl FnOnce(&mut Status)) {
-        let may_serve = *self.may_serve.borrow();
+        let (may_serve, named) = (*self.may_serve.borrow(), self.named.load(Ordering::SeqCst));
         let wrong = matches!(self.repair(), Some(Repair::SetAside(..)));
         self.status.send_modify(|status| {
             change(status);
             let condition = Condition {
                 caught_up: status.caught_up,
                 may_serve,
+                named,
                 failed: status.failed,
                 wrong,
                 late: status.late,
@@ -400,6 +421,7 @@ impl Replica {
                 log_id: status.log_id,
             };
             (status.serving, status.could_serve) = (condition.serves(), condition.could_serve());
+            status.takes_writes = condition.takes_writes();
             status.state = condition.state();
         });
     }

@@ -5,7 +5,7 @@
 //! what it has in hand, and only then stops appending and applying: see [`Replica::close`].
 
 use super::apply::{Effected, Outcome};
-use super::{FINISH, Replica, blocking, lock};
+use super::{FINISH, Replica, Status, blocking, lock};
 use crate::clock::wall_ms;
 use crate::error::{Error, Result};
 use crate::logic::dedup::{Expiry, expiry};
@@ -27,7 +27,6 @@ use crate::node::lag::awake;
 use crate::node::places::{Places, Seat};
 use crate::store::Found;
 use futures::StreamExt;
-use futures::stream::select;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -73,32 +72,54 @@ pub(crate) struct ShardHits {
     _room: Room,
 }
 
+/// What the queue groups of a shard are for.
 #[derive(Clone, Copy)]
-enum Verb {
+pub(super) enum Verb {
     Write,
     Read,
 }
 
+impl Verb {
+    fn name(self) -> &'static str {
+        match self {
+            Verb::Write => "write",
+            Verb::Read => "read",
+        }
+    }
+
+    /// Whether a replica answers it now.
+    fn is_answered(self, status: &Status) -> bool {
+        match self {
+            Verb::Write => status.takes_writes,
+            Verb::Read => status.serving,
+        }
+    }
+}
+
 impl Replica {
-    /// Serves while the replica can, until it is closed.
-    pub(super) async fn serve(self: Arc<Self>) {
+    /// Answers while the replica can, until it is closed. Writes apart from reads: a replica that is being built takes reads
+    /// only, and joins the writers when it is swapped in.
+    pub(super) async fn serve(self: Arc<Self>, verb: Verb) {
         let mut status = self.status.subscribe();
-        let in_hand = [
-            Places::new(format!("writes of shard {} at {}", self.shard, self.ctx.node), IN_HAND),
-            Places::new(format!("reads of shard {} at {}", self.shard, self.ctx.node), IN_HAND),
-        ];
+        let places =
+            Places::new(format!("{}s of shard {} at {}", verb.name(), self.shard, self.ctx.node), IN_HAND);
         loop {
             tokio::select! {
                 biased;
                 () = self.retiring.cancelled() => return,
-                ready = status.wait_for(|s| s.serving) => if ready.is_err() { return },
+                ready = status.wait_for(|s| verb.is_answered(s)) => if ready.is_err() { return },
             }
-            match self.subscribe().await {
-                Ok((writes, reads)) => {
+            let subscribed = |on: bool| {
+                if matches!(verb, Verb::Read) {
+                    self.status.send_modify(|status| status.subscribed = on);
+                }
+            };
+            match self.subscribe(verb).await {
+                Ok(member) => {
                     self.ctx.causes.withdraw("replica_not_subscribed", self.shard);
-                    self.status.send_modify(|status| status.subscribed = true);
-                    self.clone().serve_until_stopped(writes, reads, &in_hand).await;
-                    self.status.send_modify(|status| status.subscribed = false);
+                    subscribed(true);
+                    self.serve_until_stopped(verb, member, &places).await;
+                    subscribed(false);
                 }
                 Err(error) => {
                     if let Some(unsaid) = self.ctx.metrics.may_log("replica_not_subscribed") {
@@ -112,55 +133,41 @@ impl Replica {
         }
     }
 
-    async fn subscribe(&self) -> Result<(Member, Member)> {
+    async fn subscribe(&self, verb: Verb) -> Result<Member> {
         let nats = &self.ctx.data.nats;
-        let group = |verb| Member::join(nats, self.ctx.subjects.shard(self.shard, verb), QUEUE_GROUP);
-        let (writes, reads) = (group("write").await?, group("read").await?);
+        let member =
+            Member::join(nats, self.ctx.subjects.shard(self.shard, verb.name()), QUEUE_GROUP).await?;
         nats.sync().await?;
-        Ok((writes, reads))
+        Ok(member)
     }
 
-    async fn serve_until_stopped(
-        self: Arc<Self>,
-        mut writes: Member,
-        mut reads: Member,
-        in_hand: &[Arc<Places>; 2],
-    ) {
+    async fn serve_until_stopped(self: &Arc<Self>, verb: Verb, mut member: Member, places: &Arc<Places>) {
         let mut status = self.status.subscribe();
         loop {
-            let (verb, message) = tokio::select! {
-                message = writes.next() => (Verb::Write, message),
-                message = reads.next() => (Verb::Read, message),
+            let message = tokio::select! {
+                message = member.next() => message,
                 () = self.retiring.cancelled() => break,
-                _ = status.wait_for(|s| !s.serving) => break,
+                _ = status.wait_for(|s| !verb.is_answered(s)) => break,
             };
             let Some(message) = message else { break };
-            self.take(verb, message, in_hand).await;
+            self.take(verb, message, places).await;
         }
         // Leave the group, and finish what NATS hands over until then.
         let rest = async {
-            let writes = leave(writes).map(|message| (Verb::Write, message));
-            let reads = leave(reads).map(|message| (Verb::Read, message));
-            let mut rest = std::pin::pin!(select(writes, reads));
-            while let Some((verb, message)) = rest.next().await {
-                self.take(verb, message, in_hand).await;
+            let mut rest = std::pin::pin!(leave(member));
+            while let Some(message) = rest.next().await {
+                self.take(verb, message, places).await;
             }
-            for places in in_hand {
-                places.free().await;
-            }
+            places.free().await;
         };
         let _ = tokio::time::timeout(FINISH, rest).await;
     }
 
-    async fn take(self: &Arc<Self>, verb: Verb, message: Message, [writes, reads]: &[Arc<Places>; 2]) {
+    async fn take(self: &Arc<Self>, verb: Verb, message: Message, places: &Arc<Places>) {
         if !self.ctx.may_answer(&message) {
             return;
         }
         let (replica, ctx) = (self.clone(), &self.ctx);
-        let (places, name) = match verb {
-            Verb::Write => (writes, "write"),
-            Verb::Read => (reads, "read"),
-        };
         match Seat::take(places, &ctx.waiting, &ctx.memory, &message) {
             Ok(seat) => drop(ctx.tasks.spawn(async move {
                 match verb {
@@ -169,7 +176,7 @@ impl Replica {
                 }
                 drop(seat);
             })),
-            Err(busy) => ctx.refuse_at_once(name, &message, busy),
+            Err(busy) => ctx.refuse_at_once(verb.name(), &message, busy),
         }
     }
 
@@ -237,10 +244,16 @@ impl Replica {
     async fn write(&self, request: WriteRequest) -> Result<WriteReply> {
         self.check_request(&request)?;
         self.check_serving()?;
-        let (before, log_id, gate) = {
+        let (before, log_id, gate, takes_writes) = {
             let status = self.status.borrow();
-            (status.applied, status.log_id, status.gate.clone())
+            (status.applied, status.log_id, status.gate.clone(), status.takes_writes)
         };
+        if !takes_writes {
+            return Err(Error::Unavailable(format!(
+                "the replica of shard {} on {} is being built, and takes no writes until its move is done: ask another one",
+                self.shard, self.ctx.node
+            )));
+        }
         if let Some(error) = gate {
             return Err(match error {
                 Error::Full(_) | Error::Busy(_) | Error::Unavailable(_) => error,
