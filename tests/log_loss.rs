@@ -329,6 +329,27 @@ async fn a_log_that_was_purged_by_hand_behind_what_anybody_has_is_built_anew() {
     cluster.wait_green().await;
 }
 
+/// A write that JetStream's full disk refuses uses up a sequence: a shard that was never written to was said to have lost
+/// its data, for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_begins_late_and_never_had_an_entry_has_lost_nothing() {
+    let cluster = TestCluster::start(Setup { shards: 2, ..Setup::default() }).await;
+    cluster.wait_green().await;
+    let request = json!({"seq": 2}).to_string();
+    let purged = cluster.raw.request("$JS.API.STREAM.PURGE.ruvector_log_00000", request.into()).await.unwrap();
+    assert!(!String::from_utf8_lossy(&purged.payload).contains("error"), "{purged:?}");
+    let entries: Vec<Value> =
+        (0..8).map(|n| json!({"id": format!("b{n}"), "vector": [1, 2, 3, 4]})).collect();
+    eventually("all shards take writes", || async {
+        let reply = cluster.api("upsert", json!({ "entries": entries })).await;
+        if reply["upserted"] == 8 { Ok(()) } else { Err(reply.to_string()) }
+    })
+    .await;
+    cluster.wait_green().await;
+    let events = cluster.events().await;
+    assert!(!events.iter().any(|event| event["event"] == "shard.data_lost"), "{events:?}");
+}
+
 /// What was truncated from the logs was on the disks alone. Nobody may answer as if it had never been there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_disk_is_lost_and_the_logs_were_truncated_so_the_cluster_says_so() {

@@ -90,6 +90,8 @@ pub(crate) struct Peers {
     pub(crate) away: Vec<NodeId>,
     /// These have nothing: what they had may be set aside there.
     pub(crate) bare: Vec<NodeId>,
+    /// Every one has followed this log from its beginning, and has found no entry in it.
+    pub(crate) untouched: bool,
 }
 
 impl Peers {
@@ -103,12 +105,16 @@ impl Peers {
         differs: false,
         away: Vec::new(),
         bare: Vec::new(),
+        untouched: true,
     };
 
     /// Takes in one answer about a replica.
     pub(crate) fn said(&mut self, node: &str, report: Option<&ReplicaReport>, log_id: Uuid) {
         self.all_have_said &= report.is_some_and(ReplicaReport::is_settled);
         self.empty &= report.is_some_and(|report| report.applied == 0);
+        let found_none =
+            |report: &ReplicaReport| report.is_settled() && report.applied == 0 && report.log_id == log_id;
+        self.untouched &= report.is_some_and(found_none);
         if report.is_none_or(|report| report.applied == 0) {
             self.bare.push(node.to_owned());
         }
@@ -143,6 +149,7 @@ impl Peers {
         self.away.push(node.to_owned());
         // Its disk may well have everything.
         self.empty = false;
+        self.untouched = false;
     }
 }
 
@@ -339,6 +346,10 @@ pub(crate) fn course_beside(
 /// waited for until it is back. (What is here may be a backup of old times, and the entries between be on that
 /// one's disk.) One that has nothing may have set a damaged copy aside that has it: then an operator is asked, see
 /// [`gap_for_an_operator`].
+///
+/// Not so if all have followed this very log since it began with its first entry, and have found none: a store remembers
+/// which log it follows, and one that replaced another does not. JetStream uses up a sequence for a write that its disk
+/// refuses, so a log may begin later than any entry that it ever had.
 pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
     let known = held.applied.max(peers.applied.unwrap_or(0));
     let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);
@@ -351,6 +362,9 @@ pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>
                 && known + 1 < first =>
         {
             Course::LogLost(format!("the log begins at {first}, no replica has more than up to {known}"))
+        }
+        (Course::Snapshot, Some(first)) if held.applied == 0 && peers.untouched && first > 1 => {
+            Course::LogLost(format!("the log begins at {first}, and no replica has ever applied an entry of it"))
         }
         (course, _) => course,
     }
@@ -510,6 +524,21 @@ mod tests {
         assert!(bare.all_have_said);
         assert_eq!(over(log(A, 14, 20), bare), Course::Snapshot, "what it has set aside may have it");
         assert_eq!(over(log(B, 14, 20), peers(12)), Course::Snapshot, "another log");
+        // JetStream's disk was full, and its first write has used up a sequence.
+        let fresh = |log_id| {
+            let mut peers = Peers::NONE;
+            peers.said("n2", Some(&ReplicaReport { log_id, ..report(ReplicaState::Recovering, 0, None) }), A);
+            peers
+        };
+        let empty = |log_id| Held { log_id, applied: 0, checksum: None };
+        let over_empty = |held: &Held, peers: &Peers| course_over_gap(Course::Snapshot, held, log(A, 2, 1), peers);
+        assert!(matches!(over_empty(&empty(A), &fresh(A)), Course::LogLost(_)), "nobody ever had anything");
+        assert!(matches!(over_empty(&empty(A), &Peers::NONE), Course::LogLost(_)), "nor the only one");
+        assert_eq!(over_empty(&empty(A), &fresh(Uuid::nil())), Course::Snapshot, "its disk was lost");
+        assert_eq!(over_empty(&empty(Uuid::nil()), &fresh(A)), Course::Snapshot, "the disk here was lost");
+        let mut silent = fresh(A);
+        silent.silent("n3", false, false);
+        assert_eq!(over_empty(&empty(A), &silent), Course::Snapshot, "it may have it");
         let said = |held: &Held, log, peers: &Peers| {
             gap_for_an_operator(&Course::Snapshot, held, &ordered(A, 1), log, peers)
         };
