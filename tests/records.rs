@@ -254,6 +254,20 @@ async fn a_bucket_that_was_lost_or_made_anew_by_hand_has_its_records_again() {
     .await;
     all_vectors_are_there(&cluster).await;
     green(&cluster).await;
+    // NATS refuses to take the second of these away while the third stands.
+    let edited = hand.reconfigure(&log, |config| {
+        config.discard = async_nats::jetstream::stream::DiscardPolicy::New;
+        config.max_messages_per_subject = 5;
+        config.discard_new_per_subject = true;
+    });
+    edited.await.unwrap();
+    within(HEALED, "the log takes writes again", || async {
+        let config = hand.stream(&log).await?.cached_info().config.clone();
+        let same = config.max_messages_per_subject <= 0 && !config.discard_new_per_subject;
+        if same { Ok(()) } else { Err(format!("{config:?}")) }
+    })
+    .await;
+    green(&cluster).await;
     // What NATS does not let anybody change is said.
     let stream = bucket_stream("migrations");
     let memory = async_nats::jetstream::stream::StorageType::Memory;
@@ -272,7 +286,7 @@ async fn a_bucket_that_was_lost_or_made_anew_by_hand_has_its_records_again() {
 async fn settings_are_back(hand: &ByHand, stream: &str) {
     within(HEALED, "its settings are ours", || async {
         let config = hand.stream(stream).await?.cached_info().config.clone();
-        let good = config.max_age.is_zero() && config.max_messages_per_subject == 1 && config.max_bytes <= 0;
+        let good = config.max_age.is_zero() && config.max_messages_per_subject == 1 && config.max_bytes >= 8 << 20;
         if good { Ok(()) } else { Err(format!("{config:?}")) }
     })
     .await;

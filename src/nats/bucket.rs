@@ -127,8 +127,7 @@ impl Bucket {
             return Ok(());
         }
         let mut last = None;
-        let sizes = if self.name.ends_with("_shards") { SIZES_OF_MAP } else { SIZES };
-        for max_bytes in sizes {
+        for max_bytes in bucket_sizes(&self.name) {
             match self.nats.create_stream(bucket_config(&self.name, replicas, max_bytes)).await {
                 Ok(_) => return Ok(()),
                 // Somebody else was faster, perhaps with other replicas.
@@ -486,6 +485,11 @@ impl Watch {
             None => Err(Error::Unavailable(format!("the watch of bucket {} ended", self.name))),
         }
     }
+}
+
+/// What a bucket may reserve, the most first.
+pub(super) fn bucket_sizes(bucket: &str) -> [i64; 3] {
+    if bucket.ends_with("_shards") { SIZES_OF_MAP } else { SIZES }
 }
 
 /// The stream below a bucket, as any client of key-value buckets makes it; consumers have bounds besides, since who

@@ -3,7 +3,7 @@
 //! Safe at any time and by anybody: an update sets what we would create the stream with, and nothing else; what is not
 //! ours to decide (placement, compression, a description) stays.
 
-use super::bucket::bucket_config;
+use super::bucket::{bucket_config, bucket_sizes};
 use super::connect::Nats;
 use super::log::LOG_ID;
 use super::trouble::Reason;
@@ -49,8 +49,8 @@ impl Settings {
 
 /// What the stream below a bucket must be like.
 pub(crate) fn bucket_settings(bucket: &str, replicas: usize) -> Settings {
-    // Any size will do that is not too small.
-    Settings(bucket_config(bucket, replicas, 0))
+    let [size, ..] = bucket_sizes(bucket);
+    Settings(bucket_config(bucket, replicas, size))
 }
 
 /// One setting: how it is called, how it is, how it should be, and how it is set.
@@ -118,6 +118,7 @@ fn differences(found: &Config, wanted: &Config) -> Vec<Setting> {
     setting!(all, found, wanted, true, "subjects", subjects, |s: &Vec<String>| s.join(" "));
     setting!(all, found, wanted, true, "retention", retention, |r: &RetentionPolicy| format!("{r:?}"));
     setting!(all, found, wanted, false, "discard", discard, |d: &DiscardPolicy| format!("{d:?}"));
+    setting!(all, found, wanted, false, "discard_new_per_subject", discard_new_per_subject, flag);
     setting!(all, found, wanted, true, "storage", storage, |s: &StorageType| format!("{s:?}"));
     setting!(all, found, wanted, true, "replicas", num_replicas, |n: &usize| n.to_string());
     setting!(all, found, wanted, false, "max_msgs", max_messages, |n: &i64| limit(*n));
@@ -148,7 +149,9 @@ fn differences(found: &Config, wanted: &Config) -> Vec<Setting> {
     });
     // Where there is less room, fewer events are kept.
     let events = wanted.discard == DiscardPolicy::Old && found.max_bytes >= LEAST_EVENTS;
-    let enough = events || wanted.allow_rollup && wanted.max_bytes <= 0 && found.max_bytes >= LEAST_BUCKET;
+    // Buckets are as large as there was room for when they were made. No bound is none that is too small.
+    let bucket = wanted.allow_rollup && (found.max_bytes <= 0 || found.max_bytes >= LEAST_BUCKET);
+    let enough = events || bucket;
     if !enough {
         setting!(all, found, wanted, false, "max_bytes", max_bytes, |n: &i64| limit(*n));
     }
@@ -283,13 +286,14 @@ mod tests {
             description: Some("theirs".into()),
             max_age: Duration::from_secs(10),
             max_messages_per_subject: 5,
+            discard_new_per_subject: true,
             max_bytes: 4_096,
             discard: DiscardPolicy::Old,
             ..wanted.clone()
         };
         let wrong = differences(&edited, &wanted);
         let names: Vec<&str> = wrong.iter().map(|setting| setting.name).collect();
-        assert_eq!(names, ["discard", "max_msgs_per_subject", "max_age", "max_bytes"]);
+        assert_eq!(names, ["discard", "discard_new_per_subject", "max_msgs_per_subject", "max_age", "max_bytes"]);
         let back = changed(&edited, &wanted, wrong.iter());
         assert_eq!(back, Config { description: Some("theirs".into()), ..wanted.clone() });
         let log = Config { duplicate_window: Duration::from_secs(120), ..wanted.clone() };
