@@ -336,7 +336,8 @@ async fn a_log_that_begins_late_and_never_had_an_entry_has_lost_nothing() {
     let cluster = TestCluster::start(Setup { shards: 2, ..Setup::default() }).await;
     cluster.wait_green().await;
     let request = json!({"seq": 2}).to_string();
-    let purged = cluster.raw.request("$JS.API.STREAM.PURGE.ruvector_log_00000", request.into()).await.unwrap();
+    let purged =
+        cluster.raw.request("$JS.API.STREAM.PURGE.ruvector_log_00000", request.into()).await.unwrap();
     assert!(!String::from_utf8_lossy(&purged.payload).contains("error"), "{purged:?}");
     let entries: Vec<Value> =
         (0..8).map(|n| json!({"id": format!("b{n}"), "vector": [1, 2, 3, 4]})).collect();

@@ -286,7 +286,8 @@ async fn a_bucket_that_was_lost_or_made_anew_by_hand_has_its_records_again() {
 async fn settings_are_back(hand: &ByHand, stream: &str) {
     within(HEALED, "its settings are ours", || async {
         let config = hand.stream(stream).await?.cached_info().config.clone();
-        let good = config.max_age.is_zero() && config.max_messages_per_subject == 1 && config.max_bytes >= 8 << 20;
+        let good =
+            config.max_age.is_zero() && config.max_messages_per_subject == 1 && config.max_bytes >= 8 << 20;
         if good { Ok(()) } else { Err(format!("{config:?}")) }
     })
     .await;

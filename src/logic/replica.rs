@@ -364,7 +364,9 @@ pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>
             Course::LogLost(format!("the log begins at {first}, no replica has more than up to {known}"))
         }
         (Course::Snapshot, Some(first)) if held.applied == 0 && peers.untouched && first > 1 => {
-            Course::LogLost(format!("the log begins at {first}, and no replica has ever applied an entry of it"))
+            Course::LogLost(format!(
+                "the log begins at {first}, and no replica has ever applied an entry of it"
+            ))
         }
         (course, _) => course,
     }
@@ -531,7 +533,8 @@ mod tests {
             peers
         };
         let empty = |log_id| Held { log_id, applied: 0, checksum: None };
-        let over_empty = |held: &Held, peers: &Peers| course_over_gap(Course::Snapshot, held, log(A, 2, 1), peers);
+        let over_empty =
+            |held: &Held, peers: &Peers| course_over_gap(Course::Snapshot, held, log(A, 2, 1), peers);
         assert!(matches!(over_empty(&empty(A), &fresh(A)), Course::LogLost(_)), "nobody ever had anything");
         assert!(matches!(over_empty(&empty(A), &Peers::NONE), Course::LogLost(_)), "nor the only one");
         assert_eq!(over_empty(&empty(A), &fresh(Uuid::nil())), Course::Snapshot, "its disk was lost");

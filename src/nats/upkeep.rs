@@ -293,7 +293,10 @@ mod tests {
         };
         let wrong = differences(&edited, &wanted);
         let names: Vec<&str> = wrong.iter().map(|setting| setting.name).collect();
-        assert_eq!(names, ["discard", "discard_new_per_subject", "max_msgs_per_subject", "max_age", "max_bytes"]);
+        assert_eq!(
+            names,
+            ["discard", "discard_new_per_subject", "max_msgs_per_subject", "max_age", "max_bytes"]
+        );
         let back = changed(&edited, &wanted, wrong.iter());
         assert_eq!(back, Config { description: Some("theirs".into()), ..wanted.clone() });
         let log = Config { duplicate_window: Duration::from_secs(120), ..wanted.clone() };
