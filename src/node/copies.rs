@@ -28,7 +28,7 @@ use crate::view::View;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
-use tracing::warn;
+use tracing::debug;
 
 /// Pause before a copy that could not be set aside is tried again.
 const SET_ASIDE_AGAIN: Duration = Duration::from_secs(1);
@@ -63,8 +63,8 @@ pub(crate) async fn set_aside(
     match done {
         Ok(Some(aside)) => announce(ctx, &aside, why).await,
         Ok(None) => {}
-        // It stays where it is, and the next opening says so again.
-        Err(error) => warn!(%shard, "the {kind} copy cannot be set aside: {error}"),
+        // It stays where it is, and each opening meets it again: the cause says so once.
+        Err(error) => debug!(%shard, "the {kind} copy cannot be set aside: {error}"),
     }
 }
 
