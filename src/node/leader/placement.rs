@@ -15,7 +15,7 @@ use crate::logic::planner::{
 };
 use crate::model::events::{Event, ReplicaState};
 use crate::model::plan::{Move, RebalancePlan};
-use crate::model::records::{MigrationPhase, NodeRecord, NodeStatus, RebalanceRecord};
+use crate::model::records::{MigrationPhase, MigrationRecord, NodeRecord, NodeStatus, RebalanceRecord};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bucket::Cas;
 use crate::node::causes::{Severity, Subject};
@@ -143,11 +143,8 @@ impl Leader {
         }
         let cool_down = self.ctx.config.hot_cool_down;
         for (_, migration) in view.migrations.values() {
-            let recent =
-                migration.moved_at.is_some_and(|at| (wall() - at).to_std().is_ok_and(|ago| ago < cool_down));
-            if let (true, Some(shard)) = (recent, shards.get_mut(&migration.shard)) {
-                let by_hand = [BY_OPERATOR, BY_HEAT].contains(&migration.reason.as_str());
-                shard.moved = shard.moved.max(if by_hand { Moved::Pinned } else { Moved::Lately });
+            if let Some(shard) = shards.get_mut(&migration.shard) {
+                shard.moved = shard.moved.max(moved(migration, wall(), cool_down));
             }
         }
         PlanInput {
@@ -534,9 +531,40 @@ impl Leader {
     }
 }
 
+/// What a move says of its shard: one under way counts like one that has just ended, or the plan that is made meanwhile
+/// would take back what an operator has ordered.
+fn moved(migration: &MigrationRecord, now: DateTime<Utc>, cool_down: Duration) -> Moved {
+    let recent = match migration.moved_at {
+        Some(at) => (now - at).to_std().is_ok_and(|ago| ago < cool_down),
+        None => migration.phase.is_running(),
+    };
+    match recent {
+        true if [BY_OPERATOR, BY_HEAT].contains(&migration.reason.as_str()) => Moved::Pinned,
+        true => Moved::Lately,
+        false => Moved::LongAgo,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// It was planned back to where it came from while it was on its way.
+    #[test]
+    fn a_move_that_an_operator_has_ordered_is_not_taken_back_while_it_is_under_way() {
+        let (now, cool_down) = (wall(), Duration::from_secs(60));
+        let mut migration = crate::sim::records::migration_record("m", Some("a"), "b");
+        migration.reason = BY_OPERATOR.to_owned();
+        (migration.phase, migration.moved_at) = (MigrationPhase::CatchUp, None);
+        assert_eq!(moved(&migration, now, cool_down), Moved::Pinned);
+        (migration.phase, migration.moved_at) = (MigrationPhase::Completed, Some(now));
+        assert_eq!(moved(&migration, now, cool_down), Moved::Pinned);
+        assert_eq!(moved(&migration, now + cool_down * 2, cool_down), Moved::LongAgo);
+        migration.reason = "its node holds more than its share".to_owned();
+        assert_eq!(moved(&migration, now, cool_down), Moved::Lately);
+        (migration.phase, migration.moved_at) = (MigrationPhase::Failed, None);
+        assert_eq!(moved(&migration, now, cool_down), Moved::LongAgo);
+    }
 
     #[test]
     fn a_move_that_goes_on_failing_is_tried_less_and_less_often() {
