@@ -1,6 +1,7 @@
 //! Requests and replies of `ruvector.api.*`, for any language: JSON, or MessagePack by `Content-Type`.
 
 use super::ids::born_ms;
+use super::payload;
 use super::vector::{is_no, is_yes, vector_bytes, yes};
 use super::wire::WriteOp;
 use super::{Consistency, OpId, Payload, SearchResult, ShardId, VectorEntry};
@@ -118,6 +119,7 @@ pub struct StoredEntry {
     #[serde(default, with = "vector_bytes", skip_serializing_if = "Vec::is_empty")]
     pub vector: Vec<f32>,
     /// Payload or `null`; `null` too if it was not asked for.
+    #[serde(default, deserialize_with = "payload::deserialize")]
     pub payload: Option<Payload>,
 }
 
@@ -147,7 +149,7 @@ pub struct SearchRequest {
     /// How many.
     pub k: usize,
     /// Only with these payload fields: see [`SearchQuery`](super::SearchQuery).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "payload::deserialize", skip_serializing_if = "Option::is_none")]
     pub filter: Option<Payload>,
     /// How fresh; default `session`.
     #[serde(default)]

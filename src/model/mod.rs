@@ -7,6 +7,7 @@ mod digest;
 pub mod events;
 pub mod ids;
 pub mod number;
+pub(crate) mod payload;
 pub mod plan;
 pub mod records;
 pub(crate) mod strict;

@@ -119,7 +119,8 @@ pub fn vector_whole(number: i128) -> Result<f32, String> {
     if nearest as i128 == number { Ok(nearest) } else { Err(would_become(&number.to_string(), nearest)) }
 }
 
-fn would_become(shown: &str, nearest: f32) -> String {
+/// What is said of a whole number that an f32 would change.
+pub(crate) fn would_become(shown: &str, nearest: f32) -> String {
     format!("{shown} has more digits than a vector's number (32 bits) can hold: it would become {nearest}")
 }
 

@@ -3,6 +3,8 @@
 //! The names are those of ruvector-core. In MessagePack a vector is one `bin` of little-endian f32;
 //! in JSON it is an array of numbers.
 
+use super::number::{vector_f64, vector_whole};
+use super::payload;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
@@ -33,7 +35,7 @@ pub struct VectorEntry {
     #[serde(with = "vector_bytes")]
     pub vector: Vec<f32>,
     /// Anything else, at most [`MAX_PAYLOAD_BYTES`]; searches filter on equality of its fields.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "payload::deserialize", skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
 }
 
@@ -72,12 +74,15 @@ impl VectorEntry {
     }
 
     /// Checks an entry that is about to be written: besides what [`validate`](Self::validate) looks at, all its
-    /// scores will be numbers.
+    /// scores will be numbers, and replicas of all versions read its payload.
     ///
     /// # Errors
     /// [`Error::Invalid`] that says what is wrong with which entry.
     pub fn validate_new(&self, dimensions: usize, metric: DistanceMetric) -> Result<()> {
         self.validate(dimensions, metric)?;
+        if let Some(why) = self.payload.as_ref().and_then(payload::reserved) {
+            return Err(Error::Invalid(format!("payload of {:?}: {why}", self.id)));
+        }
         validate_length(&self.vector, metric).map_err(|e| e.context(format!("vector {:?}", self.id)))
     }
 
@@ -277,7 +282,7 @@ pub struct SearchQuery {
     pub k: usize,
     /// Only vectors whose payload has every one of these fields with an equal value: a text, a number, `true`,
     /// `false`, `null`, or an array of those.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "payload::deserialize", skip_serializing_if = "Option::is_none")]
     pub filter: Option<Payload>,
     /// Whether results carry their payload.
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
@@ -330,7 +335,7 @@ pub struct SearchResult {
     /// Similarity (cosine, dot product: higher is nearer) or distance (Euclidean: lower is nearer).
     pub score: f32,
     /// The vector's payload, unless the query does without.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "payload::deserialize", skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
     /// The vector itself, if the query asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "optional_vector")]
@@ -390,7 +395,7 @@ mod optional_vector {
 
 /// Vectors as `bin` in binary formats, as arrays in human-readable ones.
 pub(crate) mod vector_bytes {
-    use serde::de::{Deserializer, Error, SeqAccess, Visitor};
+    use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
     use serde::ser::Serializer;
 
     pub(crate) fn serialize<S: Serializer>(vector: &[f32], out: S) -> Result<S::Ok, S::Error> {
@@ -410,6 +415,42 @@ pub(crate) mod vector_bytes {
         } else {
             // `any`, so that other languages may send an array of numbers too.
             input.deserialize_any(VectorVisitor)
+        }
+    }
+
+    /// The f32 that stands for a number of any type.
+    struct Number(f32);
+
+    impl<'de> Deserialize<'de> for Number {
+        fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Number, D::Error> {
+            // Asked for an f32, a parser of JSON rounds whole numbers too.
+            input.deserialize_f64(NumberVisitor).map(Number)
+        }
+    }
+
+    struct NumberVisitor;
+
+    impl Visitor<'_> for NumberVisitor {
+        type Value = f32;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a number")
+        }
+
+        fn visit_f32<E: Error>(self, number: f32) -> Result<f32, E> {
+            Ok(number)
+        }
+
+        fn visit_f64<E: Error>(self, number: f64) -> Result<f32, E> {
+            super::vector_f64(number).map_err(E::custom)
+        }
+
+        fn visit_i64<E: Error>(self, number: i64) -> Result<f32, E> {
+            super::vector_whole(number.into()).map_err(E::custom)
+        }
+
+        fn visit_u64<E: Error>(self, number: u64) -> Result<f32, E> {
+            super::vector_whole(number.into()).map_err(E::custom)
         }
     }
 
@@ -433,7 +474,7 @@ pub(crate) mod vector_bytes {
         fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<f32>, A::Error> {
             // A hostile length prefix must not allocate.
             let mut vector = Vec::with_capacity(seq.size_hint().unwrap_or(0).min(super::MAX_DIMENSIONS));
-            while let Some(number) = seq.next_element::<f32>()? {
+            while let Some(Number(number)) = seq.next_element()? {
                 if vector.len() == super::MAX_DIMENSIONS {
                     return Err(A::Error::custom(format!("more than {} dimensions", super::MAX_DIMENSIONS)));
                 }

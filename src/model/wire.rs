@@ -568,6 +568,7 @@ impl<T> From<Reply<T>> for Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn a_log_entry_reads_back_and_its_vectors_are_compact() {
@@ -643,6 +644,69 @@ mod tests {
         };
         // Half of what threads of the runtime have.
         std::thread::Builder::new().stack_size(1 << 20).spawn(decodes).unwrap().join().unwrap();
+    }
+
+    /// Payloads with names that mean something to a format, to a parser or to a sorted map.
+    fn payloads() -> impl Strategy<Value = serde_json::Value> {
+        let names = prop_oneof![
+            Just("$serde_json::private::RawValue".to_owned()),
+            Just("$serde_json::private::Number".to_owned()),
+            Just("$__toml_private_datetime".to_owned()),
+            Just("_ExtStruct".to_owned()),
+            Just("vector".to_owned()),
+            "[!$az]{0,2}",
+        ];
+        let texts = prop_oneof![
+            Just("7".to_owned()),
+            Just("bad".to_owned()),
+            Just("{\"a\":1,\"a\":2}".to_owned()),
+            any::<String>(),
+        ];
+        let leaf = prop_oneof![
+            Just(serde_json::Value::Null),
+            any::<bool>().prop_map(Into::into),
+            any::<i64>().prop_map(Into::into),
+            any::<u64>().prop_map(Into::into),
+            any::<f64>().prop_map(Into::into),
+            texts.prop_map(Into::into),
+        ];
+        let nested = leaf.prop_recursive(4, 24, 4, move |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Into::into),
+                prop::collection::btree_map(names.clone(), inner, 0..4)
+                    .prop_map(|fields| serde_json::Value::Object(fields.into_iter().collect())),
+            ]
+        });
+        prop::collection::btree_map("[!$az]{0,2}", nested, 0..4)
+            .prop_map(|fields| serde_json::Value::Object(fields.into_iter().collect()))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1_000))]
+        #[test]
+        fn a_payload_that_may_be_written_reads_back_unchanged_everywhere(payload in payloads()) {
+            let payload = payload.as_object().cloned();
+            let entry = VectorEntry { id: "a".into(), vector: vec![1.0], payload };
+            let metric = crate::model::DistanceMetric::Cosine;
+            let write = LogOp::Write { op_id: Uuid::nil(), op: WriteOp::Upsert(vec![entry.clone()]), born_ms: None };
+            let log = LogEntry::new(vec![write]);
+            let request = serde_json::json!({"entries": [&entry]});
+            let read = |format, bytes: Vec<u8>| {
+                crate::model::strict::read::<crate::model::api::UpsertRequest>(format, &bytes)
+                    .map(|request| request.value.entries)
+            };
+            let json = read(crate::model::strict::Format::Json, serde_json::to_vec(&request).unwrap());
+            let packed = read(crate::model::strict::Format::MessagePack, encode(&request).unwrap());
+            if entry.validate_new(1, metric).is_ok() {
+                prop_assert_eq!(decode_entry(&encode(&log).unwrap()), Ok(log));
+                prop_assert_eq!(json, Ok(vec![entry.clone()]));
+                prop_assert_eq!(packed, Ok(vec![entry]));
+            } else {
+                // Versions up to 0.2 skip it.
+                prop_assert!(matches!(decode_entry(&encode(&log).unwrap()), Err(Error::Invalid(_))));
+                prop_assert!(json.is_err() && packed.is_err());
+            }
+        }
     }
 
     #[test]

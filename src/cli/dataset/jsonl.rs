@@ -6,10 +6,9 @@
 use super::{Fields, Input, MAX_LINE_BYTES, Position, Row, Rows, invalid, io_problem, line_too_long};
 use crate::error::{Error, Result};
 use crate::model::number::{first_not_held, is_held, vector_number};
+use crate::model::payload::{Part, Whole};
 use crate::model::vector::{MAX_DIMENSIONS, Payload};
-use serde::Deserialize;
-use serde::de::{self, Deserializer, MapAccess, Visitor};
-use serde_json::value::RawValue;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use std::io::{BufRead, Read};
 
 /// Objects on lines of their own.
@@ -71,9 +70,11 @@ impl Rows for Jsonl {
                 );
             }
             // With what stands before, so that columns are counted from the start of the line.
-            let object: Object = serde_json::from_slice(indented).map_err(json_problem)?;
-            let line = std::str::from_utf8(indented).map_err(|_| Error::Invalid("not UTF-8".into()))?;
-            let row = Line { text: line }.row(object, &self.names)?;
+            serde_json::from_slice::<IgnoredAny>(indented).map_err(json_problem)?;
+            let line = std::str::from_utf8(indented);
+            let line =
+                line.map_err(|e| at_column(e.valid_up_to(), "it is no unicode text: save it as UTF-8"))?;
+            let row = Line { text: line }.row(&self.names)?;
             if *self.has_ids.get_or_insert(row.id.is_some()) != row.id.is_some() {
                 // A generated id could be one that another line has.
                 let name = &self.names.id;
@@ -102,34 +103,54 @@ fn without_place(error: &serde_json::Error) -> String {
     text.strip_suffix(&place).unwrap_or(&text).to_owned()
 }
 
-/// The fields of one line, in their order and as they are written.
-struct Object<'a>(Vec<(String, &'a RawValue)>);
+fn at_column(offset: usize, what: impl std::fmt::Display) -> Error {
+    Error::Invalid(format!("column {}: {what}", offset + 1))
+}
 
-impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
-    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Object<'a>, D::Error> {
-        input.deserialize_map(ObjectVisitor).map(Object)
+/// The fields of an object, in their order and as they are written.
+///
+/// `text` must be an object in valid JSON, but for its texts, which may hold escapes that mean nothing.
+fn fields(text: &str) -> Result<Vec<(String, &str)>> {
+    let mut fields: Vec<(String, &str)> = Vec::new();
+    let mut at = after_spaces(text, 0) + 1;
+    loop {
+        at = after_spaces(text, at);
+        if !text[at..].starts_with('"') {
+            return Ok(fields);
+        }
+        let start = at;
+        let quoted = value_at(text, &mut at)?;
+        let name: String = serde_json::from_str(quoted).map_err(|e| at_column(start, without_place(&e)))?;
+        if fields.iter().any(|(other, _)| *other == name) {
+            return Err(at_column(start, format_args!("field {name:?} stands there twice")));
+        }
+        // Behind the colon, and behind the comma.
+        at = after_spaces(text, after_spaces(text, at) + 1);
+        fields.push((name, value_at(text, &mut at)?));
+        at = after_spaces(text, at) + 1;
+        if at >= text.len() {
+            return Ok(fields);
+        }
     }
 }
 
-struct ObjectVisitor;
+fn after_spaces(text: &str, at: usize) -> usize {
+    let rest = text.get(at..).unwrap_or_default();
+    at + rest.len() - rest.trim_start_matches([' ', '\t', '\n', '\r']).len()
+}
 
-impl<'de> Visitor<'de> for ObjectVisitor {
-    type Value = Vec<(String, &'de RawValue)>;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("a JSON object")
+/// The value that begins here, as it is written; then `at` is behind it.
+fn value_at<'a>(text: &'a str, at: &mut usize) -> Result<&'a str> {
+    let rest = text.get(*at..).unwrap_or_default();
+    let mut values = serde_json::Deserializer::from_str(rest).into_iter::<IgnoredAny>();
+    match values.next() {
+        Some(Ok(IgnoredAny)) => {}
+        Some(Err(error)) => return Err(at_column(*at, without_place(&error))),
+        None => return Err(at_column(*at, "a value is missing")),
     }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut fields: Self::Value = Vec::new();
-        while let Some(name) = map.next_key::<String>()? {
-            if fields.iter().any(|(other, _)| *other == name) {
-                return Err(de::Error::custom(format_args!("field {name:?} stands there twice")));
-            }
-            fields.push((name, map.next_value()?));
-        }
-        Ok(fields)
-    }
+    let value = &rest[..values.byte_offset()];
+    *at += value.len();
+    Ok(value)
 }
 
 /// The line, to say where in it something is.
@@ -138,18 +159,18 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
-    fn row(&self, Object(fields): Object<'_>, names: &FieldNames) -> Result<Row> {
+    fn row(&self, names: &FieldNames) -> Result<Row> {
         let (mut id, mut vector, mut payload, mut rest) = (None, None, None, Payload::new());
-        for (name, raw) in fields {
-            let value = raw.get();
+        for (name, value) in fields(self.text)? {
             if name == names.id {
                 id = self.id(value)?;
             } else if name == names.vector {
                 vector = Some(json_vector(value).map_err(|e| self.at(value, 0, e))?);
             } else if names.payload.is_none() {
-                rest.insert(name, self.payload_part(value)?);
+                let Part(part) = self.payload_part(value)?;
+                rest.insert(name, part);
             } else if names.payload.as_ref() == Some(&name) {
-                payload = self.payload_part(value)?;
+                payload = self.payload_part::<Option<Whole>>(value)?.map(|Whole(payload)| payload);
             } else {
                 let FieldNames { id, vector, .. } = names;
                 let payload = names.payload.as_deref().unwrap_or_default();
@@ -188,7 +209,7 @@ impl Line<'_> {
     }
 
     /// Part of a payload, of which no number may lose a digit.
-    fn payload_part<T: de::DeserializeOwned>(&self, value: &str) -> Result<T> {
+    fn payload_part<T: DeserializeOwned>(&self, value: &str) -> Result<T> {
         if let Some((offset, number)) = first_not_held(value) {
             return Err(self.at(value, offset, Error::Invalid(not_held(number))));
         }
@@ -296,6 +317,23 @@ mod tests {
             ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":1e-400}}", "1e-400 would lose digits"),
             ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":9007199254740993.0}}", "would lose digits"),
             ("{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":-Infinity}}", "column 42: invalid number"),
+            (
+                "{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":1,\"x\":2}}",
+                "column 45: duplicate field `x`",
+            ),
+            (
+                "{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":[{\"y\":1,\"y\":2}]}}",
+                "duplicate field `y`",
+            ),
+            ("{\"id\":\"b\",\"vector\":[1,2],\"v\\u0065ctor\":[3,4]}", "field \"vector\" stands there twice"),
+            (
+                "{\"id\":\"b\",\"vector\":[1,2],\"payload\":{\"x\":{\"$serde_json::private::RawValue\":\"7\"}}}",
+                "RawValue",
+            ),
+            ("{\"id\":\"b\",\"vector\":[1,2],}", "column 26: "),
+            ("{\"id\":\"b\" \"vector\":[1,2]}", "expected `,` or `}`"),
+            ("{\"id\":\"\\ud800\",\"vector\":[1,2]}", "hex escape"),
+            ("{\"\\ud800\":1,\"vector\":[1,2]}", "hex escape"),
             ("{\"id\":\"\",\"vector\":[1,2]}", "id of a vector is empty"),
             ("{\"vector\":[1,2]}", "all objects or to none"),
             ("[\"b\",[1,2],null]", "one JSON object on each line"),
@@ -336,6 +374,21 @@ mod tests {
         assert!(read(named, line).unwrap_err().to_string().contains("see --id-field"));
         let csv_only = Fields { header: Some(false), ..Fields::default() };
         assert!(read(csv_only, line).unwrap_err().to_string().contains("are for CSV"));
+    }
+
+    #[test]
+    fn a_line_may_have_spaces_and_escapes_anywhere() {
+        let line = " { \"\\u0069d\" : \"a,]}\\\"\" ,\t\"payload\":{ \"x,\\\"}\" : [ \"]\" , { } ] } , \"vector\" : [ 1 , 2.5 ] } ";
+        let found = entries(Format::Jsonl, line.as_bytes());
+        assert_eq!((found[0].id.as_str(), found[0].vector.as_slice()), ("a,]}\"", &[1.0, 2.5][..]));
+        assert_eq!(found[0].payload, serde_json::json!({"x,\"}": ["]", {}]}).as_object().cloned());
+        let fields = Fields { payload_rest: true, ..Fields::default() };
+        let options = ReadOptions { fields, ..ReadOptions::default() };
+        let line = "{\"a\":7,\"vector\":[1],\"b\":true,\"c\":null,\"d\":-1e3,\"e\":\"\",\"f\":[]}";
+        let read: Vec<_> = opened(Format::Jsonl, "a", line.as_bytes(), &options).unwrap().collect();
+        let rest = serde_json::json!({"a": 7, "b": true, "c": null, "d": -1e3, "e": "", "f": []});
+        assert_eq!(read[0].as_ref().unwrap().payload, rest.as_object().cloned());
+        assert_eq!(failure(Format::Jsonl, b"{}"), failure(Format::Jsonl, b"{ }"));
     }
 
     #[test]

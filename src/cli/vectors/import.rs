@@ -13,11 +13,12 @@ use crate::cli::render::{self, count, note};
 use crate::client::{Client, Written};
 use crate::clock::fresh_operation;
 use crate::error::{Error, Result};
+use crate::logic::hash::key_hash;
 use crate::model::{ShardId, VectorEntry};
 use clap::Args;
 use futures::StreamExt;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -29,6 +30,8 @@ use tokio_util::sync::CancellationToken;
 const BATCH_BYTES: usize = 4 << 20;
 /// A batch is tried for so long.
 const TRY_FOR: Duration = Duration::from_secs(105);
+/// So many ids of a file are remembered, to say which are there again: some 70 MB at most.
+const KNOWN_IDS: usize = 4 << 20;
 const STOPPING: &str = "stopping …";
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(3);
@@ -90,6 +93,9 @@ struct Imported {
     first_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     last_id: Option<String>,
+    /// Rows with the id of an earlier row: one of them stays.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repeated_ids: Option<u64>,
 }
 
 pub(crate) async fn run(global: &Global, mut args: ImportArgs) -> Result<Exit> {
@@ -105,7 +111,8 @@ pub(crate) async fn run(global: &Global, mut args: ImportArgs) -> Result<Exit> {
     let loader = Loader { batch: batch as usize, parallel: parallel as usize };
     let loaded = loader.load(&client, source).await?;
     let seconds = loaded.took.as_secs_f64();
-    let (first_id, last_id) = loaded.ids.unzip();
+    let repeated_ids = loaded.ids.as_ref().map(|ids| ids.repeated).filter(|repeated| *repeated > 0);
+    let (first_id, last_id) = loaded.ids.map(|ids| (ids.first, ids.last)).unzip();
     let imported = Imported {
         imported: loaded.count,
         dimensions,
@@ -113,6 +120,7 @@ pub(crate) async fn run(global: &Global, mut args: ImportArgs) -> Result<Exit> {
         vectors_per_s: (loaded.count as f64 / seconds.max(1e-6)).round(),
         first_id,
         last_id,
+        repeated_ids,
     };
     render::show(global.output, &imported, |done| {
         let ids = match (&done.first_id, &done.last_id) {
@@ -161,13 +169,29 @@ pub(crate) struct Loaded {
     pub(crate) count: u64,
     pub(crate) seqs: BTreeMap<ShardId, u64>,
     took: Duration,
-    /// Ids of the first and the last entry, if all were sent.
-    ids: Option<Ends>,
+    /// If all were sent.
+    ids: Option<Ids>,
     pub(crate) end: Result<Exit>,
 }
 
-/// The first id and the last.
-type Ends = (String, String);
+/// The ids of a data set.
+#[derive(Debug, PartialEq)]
+struct Ids {
+    first: String,
+    last: String,
+    /// Rows with the id of an earlier row, as far as those are [remembered](KNOWN_IDS).
+    repeated: u64,
+}
+
+impl Ids {
+    /// Says it if a row takes the place of another, which is stored and then replaced.
+    fn remark(&self) {
+        if self.repeated > 0 {
+            let rows = count(self.repeated, "row");
+            note(format!("{rows} with the id of an earlier row: of those with one id, one stays"));
+        }
+    }
+}
 
 impl Loader {
     /// Sends everything; Ctrl-C ends it after the batches that are on their way.
@@ -241,6 +265,7 @@ impl Loader {
             // The file may have ended with an error.
             (Ok(exit), false) => match joined(reading.await) {
                 Ok(ids) => {
+                    ids.iter().for_each(Ids::remark);
                     loaded.ids = ids;
                     Ok(exit)
                 }
@@ -253,10 +278,11 @@ impl Loader {
     }
 }
 
-/// Cuts the data set into batches, as long as somebody takes them; the ids of both ends, if all was taken.
-fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) -> Result<Option<Ends>> {
+/// Cuts the data set into batches, as long as somebody takes them; its ids, if all was taken.
+fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) -> Result<Option<Ids>> {
     let (mut batch, mut bytes) = (Vec::new(), 0);
-    let mut ends: Option<Ends> = None;
+    let mut ids: Option<Ids> = None;
+    let mut known = HashSet::new();
     for entry in dataset {
         let entry = match entry {
             Ok(entry) => entry,
@@ -267,9 +293,14 @@ fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) ->
             }
         };
         bytes += entry.wire_bytes();
-        match &mut ends {
-            Some((_, last)) => last.clone_from(&entry.id),
-            None => ends = Some((entry.id.clone(), entry.id.clone())),
+        let new = || Ids { first: entry.id.clone(), last: String::new(), repeated: 0 };
+        let ids = ids.get_or_insert_with(new);
+        ids.last.clone_from(&entry.id);
+        let hash = key_hash(entry.id.as_bytes());
+        if known.contains(&hash) {
+            ids.repeated += 1;
+        } else if known.len() < KNOWN_IDS {
+            known.insert(hash);
         }
         batch.push(entry);
         if batch.len() >= size || bytes >= BATCH_BYTES {
@@ -282,7 +313,7 @@ fn read(dataset: Dataset, size: usize, send: &mpsc::Sender<Vec<VectorEntry>>) ->
     if !batch.is_empty() {
         let _ = send.blocking_send(batch);
     }
-    Ok(ends)
+    Ok(ids)
 }
 
 /// Sends one batch until it is stored, or has failed for good. Its copies have one operation id, so it takes effect once,
@@ -338,7 +369,7 @@ mod tests {
         Dataset::from_reader(Format::Jsonl, "x", std::io::Cursor::new(text), &ReadOptions::default()).unwrap()
     }
 
-    fn batches(dataset: Dataset, size: usize) -> (Vec<usize>, Result<Option<Ends>>) {
+    fn batches(dataset: Dataset, size: usize) -> (Vec<usize>, Result<Option<Ids>>) {
         let (send, mut receive) = mpsc::channel(100);
         let end = read(dataset, size, &send);
         drop(send);
@@ -351,8 +382,16 @@ mod tests {
 
     #[test]
     fn a_data_set_is_cut_into_batches() {
-        assert_eq!(batches(lines(25, ""), 10), (vec![10, 10, 5], Ok(Some(("0".into(), "24".into())))));
-        assert_eq!(batches(lines(20, ""), 10), (vec![10, 10], Ok(Some(("0".into(), "19".into())))));
+        let ids = |last: &str| Ids { first: "0".into(), last: last.into(), repeated: 0 };
+        assert_eq!(batches(lines(25, ""), 10), (vec![10, 10, 5], Ok(Some(ids("24")))));
+        assert_eq!(batches(lines(20, ""), 10), (vec![10, 10], Ok(Some(ids("19")))));
+    }
+
+    #[test]
+    fn rows_with_the_id_of_an_earlier_row_are_counted() {
+        let again = "{\"id\":\"3\",\"vector\":[1,7]}\n".repeat(2);
+        let ids = batches(lines(5, &again), 10).1.unwrap().unwrap();
+        assert_eq!((ids.last.as_str(), ids.repeated), ("3", 2));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::render::{self, Cell, Tone, facts, note, number};
 use crate::error::{Error, Result};
 use crate::model::api::{CountReply, DeleteReply, GetReply, StoredEntry, to_seqs};
 use crate::model::number::first_not_held;
+use crate::model::payload::Whole;
 use crate::model::{Consistency, Payload};
 use clap::{Args, Subcommand};
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ pub(crate) enum VectorsCommand {
     /// Loads a data set: npy, fvecs, bvecs, csv, jsonl or IDX (MNIST), each also as .gz.
     ///
     /// Rows without an id of their own get `<prefix>-<row>`, so importing a file again replaces what it
-    /// stored before. Should an id occur twice in the file, only --parallel 1 says which one stays.
+    /// stored before. Should an id occur twice in the file, that is said, and only --parallel 1 says which one stays.
     Import(import::ImportArgs),
     /// Stores one vector, or many given as JSON lines; an id that exists is replaced.
     Upsert(write::UpsertArgs),
@@ -99,8 +100,10 @@ pub(crate) fn object(text: &str) -> Result<Payload, String> {
     if let Some((_, number)) = first_not_held(text) {
         return Err(not_held(number));
     }
-    let parsed = serde_json::from_str(text);
-    parsed.map_err(|e| format!("a JSON object is needed, such as {{\"label\": 3}}: {e}"))
+    let parsed = serde_json::from_str::<Whole>(text);
+    parsed
+        .map(|Whole(object)| object)
+        .map_err(|e| format!("a JSON object is needed, such as {{\"label\": 3}}: {e}"))
 }
 
 pub(crate) async fn run(global: &Global, command: VectorsCommand) -> Result<Exit> {
@@ -215,6 +218,16 @@ mod tests {
         }
         assert!(object("{\"a\":NaN}").unwrap_err().contains("JSON object"));
         assert_eq!(object("{\"a\":9007199254740993}").unwrap()["a"], 9_007_199_254_740_993_u64);
+    }
+
+    #[test]
+    fn a_field_that_is_there_twice_is_refused() {
+        for text in ["{\"t\":1,\"t\":2}", "{\"a\":[{\"t\":1,\"t\":1}]}", "{\"a\":1,\"\\u0061\":1}"] {
+            let said = object(text).unwrap_err();
+            assert!(said.contains("duplicate field"), "{text}: {said}");
+        }
+        let said = object("{\"t\":{\"$serde_json::private::RawValue\":\"2\"}}").unwrap_err();
+        assert!(said.contains("RawValue"), "{said}");
     }
 
     #[test]

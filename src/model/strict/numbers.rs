@@ -1,12 +1,12 @@
 //! Finds numbers in JSON that would come out as other numbers.
 //!
 //! JSON has numbers of any size; they are held as 64-bit integers or as floats: [`is_held`] says what is the
-//! same. Vectors are left out: their numbers are rounded.
+//! same. Of vectors, only whole numbers are looked at: fractions are rounded.
 
 use crate::error::{Error, Result};
-use crate::model::number::is_held;
+use crate::model::number::{is_held, vector_f64, vector_number};
 
-/// Numbers of payloads and filters that become others: those, with the text.
+/// Numbers that become others as an f64 and would pass as that: those, with the text.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a number that is not zero and would become zero.
@@ -36,16 +36,14 @@ pub(super) fn changed(json: &[u8]) -> Result<Vec<(f64, String)>> {
                 // Of a query, or of an entry; deeper, or in a filter, it is a field like others.
                 let vector =
                     json.get(at..end) == Some(b"\"vector\"") && matches!((objects, arrays), (1, 0) | (2, 1));
-                at = if vector { after_vector(json, end) } else { end };
+                at = if vector { vector_numbers(json, end, &mut found)? } else { end };
             }
             b'-' | b'0'..=b'9' => {
-                let length = json[at..].iter().take_while(|byte| is_part(**byte)).count();
-                // Most numbers have a few digits and no exponent.
-                if length > 15 || json[at..at + length].iter().any(|byte| matches!(byte, b'e' | b'E')) {
-                    let text = std::str::from_utf8(&json[at..at + length]).unwrap_or_default();
-                    found.extend(look(text)?);
+                let number = number_at(json, at);
+                if !is_short(number) {
+                    found.extend(look(number)?);
                 }
-                at += length;
+                at += number.len();
             }
             _ => at += 1,
         }
@@ -55,6 +53,35 @@ pub(super) fn changed(json: &[u8]) -> Result<Vec<(f64, String)>> {
 
 fn is_part(byte: u8) -> bool {
     matches!(byte, b'0'..=b'9' | b'-' | b'+' | b'.' | b'e' | b'E')
+}
+
+/// The number that begins here.
+fn number_at(json: &[u8], at: usize) -> &str {
+    let length = json[at..].iter().take_while(|byte| is_part(**byte)).count();
+    std::str::from_utf8(&json[at..at + length]).unwrap_or_default()
+}
+
+/// A few digits and no exponent, as most numbers: an f64 holds it.
+fn is_short(number: &str) -> bool {
+    number.len() <= 15 && !number.contains(['e', 'E'])
+}
+
+/// Looks at the numbers of the array that is the value of a field, if one is, and says where it ends.
+fn vector_numbers(json: &[u8], at: usize, found: &mut Vec<(f64, String)>) -> Result<usize> {
+    let end = after_vector(json, at);
+    let mut at = at;
+    while at < end {
+        if !matches!(json[at], b'-' | b'0'..=b'9') {
+            at += 1;
+            continue;
+        }
+        let number = number_at(json, at);
+        if !is_short(number) {
+            found.extend(look_whole(number)?);
+        }
+        at += number.len();
+    }
+    Ok(end)
 }
 
 /// Where the array ends that is the value of a field, if one is.
@@ -84,8 +111,29 @@ fn after_text(json: &[u8], mut at: usize) -> usize {
     at
 }
 
+/// A number of a vector: whether it is one that is not to be rounded, which its f64 no longer tells.
+fn look_whole(text: &str) -> Result<Option<(f64, String)>> {
+    // Most long ones: some digits behind the point, of which the last is none too many.
+    let fraction = text.len() <= 40 && text.contains('.') && !text.contains(['e', 'E']);
+    if fraction && text.ends_with(['1', '2', '3', '4', '5', '6', '7', '8', '9']) {
+        return Ok(None);
+    }
+    let Some(float) = number(text)?.filter(|float| vector_f64(*float).is_ok()) else { return Ok(None) };
+    Ok(vector_number(text).is_err().then(|| (float, start_of(text))))
+}
+
 fn look(text: &str) -> Result<Option<(f64, String)>> {
-    // What is no number is refused by the parser, which says it better.
+    let Some(float) = number(text)? else { return Ok(None) };
+    if is_held(text) {
+        return Ok(None);
+    }
+    // JavaScript writes 1e20 as all its digits: a whole float is held as it is.
+    let same = format!("{float:.0}") == text;
+    Ok((!same).then(|| (float, start_of(text))))
+}
+
+/// What the parser makes of a number; what is none, or too large, it refuses itself, and says it better.
+fn number(text: &str) -> Result<Option<f64>> {
     let Ok(float) = text.parse::<f64>() else { return Ok(None) };
     let mantissa = text.split(['e', 'E']).next().unwrap_or_default();
     if float == 0.0 && mantissa.bytes().any(|byte| matches!(byte, b'1'..=b'9')) {
@@ -94,12 +142,7 @@ fn look(text: &str) -> Result<Option<(f64, String)>> {
             start_of(text)
         )));
     }
-    if !float.is_finite() || is_held(text) {
-        return Ok(None);
-    }
-    // JavaScript writes 1e20 as all its digits: a whole float is held as it is.
-    let same = format!("{float:.0}") == text;
-    Ok((!same).then(|| (float, start_of(text))))
+    Ok(float.is_finite().then_some(float))
 }
 
 fn start_of(text: &str) -> String {
@@ -134,8 +177,9 @@ mod tests {
     }
 
     #[test]
-    fn vectors_are_rounded_and_fields_of_that_name_are_not() {
-        let lost = "9007199254740993.0";
+    fn fractions_of_vectors_are_rounded_and_fields_of_that_name_are_not() {
+        let (lost, whole) = ("3.14159265358979323846", "9007199254740993.0");
+        assert_eq!(texts(&format!(r#"{{"vector":[{lost},{whole}],"k":1}}"#)), [whole]);
         for vector in [
             format!(r#"{{"vector":[1,{lost}],"k":1}}"#),
             format!(r#"{{"entries":[{{"id":"a","vector" : [{lost}]}},{{"vector":[{lost}]}}]}}"#),

@@ -4,7 +4,7 @@
 //! those that it does not know; serde_json makes `null` of a NaN. None of that can be switched off where the
 //! same types also travel between nodes, so it is noticed on the way.
 
-use crate::model::number::{vector_f64, vector_whole};
+use crate::model::number::would_become;
 use serde::de::value::StringDeserializer;
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, IntoDeserializer, MapAccess, SeqAccess, Visitor,
@@ -85,7 +85,7 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
     pass! {
         deserialize_bool deserialize_i8 deserialize_i16 deserialize_i32 deserialize_i64 deserialize_i128
         deserialize_u8 deserialize_u16 deserialize_u32 deserialize_u64 deserialize_u128
-        deserialize_f64 deserialize_char deserialize_str deserialize_string deserialize_bytes
+        deserialize_f32 deserialize_f64 deserialize_char deserialize_str deserialize_string deserialize_bytes
         deserialize_byte_buf deserialize_option deserialize_unit deserialize_seq deserialize_map
         deserialize_identifier
     }
@@ -93,11 +93,6 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
         self.reading.borrow_mut().memory += VALUE_BYTES;
         self.input.deserialize_any(Look { visitor, fields: None, kind: Kind::Any, reading: self.reading })
-    }
-
-    fn deserialize_f32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
-        let kind = Kind::Vector;
-        self.input.deserialize_f32(Look { visitor, fields: None, kind, reading: self.reading })
     }
 
     fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, D::Error> {
@@ -169,8 +164,6 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<'_, D> {
 enum Kind {
     /// Payloads and filters: whatever comes is kept as it is.
     Any,
-    /// A vector's.
-    Vector,
     /// What the type says.
     Typed,
 }
@@ -210,8 +203,8 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Look<'_, V> {
     }
 
     visit! {
-        visit_bool: bool visit_i8: i8 visit_i16: i16 visit_i128: i128
-        visit_u8: u8 visit_u16: u16 visit_u128: u128 visit_char: char
+        visit_bool: bool visit_i8: i8 visit_i16: i16 visit_i64: i64 visit_i128: i128
+        visit_u8: u8 visit_u16: u16 visit_u64: u64 visit_u128: u128 visit_char: char
         visit_bytes: &[u8] visit_borrowed_bytes: &'de [u8] visit_byte_buf: Vec<u8>
     }
 
@@ -223,20 +216,6 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Look<'_, V> {
         self.visit_u64(value.into())
     }
 
-    fn visit_i64<E: Error>(self, value: i64) -> Result<V::Value, E> {
-        match self.kind {
-            Kind::Vector => self.visitor.visit_f32(vector_whole(value.into()).map_err(E::custom)?),
-            Kind::Any | Kind::Typed => self.visitor.visit_i64(value),
-        }
-    }
-
-    fn visit_u64<E: Error>(self, value: u64) -> Result<V::Value, E> {
-        match self.kind {
-            Kind::Vector => self.visitor.visit_f32(vector_whole(value.into()).map_err(E::custom)?),
-            Kind::Any | Kind::Typed => self.visitor.visit_u64(value),
-        }
-    }
-
     fn visit_f32<E: Error>(self, value: f32) -> Result<V::Value, E> {
         if value.is_finite() { self.visitor.visit_f32(value) } else { Err(not_finite(value)) }
     }
@@ -245,18 +224,21 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for Look<'_, V> {
         if !value.is_finite() {
             return Err(not_finite(value));
         }
-        if let Kind::Vector = self.kind {
-            return self.visitor.visit_f32(vector_f64(value).map_err(E::custom)?);
-        }
         let reading = self.reading.borrow();
-        if let Kind::Any = self.kind
-            && let Some(text) = reading.changed.get(&value.to_bits())
-        {
-            // A large one has all its digits only so.
-            let held = if value.fract() == 0.0 { format!("{value:.0}") } else { value.to_string() };
-            return Err(E::custom(format!(
-                "{text} cannot be held exactly, it would become {held}: send that, or a text"
-            )));
+        if let Some(text) = reading.changed.get(&value.to_bits()) {
+            let whole = value.fract() == 0.0;
+            match self.kind {
+                Kind::Any => {
+                    // A large one has all its digits only so.
+                    let held = if whole { format!("{value:.0}") } else { value.to_string() };
+                    return Err(E::custom(format!(
+                        "{text} cannot be held exactly, it would become {held}: send that, or a text"
+                    )));
+                }
+                // Fields of a request that are floats are those of vectors.
+                Kind::Typed if whole => return Err(E::custom(would_become(text, value as f32))),
+                Kind::Typed => {}
+            }
         }
         drop(reading);
         self.visitor.visit_f64(value)

@@ -61,6 +61,23 @@ fn a_field_that_is_there_twice_is_refused_wherever_it_is() {
     refused::<SearchRequest>(filter, &["filter.a", "duplicate field `t`"]);
 }
 
+/// serde_json's feature `raw_value` takes an object with this field for the JSON in its text.
+#[test]
+fn a_field_with_a_private_name_of_the_parser_changes_no_payload() {
+    let name = "$serde_json::private::RawValue";
+    for inner in [json!({name: "7"}), json!({name: "18446744073709551617"}), json!({"z": 1, name: "bad"})] {
+        let request = json!({"entries": [{"id": "a", "vector": [1], "payload": {"x": [inner]}}]});
+        refused::<UpsertRequest>(&request.to_string(), &["entries[0].payload.x[0]", name]);
+        refused_packed::<UpsertRequest>(&request, &["entries[0].payload.x[0]", name]);
+    }
+    for kept in [json!({"x": {"$serde_json::private::Number": "7"}}), json!({name: "7"})] {
+        let request = json!({"entries": [{"id": "a", "vector": [1], "payload": kept}]});
+        let read = read::<UpsertRequest>(Format::Json, request.to_string().as_bytes()).unwrap();
+        assert_eq!(read.value.entries[0].payload.as_ref(), kept.as_object());
+        assert_eq!(packed::<UpsertRequest>(&request).unwrap(), read.value);
+    }
+}
+
 #[test]
 fn what_follows_a_request_is_refused() {
     refused::<CountRequest>("{} {}", &["follows"]);
@@ -97,11 +114,52 @@ fn numbers_that_would_change_are_refused_with_their_place() {
     for rounded in ["0.1", "16777216", "1e20", "1e-44", "0.12345678901234567"] {
         assert!(read::<UpsertRequest>(Format::Json, vector(rounded).as_bytes()).is_ok(), "{rounded}");
     }
-    refused::<UpsertRequest>(&vector("1e39"), &["entries[0].vector[0]", "out of range"]);
+    refused::<UpsertRequest>(&vector("1e39"), &["entries[0].vector[0]", "too large"]);
     refused::<UpsertRequest>(&vector("1,16777217"), &["entries[0].vector[1]", "become 16777216"]);
     refused::<GetRequest>(r#"{"id":"a","after":{"1":-1}}"#, &["after.1", "-1"]);
     refused::<GetRequest>(r#"{"id":"a","after":{"1":"7"}}"#, &["after.1", "string"]);
     refused::<GetRequest>(r#"{"id":"a","after":{"1":1.0}}"#, &["after.1", "floating point"]);
+}
+
+#[test]
+fn a_vector_in_json_is_rounded_only_where_it_is_a_fraction() {
+    let upsert = |x: &str| format!(r#"{{"entries":[{{"id":"a","vector":[1,{x}]}}]}}"#);
+    let hidden = |x: &str| format!(r#"{{"entries":[{{"id":"a","v\u0065ctor":[1,{x}]}}]}}"#);
+    let search = |x: &str| format!(r#"{{"vector":[1,{x}],"k":1}}"#);
+    for (lost, word) in [
+        ("16777217.0", "would become 16777216"),
+        ("1.6777217e7", "would become 16777216"),
+        ("-16777217.0", "would become -16777216"),
+        ("9007199254740993.0", "9007199254740993.0 has more digits"),
+        ("9007199254740993", "would become"),
+        ("18446744073709551617", "18446744073709551617 has more digits"),
+        ("123456789012345678901.0", "would become 123456790000000000000"),
+        ("1e-50", "too small"),
+        ("-1e-60", "too small"),
+    ] {
+        for body in [upsert(lost), hidden(lost)] {
+            refused::<UpsertRequest>(&body, &["entries[0].vector[1]", word]);
+        }
+        refused::<SearchRequest>(&search(lost), &["vector[1]", word]);
+    }
+    let zeros = format!("0.{}1", "0".repeat(400));
+    for vanished in ["1e-400", &zeros] {
+        refused::<UpsertRequest>(&upsert(vanished), &["become 0"]);
+        refused::<SearchRequest>(&search(vanished), &["become 0"]);
+    }
+    for (kept, number) in [
+        ("16777216.0", 16_777_216.0),
+        ("100000000000000000000", 1e20),
+        ("1e20", 1e20),
+        ("0.12345678901234567", 0.123_456_79),
+        ("3.14159265358979323846", std::f32::consts::PI),
+        ("16777217.5", 16_777_218.0),
+        ("0e-999", 0.0),
+        ("-0.0", 0.0),
+    ] {
+        let request = read::<SearchRequest>(Format::Json, search(kept).as_bytes()).unwrap();
+        assert_eq!(request.value.vector, [1.0, number], "{kept}");
+    }
 }
 
 #[test]
