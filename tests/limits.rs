@@ -159,7 +159,7 @@ struct TlsServer {
     port: u16,
 }
 
-fn tls_server(certs: &Certificates, name: &str, verify_ca: Option<&str>) -> TlsServer {
+async fn tls_server(certs: &Certificates, name: &str, verify_ca: Option<&str>) -> TlsServer {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let verify = verify_ca
         .map_or(String::new(), |ca| format!("verify: true, ca_file: {:?}", certs.path(&format!("{ca}.pem"))));
@@ -178,6 +178,10 @@ fn tls_server(certs: &Certificates, name: &str, verify_ca: Option<&str>) -> TlsS
         .kill_on_drop(true)
         .spawn()
         .unwrap();
+    eventually("it listens", || async {
+        tokio::net::TcpStream::connect(("127.0.0.1", port)).await.map(drop).map_err(|e| e.to_string())
+    })
+    .await;
     TlsServer { _child: child, port }
 }
 
@@ -192,10 +196,10 @@ async fn an_expired_certificate_and_one_of_a_foreign_ca_are_said_to_be_that() {
     certs.signed("expired", "ours", from, "20210101000000Z");
     certs.signed("later", "ours", "20390101000000Z", to);
     certs.signed("foreign", "other", from, to);
-    let plain = tls_server(&certs, "good", None);
-    let old = tls_server(&certs, "expired", None);
-    let early = tls_server(&certs, "later", None);
-    let mutual = tls_server(&certs, "good", Some("ours"));
+    let plain = tls_server(&certs, "good", None).await;
+    let old = tls_server(&certs, "expired", None).await;
+    let early = tls_server(&certs, "later", None).await;
+    let mutual = tls_server(&certs, "good", Some("ours")).await;
     let ca = certs.path("ours.pem");
     let other_ca = certs.path("other.pem");
     let pair = |name: &str| {

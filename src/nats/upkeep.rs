@@ -233,9 +233,15 @@ pub(crate) async fn keep(nats: &Nats, wanted: &Settings, may_bound: bool) -> Res
         }
         return Ok(fixed.map_or(Kept::Fine, Kept::Unbounded));
     }
-    let Err(error) = update(changed(found, wanted, wrong.iter())).await? else {
-        return Ok(Kept::PutBack(lines(wrong.iter())));
+    let all = match update(changed(found, wanted, wrong.iter())).await {
+        // There may be no room for so large a bound any more, and the rest must not wait for that.
+        Err(error) if wrong.iter().any(|setting| setting.name == "max_bytes") && wrong.len() > 1 => {
+            let rest = wrong.iter().filter(|setting| setting.name != "max_bytes");
+            update(changed(found, wanted, rest)).await?.and(Err(error))
+        }
+        done => done?,
     };
+    let Err(error) = all else { return Ok(Kept::PutBack(lines(wrong.iter()))) };
     let (hard, soft): (Vec<_>, Vec<_>) = wrong.iter().partition(|setting| setting.hard);
     if hard.is_empty() || soft.is_empty() || update(changed(found, wanted, soft.into_iter())).await?.is_err()
     {

@@ -49,6 +49,7 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     let every = ctx.config.compare_every;
     let mut turns = ctx.every((every / 20).clamp(Duration::from_millis(200), Duration::from_secs(5)));
     let mut known: BTreeMap<ShardId, Last> = BTreeMap::new();
+    let mut handed: BTreeMap<ShardId, Asked> = BTreeMap::new();
     let started = ctx.clock.now();
     while turns.next().await {
         let open = replicas.open_shards();
@@ -59,7 +60,10 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
             let Some(holders) = ours(&ctx, &replica) else {
                 known.remove(&shard);
                 ctx.causes.withdraw(NOT_COMPARED, shard);
-                hand_over(&ctx, shard).await;
+                tokio::select! {
+                    () = ctx.stop.cancelled() => return,
+                    () = hand_over(&ctx, shard, &mut handed, every) => {}
+                }
                 continue;
             };
             let (applied, now) = (replica.status().applied, ctx.clock.now());
@@ -94,18 +98,41 @@ pub(crate) async fn watch(ctx: Arc<Context>, replicas: Arc<Replicas>) {
     }
 }
 
+/// When a new primary may be asked again, and how often it was.
+#[derive(Debug, Clone, Copy, Default)]
+struct Asked {
+    again: Duration,
+    tries: u32,
+}
+
+impl Asked {
+    /// Asked once more: each try may make it replay a whole log, so they come less and less often.
+    fn next(self, now: Duration, every: Duration) -> Asked {
+        let pause = (COMPARE * 2).saturating_mul(1 << self.tries.min(10));
+        Asked { again: now + pause.min(every.max(COMPARE)), tries: self.tries.saturating_add(1) }
+    }
+}
+
 /// What this node has found as the primary is for the next one to find again, or to find mended: it compares now, as it may
-/// have a day until its turn. Only then this node says no more of it; while the other cannot compare it is asked again the
-/// next time.
-async fn hand_over(ctx: &Context, shard: ShardId) {
+/// have long until its turn. Only when it has found all the same, or says itself that they differ, this node says no more
+/// of it; a holder that has not answered may be the one that differs.
+async fn hand_over(ctx: &Context, shard: ShardId, handed: &mut BTreeMap<ShardId, Asked>, every: Duration) {
     let view = ctx.view();
-    let Some(record) = view.shard(shard).filter(|record| record.primary != ctx.node) else { return };
-    if !ctx.causes.of_shard(shard).iter().any(|cause| cause.kind == DIFFER) {
+    let says_so = || ctx.causes.of_shard(shard).iter().any(|cause| cause.kind == DIFFER);
+    let next = view.shard(shard).map(|record| &record.primary).filter(|primary| **primary != ctx.node);
+    let Some(primary) = next.filter(|_| says_so()) else {
+        handed.remove(&shard);
+        return;
+    };
+    let (asked, now) = (handed.entry(shard).or_default(), ctx.clock.now());
+    if now < asked.again {
         return;
     }
-    let subject = ctx.subjects.node(&record.primary, "compare");
+    *asked = asked.next(now, every);
+    let subject = ctx.subjects.node(primary, "compare");
     match ctx.data.call::<_, CompareReply>(subject, &CompareRequest { shard }, COMPARE * 2).await {
-        Ok(_) => ctx.causes.withdraw(DIFFER, shard),
+        Ok(reply) if reply.is_proved() || !reply.same => ctx.causes.withdraw(DIFFER, shard),
+        Ok(_) => debug!(%shard, "not all holders have answered the new primary"),
         Err(error) => debug!(%shard, "the new primary does not compare yet: {error}"),
     }
 }

@@ -20,7 +20,7 @@ use super::replica::Replica;
 use super::replicas::Replicas;
 use crate::clock::wall_ms;
 use crate::error::{Error, Result};
-use crate::logic::lag::{Awake, Away};
+use crate::logic::lag::Awake;
 use crate::model::wire::{AppliedNote, ReplicaReport, decode};
 use crate::model::{NodeId, ShardId};
 use crate::nats::bus::{Message, sender};
@@ -58,12 +58,15 @@ const SLACK: Duration = Duration::from_millis(500);
 /// # Errors
 /// `Unavailable` until it is known what others did meanwhile.
 pub(crate) fn awake(ctx: &Context) -> Result<()> {
-    let away = match lock(&ctx.awake).until(&awake_now(ctx)) {
-        Away::For(time) if time <= ctx.config.max_lag + SLACK => return Ok(()),
-        Away::For(time) => format!("was stopped or cut off for {:.1} s", time.as_secs_f64()),
-        Away::Reconnected => "has lost its connection to NATS and has a new one".to_owned(),
-    };
-    Err(Error::Unavailable(format!("{} {away}: it looks first how far the others are", ctx.node)))
+    let stood = lock(&ctx.awake).until(&awake_now(ctx));
+    if stood <= ctx.config.max_lag + SLACK {
+        return Ok(());
+    }
+    Err(Error::Unavailable(format!(
+        "{} was stopped or cut off for {:.1} s: it looks first how far the others are",
+        ctx.node,
+        stood.as_secs_f64()
+    )))
 }
 
 fn lock(awake: &Mutex<Awake>) -> MutexGuard<'_, Awake> {
@@ -71,7 +74,7 @@ fn lock(awake: &Mutex<Awake>) -> MutexGuard<'_, Awake> {
 }
 
 fn awake_now(ctx: &Context) -> Awake {
-    Awake { at: ctx.clock.now(), wall_ms: wall_ms(), connection: ctx.data.nats.connection() }
+    Awake { at: ctx.clock.now(), wall_ms: wall_ms() }
 }
 
 /// Runs until the node stops.
@@ -179,9 +182,9 @@ impl Watch {
         let all = self.replicas.all();
         if ctx.data.nats.is_connected() {
             let awake = awake_now(&ctx);
-            let away = lock(&ctx.awake).until(&awake);
-            if away > Away::For(ctx.config.max_lag) {
-                debug!(?away, "this process was stopped or cut off");
+            let stood = lock(&ctx.awake).until(&awake);
+            if stood > ctx.config.max_lag {
+                debug!(?stood, "this process was stopped or cut off");
                 all.iter()
                     .filter(|r| !self.live_others(r.shard).is_empty())
                     .for_each(|r| r.lag().doubts(now));

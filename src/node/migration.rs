@@ -85,6 +85,10 @@ pub(crate) async fn drive(ctx: &Arc<Context>, id: &str, replica: &Arc<Replica>, 
     };
     let stopped = ctx.stop.cancelled();
     until_over(driving, not_ours, replica.closing(), stopped).await;
+    // It is swapped in, and the source takes no writes any more: not a moment is lost. The next look at the map says the same.
+    if ctx.view().shard(replica.shard).is_some_and(|record| record.has_replica(&ctx.node)) {
+        replica.is_named(true);
+    }
     ctx.causes.withdraw(STUCK, replica.shard);
     ctx.causes.withdraw(NOT_COMPARED, replica.shard);
 }

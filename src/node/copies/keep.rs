@@ -144,6 +144,7 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                     }
                 }
                 Judged::Stays(text) => {
+                    undeleted.remove(&aside);
                     let again = now + (ctx.config.retire_after * 60).min(KEPT_AGAIN);
                     if kept.insert(aside.clone(), (again, text.clone())).is_none() {
                         let event = Event::new("shard.copy_kept", text).shard(shard).node(&ctx.node);
@@ -151,6 +152,8 @@ pub(crate) async fn keep(ctx: Arc<Context>, replicas: Arc<Replicas>) {
                     }
                 }
                 Judged::Later(error) => {
+                    // What was said of it may not be so any more.
+                    undeleted.remove(&aside);
                     rest_until.insert(shard, now + COMPARE_AGAIN.min(ctx.config.retire_after));
                     elsewhere.remove(&shard);
                     debug!(%shard, "{} is kept: {error}", aside.name);

@@ -4,7 +4,7 @@ use super::Leader;
 use crate::clock::{fresh_id, wall, wall_ms};
 use crate::error::{Error, Result};
 use crate::logic::fencing::is_decision;
-use crate::logic::lag::{Awake, Away};
+use crate::logic::lag::Awake;
 use crate::logic::log_loss::{Suspicion, Verdict, close, is_of, turns, verdict};
 use crate::logic::planner::Role;
 use crate::model::events::{Event, ReplicaState};
@@ -411,12 +411,8 @@ impl Leader {
         match logs.create(shard, id, record.log_first_seq, &self.ctx.cluster).await {
             Err(Error::Conflict(_)) => {
                 // Creating may have taken long: somebody else may lead by now, and have made the log anew.
-                let awake = || Awake {
-                    at: self.ctx.clock.now(),
-                    wall_ms: wall_ms(),
-                    connection: control.connection(),
-                };
-                let before = awake();
+                let awake = || Awake { at: self.ctx.clock.now(), wall_ms: wall_ms() };
+                let (before, connection) = (awake(), control.connection());
                 self.check_lease()?;
                 let stored = self.ctx.buckets.shards.get(&shard.token()).await?;
                 let stored = stored.and_then(|found| parse::<ShardRecord>(&found.value).ok());
@@ -424,8 +420,7 @@ impl Leader {
                     return Err(Error::Conflict(format!("the record of shard {shard} has changed")));
                 }
                 self.check_lease()?;
-                if !control.is_still(before.connection) || before.until(&awake()) > Away::For(LATEST_DELETION)
-                {
+                if !control.is_still(connection) || before.until(&awake()) > LATEST_DELETION {
                     return Err(Error::Unavailable(format!(
                         "the log of shard {shard} is not made anew yet: this leader was stopped or cut off"
                     )));

@@ -406,16 +406,15 @@ impl Replica {
 
     /// Changes the status; what the replica can do follows from it, in this one place.
     fn change(&self, change: impl FnOnce(&mut Status)) {
-        let (may_serve, named) = (*self.may_serve.borrow(), self.named.load(Ordering::SeqCst));
-        let wrong = matches!(self.repair(), Some(Repair::SetAside(..)));
         self.status.send_modify(|status| {
             change(status);
+            // Read in here: of two that change it at once the later one counts, with what is so by then.
             let condition = Condition {
                 caught_up: status.caught_up,
-                may_serve,
-                named,
+                may_serve: *self.may_serve.borrow(),
+                named: self.named.load(Ordering::SeqCst),
                 failed: status.failed,
-                wrong,
+                wrong: matches!(self.repair(), Some(Repair::SetAside(..))),
                 late: status.late,
                 lost: status.lost,
                 log_id: status.log_id,
