@@ -351,6 +351,56 @@ async fn a_log_that_begins_late_and_never_had_an_entry_has_lost_nothing() {
     assert!(!events.iter().any(|event| event["event"] == "shard.data_lost"), "{events:?}");
 }
 
+/// Whoever was the first to go on in a rebuilt log has entries of the log before that the others do not have, and is lost
+/// with its disk before they have copied it. Each would wait for a copy from the other for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuilt_log_in_which_nobody_can_go_on_is_rebuilt_once_more() {
+    let setup = Setup { shards: 1, ..Setup::default() }.arg("--rereplicate-after", "3s");
+    let mut cluster = TestCluster::start(setup).await;
+    let before = fill(&cluster, "a").await;
+    for id in ["n2", "n3"] {
+        eventually("all is on its disk", || async {
+            let report = cluster.report(id, 0).await?.ok_or("no replica")?;
+            if report.durable == report.applied { Ok(()) } else { Err(format!("{report:?}")) }
+        })
+        .await;
+        cluster.node(id).kill().await.unwrap();
+        let (data, kept) = (cluster.node(id).data_dir(), cluster.dir().join(format!("old-{id}")));
+        copy(&data, &kept);
+    }
+    let client = cluster.client().await;
+    client.upsert(vec![VectorEntry::new("late", vec![1.0; 4])]).await.expect("one holder is left");
+    for id in ["n2", "n3"] {
+        cluster.node(id).restart().unwrap();
+    }
+    cluster.wait_green().await;
+    let context = async_nats::jetstream::new(cluster.raw.clone());
+    context.delete_stream("ruvector_log_00000").await.unwrap();
+    let first = eventually("the log is rebuilt", || async {
+        let record = cluster.bucket("shards").await.get("00000").await.map_err(|e| e.to_string())?;
+        let record: Value = serde_json::from_slice(&record.ok_or("no record")?).map_err(|e| e.to_string())?;
+        record["log_first_seq"].as_u64().filter(|first| *first > 1).ok_or_else(|| record.to_string())
+    })
+    .await;
+    let stream = eventually("the log is there", || async {
+        context.get_stream("ruvector_log_00000").await.map_err(|e| e.to_string())
+    })
+    .await;
+    assert_eq!(stream.cached_info().state.last_sequence + 1, first, "nothing was put into it");
+    for id in ["n1", "n2", "n3"] {
+        cluster.node(id).kill().await.unwrap();
+        std::fs::remove_dir_all(cluster.node(id).data_dir()).unwrap();
+    }
+    for id in ["n2", "n3"] {
+        copy(&cluster.dir().join(format!("old-{id}")), &cluster.node(id).data_dir());
+        cluster.node(id).restart().unwrap();
+    }
+    assert_eq!(count_when_it_answers(&cluster).await, before);
+    let written = json!({"entries": [{"id": "b", "vector": [1, 2, 3, 4]}]});
+    assert_eq!(cluster.api("upsert", written).await["upserted"], 1);
+    assert_eq!(count_when_it_answers(&cluster).await, before + 1);
+}
+
 /// What was truncated from the logs was on the disks alone. Nobody may answer as if it had never been there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_disk_is_lost_and_the_logs_were_truncated_so_the_cluster_says_so() {

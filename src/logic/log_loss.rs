@@ -3,7 +3,7 @@
 //! Pure. Keeps: a log is given up only for what the most advanced holder has, so that nothing is lost that
 //! any holder has applied.
 
-use crate::logic::replica::LogFacts;
+use crate::logic::replica::{LogFacts, is_base};
 use crate::model::ShardId;
 use crate::model::events::ReplicaState;
 use crate::model::records::{ClusterRecord, ShardRecord};
@@ -97,8 +97,14 @@ pub(crate) fn is_of(
     }
 }
 
-/// Decides, from what every holder has said and the stream as it was seen afterwards.
-pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
+/// Decides, from what every holder has said and the stream as it was seen afterwards. `building`: what those say who only
+/// build a replica; `None` is one that has not said it.
+pub(crate) fn verdict(
+    record: &ShardRecord,
+    reports: &[ReplicaReport],
+    building: &[Option<ReplicaReport>],
+    log: Option<LogFacts>,
+) -> Verdict {
     let counted = counted(record, reports);
     let applied = counted.iter().map(|report| report.applied);
     let most = if broken!(RebuildFromLeast) { applied.min() } else { applied.max() }.unwrap_or(0);
@@ -120,17 +126,19 @@ pub(crate) fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Opti
             let foreign = record.log_first_seq == 1 && following.clone().any(|r| r.log_id != record.log_id);
             if ours.last_seq < known.unwrap_or(0) || damaged || (foreign && ours.last_seq == 0) {
                 Verdict::Rebuild(most, base(&counted, most))
+            } else if ours.last_seq < record.log_first_seq && reports.iter().all(|r| r.applied > 0) {
+                left_behind(record, reports, building).unwrap_or(Verdict::Fine)
             } else {
                 Verdict::Fine
             }
         }
         (None, Some(other)) if !other.id.is_nil() && other.last_seq >= most => {
             let all = following.clone().count() > 0 && following.clone().all(|r| r.log_id == other.id);
-            if all { Verdict::Adopt(other.id) } else { gone(record, &counted, most) }
+            if all { Verdict::Adopt(other.id) } else { gone(record, reports, building, most) }
         }
         // Nobody has what came before the first entry, nor is there a stream: it begins again with nothing.
         (None, None) if most == 0 && record.log_first_seq > 1 => Verdict::Rebuild(0, None),
-        (None, _) => gone(record, &counted, most),
+        (None, _) => gone(record, reports, building, most),
     }
 }
 
@@ -143,13 +151,60 @@ fn counted<'a>(record: &ShardRecord, reports: &'a [ReplicaReport]) -> Vec<&'a Re
     if following.is_empty() { reports.iter().collect() } else { following }
 }
 
-fn gone(record: &ShardRecord, counted: &[&ReplicaReport], most: u64) -> Verdict {
+fn gone(
+    record: &ShardRecord,
+    reports: &[ReplicaReport],
+    building: &[Option<ReplicaReport>],
+    most: u64,
+) -> Verdict {
     // Nothing was ever applied, or the record already names the log to be.
     if most == 0 || record.log_first_seq > most {
-        Verdict::Create
+        left_behind(record, reports, building).unwrap_or(Verdict::Create)
     } else {
-        Verdict::Rebuild(most, base(counted, most))
+        Verdict::Rebuild(most, base(&counted(record, reports), most))
     }
+}
+
+/// A rebuilt log in which nobody can go on: whoever had everything before its first entry is lost, and no other holder has
+/// copied it from there. All would wait for a copy from each other for ever. The log is rebuilt once more, behind what the most
+/// advanced of them has. What lies between goes with that: it was on a disk that is lost, or given up.
+///
+/// That gives up nothing that anybody has who counts:
+/// - Every holder has said what it has, or is gone for so long that no loss of a log waits for it (and the same holds for the
+///   second look, and for both that come after the log is closed). So one that comes back in between has its say: what
+///   it has then is the most. After that it is one of those that were away too long, as with any other rebuild.
+/// - Of those that build a replica each has said that it has nothing of the log: one may have copied from whoever is lost.
+///   One that is away holds this up until its migration ends.
+/// - Nothing was ever put into the log, or its stream is gone (the callers look at that). What was put into it was
+///   acknowledged, and may be there alone: then an operator decides, and deletes the stream.
+/// - While the stream is there, no holder has nothing: that one may have set a damaged copy aside which has what is missing.
+///   An operator is asked here, too. Where the stream is gone, that was the answer; or JetStream has lost it, and the
+///   holders are counted as with any log that is gone.
+/// - All have entries of one log. With two, nobody could say which of them came later.
+///
+/// If the leader dies, or is stopped, in between: the record is closed first, as with every rebuild, and says until then what it
+/// said before. If it is stopped for long, its write fails, as its term is over or the record has changed.
+fn left_behind(
+    record: &ShardRecord,
+    reports: &[ReplicaReport],
+    building: &[Option<ReplicaReport>],
+) -> Option<Verdict> {
+    let having: Vec<&ReplicaReport> = reports.iter().filter(|report| report.applied > 0).collect();
+    let before = having.first()?.log_id;
+    let goes_on = |report: &ReplicaReport| {
+        let base = is_base(record.log_base.as_deref(), report.checksum.as_deref());
+        report.applied >= record.log_first_seq || (report.applied + 1 == record.log_first_seq && base)
+    };
+    let one_log = before != record.log_id && having.iter().all(|report| report.log_id == before);
+    let has_none = |report: &ReplicaReport| {
+        report.is_settled() && (report.applied == 0 || report.log_id != record.log_id)
+    };
+    let copied = !building.iter().all(|report| report.as_ref().is_some_and(has_none));
+    if !one_log || copied || having.iter().copied().any(goes_on) {
+        return None;
+    }
+    let most = having.iter().map(|report| report.applied).max()?;
+    Some(Verdict::Rebuild(most, base(&having, most)))
 }
 
 /// The first step of a rebuild: the record names a log to be, and does not say yet where it begins. From then on
@@ -219,6 +274,77 @@ mod tests {
 
     fn log(id: Uuid, last_seq: u64) -> Option<LogFacts> {
         Some(LogFacts { id, first_seq: 1, last_seq })
+    }
+
+    /// Nobody builds a replica.
+    fn verdict(record: &ShardRecord, reports: &[ReplicaReport], log: Option<LogFacts>) -> Verdict {
+        super::verdict(record, reports, &[], log)
+    }
+
+    /// The others had the entries up to 95 of the log before when whoever had 100 was lost.
+    fn rebuilt_at_101() -> (ShardRecord, ReplicaReport, LogFacts) {
+        let record = ShardRecord { log_base: Some("sum100".into()), ..record(B, 101) };
+        let behind =
+            ReplicaReport { checksum: Some("sum95".into()), ..said(A, 95, ReplicaState::Recovering) };
+        (record, behind, LogFacts { id: B, first_seq: 101, last_seq: 100 })
+    }
+
+    #[test]
+    fn a_rebuilt_log_in_which_nobody_can_go_on_is_rebuilt_once_more() {
+        let (record, behind, empty) = rebuilt_at_101();
+        let others = [ReplicaReport { applied: 90, ..behind.clone() }, behind.clone()];
+        let anew = Verdict::Rebuild(95, Some("sum95".into()));
+        assert_eq!(verdict(&record, &others, Some(empty)), anew);
+        assert_eq!(verdict(&record, &others, None), anew, "its stream was deleted, or never made");
+        assert_eq!(verdict(&record, &others, log(A, 12)), anew);
+        let closed = close(&record, Uuid::from_u128(3)).unwrap();
+        assert_eq!(verdict(&closed, &others, Some(empty)), anew, "and then the record says where it begins");
+        // At the right place, with another entry there: it wants a copy like the others.
+        let other = ReplicaReport { applied: 100, checksum: Some("another".into()), ..behind };
+        assert_eq!(verdict(&record, &[other], Some(empty)), Verdict::Rebuild(100, Some("another".into())));
+    }
+
+    #[test]
+    fn whoever_comes_back_before_that_is_done_has_its_say() {
+        let (record, behind, empty) = rebuilt_at_101();
+        let at = |log_id, applied: u64| ReplicaReport {
+            checksum: Some(format!("sum{applied}")),
+            ..said(log_id, applied, ReplicaState::Recovering)
+        };
+        let both = [at(A, 100), behind.clone()];
+        assert_eq!(verdict(&record, &both, Some(empty)), Verdict::Fine);
+        assert_eq!(verdict(&record, &both, None), Verdict::Create);
+        let closed = close(&record, Uuid::from_u128(3)).unwrap();
+        assert_eq!(verdict(&closed, &both, Some(empty)), Verdict::Rebuild(100, Some("sum100".into())));
+        // It has gone on there before it was away.
+        let both = [at(B, 105), behind];
+        assert_eq!(verdict(&record, &both, log(B, 105)), Verdict::Fine);
+        assert_eq!(verdict(&closed, &both, log(B, 105)), Verdict::Rebuild(105, Some("sum105".into())));
+    }
+
+    #[test]
+    fn what_somebody_may_still_have_of_a_rebuilt_log_is_not_given_up() {
+        let (record, behind, empty) = rebuilt_at_101();
+        let two = [behind.clone(), behind.clone()];
+        let used = LogFacts { last_seq: 101, ..empty };
+        assert_eq!(verdict(&record, &two, Some(used)), Verdict::Fine, "its entries were acknowledged");
+        let cut = LogFacts { first_seq: 300, last_seq: 299, ..empty };
+        assert_eq!(verdict(&record, &two, Some(cut)), Verdict::Fine, "and these applied, and cut");
+        let bare = said(Uuid::nil(), 0, ReplicaState::Recovering);
+        let one = [behind.clone(), bare.clone()];
+        assert_eq!(verdict(&record, &one, Some(empty)), Verdict::Fine, "it may have set a copy aside");
+        let anew = Verdict::Rebuild(95, Some("sum95".into()));
+        assert_eq!(verdict(&record, &one, None), anew, "an operator has deleted the stream");
+        let mixed = [behind.clone(), said(Uuid::from_u128(7), 60, ReplicaState::Recovering)];
+        assert_eq!(verdict(&record, &mixed, Some(empty)), Verdict::Fine, "which log came later?");
+        // Of those that build a replica.
+        let look = |building: Option<ReplicaReport>| super::verdict(&record, &two, &[building], Some(empty));
+        let copied = said(B, 100, ReplicaState::Serving);
+        assert_eq!(look(Some(copied.clone())), Verdict::Fine);
+        assert_eq!(look(Some(copied.unsettled())), Verdict::Fine, "it does not know yet");
+        assert_eq!(look(None), Verdict::Fine, "it has not said");
+        assert_eq!(look(Some(bare)), anew);
+        assert_eq!(look(Some(behind)), anew);
     }
 
     #[test]

@@ -82,6 +82,8 @@ pub(crate) struct Peers {
     pub(crate) lost: bool,
     /// Every one has answered, and none has anything.
     pub(crate) empty: bool,
+    /// Highest sequence that one of them has applied in another log.
+    pub(crate) elsewhere: u64,
     /// Last sequences that they have applied in the same log, and the checksums of the entries there.
     pub(crate) held: Vec<(u64, String)>,
     /// One of them holds another entry than the log does.
@@ -101,6 +103,7 @@ impl Peers {
         all_have_said: true,
         lost: false,
         empty: true,
+        elsewhere: 0,
         held: Vec::new(),
         differs: false,
         away: Vec::new(),
@@ -117,6 +120,9 @@ impl Peers {
         self.untouched &= report.is_some_and(found_none);
         if report.is_none_or(|report| report.applied == 0) {
             self.bare.push(node.to_owned());
+        }
+        if let Some(report) = report.filter(|report| report.log_id != log_id && report.is_settled()) {
+            self.elsewhere = self.elsewhere.max(report.applied);
         }
         if let Some(report) = report.filter(|report| report.log_id == log_id) {
             self.applied = self.applied.max(Some(report.applied));
@@ -293,12 +299,7 @@ pub(crate) fn course(
     // The log was rebuilt from the replica that had applied most: `log_first_seq - 1`. Whoever has
     // exactly that goes on; more would be entries that nobody else ever saw, and another entry at the same
     // place was written after the log had lost its end.
-    let same = match (&ordered.log_base, &held.checksum) {
-        (None, _) => true,
-        (Some(base), Some(mine)) => same_entry(base, mine),
-        (Some(_), None) => false,
-    };
-    let same = same || broken!(IgnoreLogBase);
+    let same = is_base(ordered.log_base.as_deref(), held.checksum.as_deref()) || broken!(IgnoreLogBase);
     if held.applied + 1 == ordered.log_first_seq && !held.log_id.is_nil() && same {
         return reach(held.applied, log);
     }
@@ -372,8 +373,10 @@ pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>
     }
 }
 
-/// Why nobody builds a log anew that begins behind what all have that answer, where [`course_over_gap`] does not, and who may
-/// have what lies between. It heals when one of those has it after all; else an operator decides.
+/// Why nobody builds a log anew that begins behind what all have that answer, where neither [`course_over_gap`] nor
+/// the leader's look at the log does, and who may
+/// have what lies between. It heals when one of those has it after all; else an operator decides. What all have may be of the
+/// log before: whoever was the first to go on in this one is lost.
 pub(crate) fn gap_for_an_operator(
     course: &Course,
     held: &Held,
@@ -381,9 +384,9 @@ pub(crate) fn gap_for_an_operator(
     log: Option<LogFacts>,
     peers: &Peers,
 ) -> Option<String> {
-    let first = log.filter(|log| log.id == ordered.log_id)?.first_seq;
-    let mine = if held.log_id == ordered.log_id { held.applied } else { 0 };
-    let known = mine.max(peers.applied.unwrap_or(0));
+    let log = log.filter(|log| log.id == ordered.log_id)?;
+    let first = log.first_seq;
+    let known = held.applied.max(peers.applied.unwrap_or(0)).max(peers.elsewhere);
     if *course != Course::Snapshot || !peers.all_have_said || known == 0 || known + 1 >= first {
         return None;
     }
@@ -400,6 +403,12 @@ pub(crate) fn gap_for_an_operator(
     if !peers.bare.is_empty() {
         let names = peers.bare.join(", ");
         who.push(format!("{names} has nothing: look there whether it is in a copy that was set aside"));
+    }
+    let put = (log.last_seq + 1).saturating_sub(ordered.log_first_seq);
+    if held.log_id != ordered.log_id && put > 0 {
+        who.push(format!(
+            "{put} entries were put into it since it was rebuilt, which nobody else has, and which go with it"
+        ));
     }
     if who.is_empty() {
         return None;
@@ -433,6 +442,22 @@ pub(crate) fn is_foreign(
         && whole
         && peers.all_have_said
         && !peers.lost
+}
+
+/// Whether a copy that was begun is given up for what was here `before` it: nobody that answers follows the log any more, so
+/// nobody can go on with it, and what was here may be the most that is left. Nothing is lost by that but the work: should
+/// somebody be back who has it all, another copy is begun. Whoever is away, and counts as live, is waited for.
+pub(crate) fn gives_copy_up(peers: &Peers, before: bool) -> bool {
+    before && peers.all_have_said && peers.applied.is_none()
+}
+
+/// Whether whoever has `mine` as its last entry has the one before the first of a log that was rebuilt.
+pub(crate) fn is_base(base: Option<&str>, mine: Option<&str>) -> bool {
+    match (base, mine) {
+        (None, _) => true,
+        (Some(base), Some(mine)) => same_entry(base, mine),
+        (Some(_), None) => false,
+    }
 }
 
 /// The body's part of a stamp.
@@ -832,5 +857,40 @@ mod tests {
         assert_eq!(course(&held(A, 30), &with("other"), log(B, 31, 30), None, None), Course::Snapshot);
         let copied = Held { checksum: None, ..held(A, 30) };
         assert_eq!(course(&copied, &with("other"), log(B, 31, 30), None, None), Course::Snapshot);
+    }
+
+    /// It had begun to copy from whoever is lost, and said since then that it has nothing.
+    #[test]
+    fn a_copy_that_nobody_can_go_on_with_is_given_up_for_what_was_there_before() {
+        let nobody = Peers { elsewhere: 95, ..Peers::NONE };
+        assert!(gives_copy_up(&nobody, true) && !gives_copy_up(&nobody, false));
+        let away = Peers { away: vec!["a".into()], ..nobody.clone() };
+        assert!(gives_copy_up(&away, true), "it is not live");
+        assert!(!gives_copy_up(&Peers { all_have_said: false, ..nobody.clone() }, true));
+        assert!(!gives_copy_up(&Peers { applied: Some(0), ..nobody }, true), "it has begun again");
+    }
+
+    /// Whoever was the first to go on in a rebuilt log is lost, and the others have what the log before had.
+    #[test]
+    fn a_gap_behind_what_all_have_of_the_log_before_is_shown() {
+        let (held, ordered) = (held(A, 95), Ordered { log_base: Some("sum100".into()), ..ordered(B, 101) });
+        let gap = |log, peers: &Peers| gap_for_an_operator(&Course::Snapshot, &held, &ordered, log, peers);
+        let nobody = Peers { elsewhere: 95, ..Peers::NONE };
+        assert_eq!(gap(log(B, 101, 100), &nobody), None, "the leader sees to that");
+        let away = Peers { away: vec!["a".into()], ..nobody.clone() };
+        let text = gap(log(B, 101, 100), &away).unwrap();
+        assert!(
+            text.contains("begins at 101") && text.contains("up to 95") && text.contains("a, which may"),
+            "{text}"
+        );
+        let text = gap(log(B, 101, 103), &nobody).unwrap();
+        assert!(text.contains("3 entries were put into it"), "{text}");
+        let text = gap(log(B, 101, 100), &Peers { bare: vec!["c".into()], ..nobody }).unwrap();
+        assert!(text.contains("c has nothing"), "{text}");
+        assert_eq!(
+            gap(log(B, 101, 100), &Peers { elsewhere: 100, ..away }),
+            None,
+            "it is about to go on there"
+        );
     }
 }

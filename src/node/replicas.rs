@@ -14,7 +14,7 @@ use crate::node::causes::Severity;
 use crate::node::context::Context;
 use crate::node::copies;
 use crate::node::migration;
-use crate::node::replica::{Repair, Replica};
+use crate::node::replica::{Repair, Replica, blocking};
 use crate::store::{AsideKind, StoreFactory};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -262,7 +262,17 @@ impl Replicas {
     fn repair(self: &Arc<Self>, shard: ShardId, replica: Arc<Replica>) {
         let this = self.clone();
         self.ctx.tasks.spawn(async move {
+            let gives_up = replica.repair() == Some(Repair::GiveCopyUp);
             this.close_fully(shard, replica).await;
+            if gives_up {
+                let stores = this.stores.clone();
+                let done = blocking(move || stores.give_copy_up(shard)).await;
+                this.ctx.used_disk(shard, "give a copy up", &done);
+                if let Err(error) = done {
+                    // It is opened with what there is, and asked again.
+                    warn!(%shard, "the copy that was begun cannot be given up: {error}");
+                }
+            }
             // What was said of this replica is not true of the next one.
             this.ctx.causes.withdraw("copy_not_mended", shard);
             this.ctx.causes.withdraw("replica_behind", shard);

@@ -117,6 +117,11 @@ pub trait ShardStore: Send + Sync + std::fmt::Debug + 'static {
     /// that keeps the bound of time when nothing more is applied, and keeps pauses out of `apply`.
     /// Costs nothing when there is nothing to do.
     fn flush(&self) -> Result<()>;
+    /// Whether there is other content, that a copy which was begun by [`Batch::clear`] and is not complete (`applied` is 0
+    /// since) has not replaced yet: see [`StoreFactory::give_copy_up`].
+    fn has_before(&self) -> bool {
+        false
+    }
     /// The entry, if present; its numbers are bit for bit those that were applied.
     fn get(&self, id: &str) -> Result<Option<VectorEntry>>;
     /// Whether the id is present.
@@ -293,6 +298,15 @@ pub trait StoreFactory: Send + Sync + std::fmt::Debug + 'static {
         Err(Error::Unavailable(format!(
             "the {kind} copy of shard {shard} is left where it is: this kind of store cannot set it aside"
         )))
+    }
+    /// Gives up a copy that was begun by [`Batch::clear`] and is not complete, so that the next `open` finds what was there
+    /// before; the store is closed. Does nothing where nothing was there, or the copy is complete.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) while an `Arc` to it is still alive: retry.
+    fn give_copy_up(&self, shard: ShardId) -> Result<()> {
+        let _ = shard;
+        Ok(())
     }
     /// Copies that were set aside and are still there.
     fn asides(&self) -> Result<Vec<SetAside>> {

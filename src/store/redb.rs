@@ -270,6 +270,17 @@ impl StoreFactory for RedbStores {
         self.folder.sync()
     }
 
+    fn give_copy_up(&self, shard: ShardId) -> Result<()> {
+        let _claim = self.claims.claim(shard)?;
+        let (main, beside) = (self.folder.main(shard), self.folder.beside(shard));
+        // A complete one takes the file's place when it is opened.
+        if meta_of(&main).is_none() || meta_of(&beside).is_none_or(|meta| meta.applied > 0) {
+            return Ok(());
+        }
+        remove(&beside)?;
+        self.folder.sync()
+    }
+
     fn set_aside(&self, shard: ShardId, kind: AsideKind) -> Result<Option<SetAside>> {
         let _claim = self.claims.claim(shard)?;
         self.folder.set_aside(&self.folder.main(shard), shard, kind)

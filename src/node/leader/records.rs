@@ -322,20 +322,32 @@ impl Leader {
         Ok(())
     }
 
-    /// Whether every holder has said that it does not serve.
+    /// Whether every holder that is waited for has said that it does not serve.
     fn is_stuck(&self, record: &ShardRecord) -> bool {
-        record.replicas.iter().all(|node| {
-            let state = self.reported(node, record.shard).map(|load| load.state);
-            matches!(state, Some(ReplicaState::Recovering))
-        })
+        let mut waited_for = record.replicas.iter().filter(|node| !self.is_gone(node)).peekable();
+        waited_for.peek().is_some()
+            && waited_for.all(|node| {
+                let state = self.reported(node, record.shard).map(|load| load.state);
+                matches!(state, Some(ReplicaState::Recovering))
+            })
+    }
+
+    /// Whether a holder is away for so long that nothing waits for it.
+    fn is_gone(&self, node: &NodeId) -> bool {
+        let view = self.ctx.view();
+        let role = view.node(node).map_or_else(|| self.role_of_stranger(node), |known| self.role(known));
+        role == Role::Gone
     }
 
     async fn look_at_log(&self, record: ShardRecord) -> (ShardRecord, Result<Verdict>) {
         let look = async {
             // Replicas first, the log after: while writes go on it is then never behind what they said.
-            let reports = self.holders_say(&record).await?;
+            let building = record.joining.iter().map(|node| self.ask_holder(node, record.shard));
+            let (reports, building) =
+                futures::future::join(self.holders_say(&record), futures::future::join_all(building)).await;
+            let building: Vec<Option<ReplicaReport>> = building.into_iter().map(Result::ok).collect();
             let info = self.ctx.logs.info(record.shard).await?;
-            Ok(verdict(&record, &reports, info.map(facts)))
+            Ok(verdict(&record, &reports?, &building, info.map(facts)))
         };
         let look = tokio::time::timeout(LOG_LOOK, look).await;
         let late = || Err(Error::Unavailable("looking at the log took too long".into()));
@@ -345,12 +357,8 @@ impl Leader {
     /// What every holder says of its replica. All have to answer, since the one that does not may be the
     /// one that has applied most; only who is gone for good is not waited for.
     async fn holders_say(&self, record: &ShardRecord) -> Result<Vec<ReplicaReport>> {
-        let view = self.ctx.view();
-        let role =
-            |node: &NodeId| view.node(node).map_or_else(|| self.role_of_stranger(node), |n| self.role(n));
-        let gone = |node: &&NodeId| role(node) == Role::Gone;
-        let asks =
-            record.replicas.iter().filter(|n| !gone(n)).map(|node| self.ask_holder(node, record.shard));
+        let waited_for = record.replicas.iter().filter(|node| !self.is_gone(node));
+        let asks = waited_for.map(|node| self.ask_holder(node, record.shard));
         let reports: Vec<ReplicaReport> = futures::future::try_join_all(asks).await?;
         if reports.is_empty() {
             return Err(Error::Unavailable("no holder is left".into()));

@@ -7,7 +7,7 @@ use crate::failpoint::pause;
 use crate::logic::log_time::NOTICEABLE_MS;
 use crate::logic::replica::{
     Course, Held, LogFacts, Ordered, Peers, course, course_beside, course_of_joining, course_over_gap,
-    gap_for_an_operator, is_foreign, is_nowhere, may_go_on, still_has,
+    gap_for_an_operator, gives_copy_up, is_foreign, is_nowhere, may_go_on, still_has,
 };
 use crate::model::events::Event;
 use crate::model::wire::{PingReply, PingRequest, WindowMarks};
@@ -78,7 +78,18 @@ impl Replica {
         });
         if applier.seed.is_some() {
             self.change(|status| status.failed = false);
-            return self.load_snapshot(applier).await;
+            let loaded = self.load_snapshot(applier).await;
+            let store = self.store.clone();
+            if matches!(loaded, Err(Error::Unavailable(_)))
+                && gives_copy_up(
+                    &self.peers(ordered.log_id).await,
+                    blocking(move || Ok(store.has_before())).await?,
+                )
+            {
+                warn!(shard = %self.shard, "nobody can go on with the copy that was begun: it is given up for what was here before");
+                self.wants(Repair::GiveCopyUp);
+            }
+            return loaded;
         }
         // Others first, the log after: while writes go on it is then never behind what they said.
         let mut peers = self.peers(ordered.log_id).await;

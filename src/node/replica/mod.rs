@@ -107,6 +107,8 @@ pub(crate) struct Counters {
 pub(crate) enum Repair {
     /// Its store is to be opened again.
     Reopen,
+    /// The copy that it has begun is to be given up for what was here before.
+    GiveCopyUp,
     /// Its store is to get another name, and the replica begins with an empty one.
     SetAside(AsideKind, String),
 }
@@ -631,7 +633,9 @@ impl Replica {
     fn wants(&self, repair: Repair) {
         let mut wanted = lock(&self.repair);
         match (&*wanted, &repair) {
-            (None, _) | (Some(Repair::Reopen), Repair::SetAside(..)) => *wanted = Some(repair),
+            (None, _) | (Some(Repair::Reopen | Repair::GiveCopyUp), Repair::SetAside(..)) => {
+                *wanted = Some(repair);
+            }
             (Some(_), _) => {}
         }
     }

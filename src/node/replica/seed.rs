@@ -122,6 +122,10 @@ impl Replica {
         if resumed.is_none() {
             let (seq, checksum, marks) =
                 (reply.seq, reply.checksum.clone(), reply.window.unwrap_or_default());
+            // What is here is what counts again should nobody be able to go on with the copy: all of it.
+            if let Err(error) = self.make_durable().await {
+                debug!(shard = %self.shard, "a copy is begun without making the last entries durable: {error}");
+            }
             let begun = move || applier.begin_seed(log_id, seq, checksum, marks).map(|()| applier);
             applier = blocking(begun).await?;
             *lock(&self.condemned) = None;

@@ -89,8 +89,13 @@ impl Leader {
             }
             said.push(report);
         }
+        let mut building = Vec::new();
+        for node in &record.joining {
+            let said = reports(&self.world, self.state.proc, node, Duration::from_millis(800)).await;
+            building.push(said.unwrap_or_default().into_iter().find(|r| r.shard == record.shard));
+        }
         let log = self.world.log_info(self.state.proc, record.shard).await?;
-        (!said.is_empty()).then(|| verdict(record, &said, log))
+        (!said.is_empty()).then(|| verdict(record, &said, &building, log))
     }
 
     pub(super) async fn recreate(&self, record: &ShardRecord) -> Done {

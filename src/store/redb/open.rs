@@ -252,6 +252,13 @@ impl ShardStore for RedbStore {
         self.write_out()
     }
 
+    fn has_before(&self) -> bool {
+        let Ok(disk) = self.disk.lock() else { return false };
+        let begins = self.pending().is_ok_and(|pending| pending.fresh && disk.has_content);
+        let beside = disk.beside.is_some() && meta_of(&self.folder.main(disk.file.spec.shard)).is_some();
+        (beside || begins) && self.applied() == 0
+    }
+
     fn get(&self, id: &str) -> Result<Option<VectorEntry>> {
         Ok(self.content.read()?.get(id))
     }

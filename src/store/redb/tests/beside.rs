@@ -32,6 +32,38 @@ fn begun(dir: &Path, parts: u16) -> (RedbStores, Arc<dyn ShardStore>, Model) {
 }
 
 #[test]
+fn a_copy_that_was_begun_is_given_up_for_what_was_there_before() {
+    for parts in [0, 3] {
+        let dir = tempfile::tempdir().unwrap();
+        let (stores, store, old) = begun(dir.path(), parts);
+        assert!(store.has_before());
+        // As a replica does that is closed.
+        store.flush().unwrap();
+        assert!(store.has_before() && stores.give_copy_up(ShardId(7)).is_err(), "it is still open");
+        drop(store);
+        stores.give_copy_up(ShardId(7)).unwrap();
+        let store = stores.open(&spec()).unwrap();
+        assert_eq!(Model::of(&*store), old);
+        assert!(!store.has_before());
+        drop(store);
+        stores.give_copy_up(ShardId(7)).unwrap();
+        assert_eq!(Model::of(&*stores.open(&spec()).unwrap()), old);
+    }
+}
+
+#[test]
+fn a_copy_that_is_complete_is_not_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stores, store, _) = begun(dir.path(), 1);
+    store.apply(batch(9, vec![])).unwrap();
+    assert!(!store.has_before());
+    store.flush().unwrap();
+    drop(store);
+    stores.give_copy_up(ShardId(7)).unwrap();
+    assert_eq!(stores.open(&spec()).unwrap().applied(), 9);
+}
+
+#[test]
 fn what_is_there_stays_until_the_new_copy_is_complete() {
     let dir = tempfile::tempdir().unwrap();
     let (stores, store, old) = begun(dir.path(), 3);
