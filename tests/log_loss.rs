@@ -355,12 +355,13 @@ async fn a_log_that_begins_late_and_never_had_an_entry_has_lost_nothing() {
 /// with its disk before they have copied it. Each would wait for a copy from the other for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rebuilt_log_in_which_nobody_can_go_on_is_rebuilt_once_more() {
-    let setup = Setup { shards: 1, ..Setup::default() }.arg("--rereplicate-after", "3s");
+    // Shard 0 is the first to be compared, which puts an entry into its log.
+    let setup = Setup { shards: 2, ..Setup::default() }.arg("--rereplicate-after", "3s");
     let mut cluster = TestCluster::start(setup).await;
     let before = fill(&cluster, "a").await;
     for id in ["n2", "n3"] {
         eventually("all is on its disk", || async {
-            let report = cluster.report(id, 0).await?.ok_or("no replica")?;
+            let report = cluster.report(id, 1).await?.ok_or("no replica")?;
             if report.durable == report.applied { Ok(()) } else { Err(format!("{report:?}")) }
         })
         .await;
@@ -369,21 +370,22 @@ async fn a_rebuilt_log_in_which_nobody_can_go_on_is_rebuilt_once_more() {
         copy(&data, &kept);
     }
     let client = cluster.client().await;
-    client.upsert(vec![VectorEntry::new("late", vec![1.0; 4])]).await.expect("one holder is left");
+    let late = (0..).map(|n| format!("late-{n}")).find(|id| client.shard_of(id).0 == 1).unwrap();
+    client.upsert(vec![VectorEntry::new(late, vec![1.0; 4])]).await.expect("one holder is left");
     for id in ["n2", "n3"] {
         cluster.node(id).restart().unwrap();
     }
     cluster.wait_green().await;
     let context = async_nats::jetstream::new(cluster.raw.clone());
-    context.delete_stream("ruvector_log_00000").await.unwrap();
+    context.delete_stream("ruvector_log_00001").await.unwrap();
     let first = eventually("the log is rebuilt", || async {
-        let record = cluster.bucket("shards").await.get("00000").await.map_err(|e| e.to_string())?;
+        let record = cluster.bucket("shards").await.get("00001").await.map_err(|e| e.to_string())?;
         let record: Value = serde_json::from_slice(&record.ok_or("no record")?).map_err(|e| e.to_string())?;
         record["log_first_seq"].as_u64().filter(|first| *first > 1).ok_or_else(|| record.to_string())
     })
     .await;
     let stream = eventually("the log is there", || async {
-        context.get_stream("ruvector_log_00000").await.map_err(|e| e.to_string())
+        context.get_stream("ruvector_log_00001").await.map_err(|e| e.to_string())
     })
     .await;
     assert_eq!(stream.cached_info().state.last_sequence + 1, first, "nothing was put into it");

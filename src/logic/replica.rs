@@ -350,7 +350,8 @@ pub(crate) fn course_beside(
 ///
 /// Not so if all have followed this very log since it began with its first entry, and have found none: a store remembers
 /// which log it follows, and one that replaced another does not. JetStream uses up a sequence for a write that its disk
-/// refuses, so a log may begin later than any entry that it ever had.
+/// refuses, so a log may begin later than any entry that it ever had. What nobody has
+/// applied goes with it, and was not acknowledged, unless all that is here is a backup of the first days.
 pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
     let known = held.applied.max(peers.applied.unwrap_or(0));
     let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);
@@ -446,9 +447,10 @@ pub(crate) fn is_foreign(
 
 /// Whether a copy that was begun is given up for what was here `before` it: nobody that answers follows the log any more, so
 /// nobody can go on with it, and what was here may be the most that is left. Nothing is lost by that but the work: should
-/// somebody be back who has it all, another copy is begun. Whoever is away, and counts as live, is waited for.
-pub(crate) fn gives_copy_up(peers: &Peers, before: bool) -> bool {
-    before && peers.all_have_said && peers.applied.is_none()
+/// somebody be back who has it all, another copy is begun. Whoever is away, and counts as live, is waited for; and who does
+/// not is `waited` for as long as any node is, `patience`: it may only restart, and then the copy goes on where it was.
+pub(crate) fn gives_copy_up(peers: &Peers, before: bool, waited: Duration, patience: Duration) -> bool {
+    before && peers.all_have_said && peers.applied.is_none() && (peers.away.is_empty() || waited >= patience)
 }
 
 /// Whether whoever has `mine` as its last entry has the one before the first of a log that was rebuilt.
@@ -863,11 +865,15 @@ mod tests {
     #[test]
     fn a_copy_that_nobody_can_go_on_with_is_given_up_for_what_was_there_before() {
         let nobody = Peers { elsewhere: 95, ..Peers::NONE };
-        assert!(gives_copy_up(&nobody, true) && !gives_copy_up(&nobody, false));
+        let (long, patience) = (Duration::from_secs(60), Duration::from_secs(60));
+        let gives_up = |peers: &Peers, waited| gives_copy_up(peers, true, waited, patience);
+        assert!(gives_up(&nobody, Duration::ZERO));
+        assert!(!gives_copy_up(&nobody, false, long, patience), "nothing was there before");
         let away = Peers { away: vec!["a".into()], ..nobody.clone() };
-        assert!(gives_copy_up(&away, true), "it is not live");
-        assert!(!gives_copy_up(&Peers { all_have_said: false, ..nobody.clone() }, true));
-        assert!(!gives_copy_up(&Peers { applied: Some(0), ..nobody }, true), "it has begun again");
+        assert!(!gives_up(&away, Duration::from_secs(59)), "it may only restart");
+        assert!(gives_up(&away, long));
+        assert!(!gives_up(&Peers { all_have_said: false, ..nobody.clone() }, long));
+        assert!(!gives_up(&Peers { applied: Some(0), ..nobody }, long), "it has begun again");
     }
 
     /// Whoever was the first to go on in a rebuilt log is lost, and the others have what the log before had.

@@ -81,7 +81,11 @@ pub fn vector_number(literal: &str) -> Result<f32, String> {
         return Err(format!("{} is too small for a vector: it would become 0", shown()));
     }
     let whole = exponent >= digits.len() as i64 - 1;
-    if whole && !reads_the_same(literal, true, |digits| format!("{:.*e}", digits, number.abs())) {
+    let as_written = Decimal::of(literal) == Decimal::of(&number.to_string());
+    if whole
+        && !as_written
+        && !reads_the_same(literal, true, |digits| format!("{:.*e}", digits, number.abs()))
+    {
         return Err(would_become(&shown(), number));
     }
     Ok(number)
@@ -104,7 +108,9 @@ pub fn vector_f64(number: f64) -> Result<f32, String> {
     if nearest == 0.0 {
         return Err(format!("{number:e} is too small for a vector: it would become 0"));
     }
-    if number.fract() == 0.0 && number.abs() <= EXACT {
+    // What an f32 is written as: 123456792 is 123456790 to everybody who writes no more digits than tell it from others.
+    let as_written = nearest.to_string().parse() == Ok(number);
+    if number.fract() == 0.0 && number.abs() <= EXACT && !as_written {
         return Err(would_become(&number.to_string(), nearest));
     }
     Ok(nearest)
@@ -144,6 +150,7 @@ fn reads_the_same(literal: &str, finite: bool, written: impl Fn(usize) -> String
 }
 
 /// Significant digits, without zeros at either end, and the power of ten of the first of them.
+#[derive(PartialEq)]
 struct Decimal {
     digits: Vec<u8>,
     exponent: i64,
@@ -171,6 +178,21 @@ impl Decimal {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What this program answers was refused when it was sent back.
+    #[test]
+    fn a_number_of_a_vector_is_taken_as_it_is_written_out() {
+        for exact in
+            [123_456_792.0_f32, 1_764_288_128.0, 33_554_436.0, 1.237_940_1e27, f32::MAX, -123_456_792.0]
+        {
+            let written = serde_json::to_string(&exact).unwrap();
+            assert_eq!(vector_number(&written), Ok(exact), "{written}");
+            assert_eq!(vector_f64(written.parse().unwrap()), Ok(exact), "{written}");
+        }
+        for (changed, literal) in [(16_777_217.0, "16777217.0"), (123_456_789.0, "123456789.0")] {
+            assert!(vector_f64(changed).is_err() && vector_number(literal).is_err(), "{literal}");
+        }
+    }
 
     #[test]
     fn a_number_is_held_if_it_reads_the_same_to_as_many_digits() {

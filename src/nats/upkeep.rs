@@ -237,7 +237,11 @@ pub(crate) async fn keep(nats: &Nats, wanted: &Settings, may_bound: bool) -> Res
         // There may be no room for so large a bound any more, and the rest must not wait for that.
         Err(error) if wrong.iter().any(|setting| setting.name == "max_bytes") && wrong.len() > 1 => {
             let rest = wrong.iter().filter(|setting| setting.name != "max_bytes");
-            update(changed(found, wanted, rest)).await?.and(Err(error))
+            match update(changed(found, wanted, rest)).await? {
+                // What is left may work the next time: that is no refusal.
+                Ok(()) => return Err(error),
+                refused => refused,
+            }
         }
         done => done?,
     };

@@ -339,13 +339,23 @@ impl Leader {
         role == Role::Gone
     }
 
+    /// Whether a node is away for as long as any node is waited for.
+    fn is_long_away(&self, node: &NodeId) -> bool {
+        let since = self.down_since.get(node).or_else(|| self.strangers_since.get(node));
+        let now = self.ctx.clock.now();
+        since.is_some_and(|since| now.saturating_sub(*since) > self.ctx.config.rereplicate_after)
+    }
+
     async fn look_at_log(&self, record: ShardRecord) -> (ShardRecord, Result<Verdict>) {
         let look = async {
             // Replicas first, the log after: while writes go on it is then never behind what they said.
             let building = record.joining.iter().map(|node| self.ask_holder(node, record.shard));
             let (reports, building) =
                 futures::future::join(self.holders_say(&record), futures::future::join_all(building)).await;
-            let building: Vec<Option<ReplicaReport>> = building.into_iter().map(Result::ok).collect();
+            let mut building: Vec<Option<ReplicaReport>> = building.into_iter().map(Result::ok).collect();
+            // One that was being emptied counts as gone at once, and may only restart: it has not said either.
+            let hasty = record.replicas.iter().filter(|node| self.is_gone(node) && !self.is_long_away(node));
+            building.extend(hasty.map(|_| None));
             let info = self.ctx.logs.info(record.shard).await?;
             Ok(verdict(&record, &reports?, &building, info.map(facts)))
         };

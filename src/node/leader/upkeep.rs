@@ -172,6 +172,8 @@ async fn look(ctx: &Context, term: Term, wanted: &Settings, wrong: &mut Wrong, i
         // Looked at again at the next turn.
         Err(error) => {
             debug!("{error}");
+            // What was said of a refusal may be over: it is said again if it is not.
+            wrong.settings.remove(&name);
             let text = format!("the settings of stream {name} cannot be looked at or set back: {error}");
             ctx.causes.retry(UNCHECKED, Subject::Named(name), Severity::Yellow, text);
         }

@@ -79,13 +79,21 @@ impl Replica {
         if applier.seed.is_some() {
             self.change(|status| status.failed = false);
             let loaded = self.load_snapshot(applier).await;
-            let store = self.store.clone();
-            if matches!(loaded, Err(Error::Unavailable(_)))
-                && gives_copy_up(
-                    &self.peers(ordered.log_id).await,
-                    blocking(move || Ok(store.has_before())).await?,
-                )
-            {
+            if !matches!(loaded, Err(Error::Unavailable(_))) {
+                *lock(&self.without_source) = None;
+                return loaded;
+            }
+            let (store, peers, now) =
+                (self.store.clone(), self.peers(ordered.log_id).await, self.ctx.clock.now());
+            let before = blocking(move || Ok(store.has_before())).await?;
+            let since = {
+                let mut since = lock(&self.without_source);
+                if peers.applied.is_some() {
+                    *since = None;
+                }
+                *since.get_or_insert(now)
+            };
+            if gives_copy_up(&peers, before, now.saturating_sub(since), self.ctx.config.rereplicate_after) {
                 warn!(shard = %self.shard, "nobody can go on with the copy that was begun: it is given up for what was here before");
                 self.wants(Repair::GiveCopyUp);
             }

@@ -133,6 +133,8 @@ pub(crate) struct Replica {
     applying: AtomicBool,
     /// Since when other live holders have not said what they have applied.
     silent_since: Mutex<Option<(u64, Duration)>>,
+    /// Since when there is nobody to go on copying from.
+    without_source: Mutex<Option<Duration>>,
     /// What has to be done with it, see [`Repair`].
     repair: Mutex<Option<Repair>>,
     /// Held while its store is being written anew.
@@ -241,6 +243,7 @@ impl Replica {
             reread: tokio::sync::Notify::new(),
             applying: AtomicBool::new(false),
             silent_since: Mutex::default(),
+            without_source: Mutex::default(),
             repair: Mutex::default(),
             mending: tokio::sync::Mutex::default(),
             condemned: Mutex::default(),
