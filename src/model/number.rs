@@ -71,7 +71,11 @@ pub fn vector_number(literal: &str) -> Result<f32, String> {
         return Err(format!("{:?} is no finite number", shown()));
     }
     if number.is_infinite() {
-        return Err(format!("{} is too large for a vector: the limit is {:e}", shown(), f32::MAX));
+        return Err(format!(
+            "{} is too large for a vector: the limit is {:e}, so it is out of range",
+            shown(),
+            f32::MAX
+        ));
     }
     let Decimal { digits, exponent } = Decimal::of(literal);
     if digits.is_empty() {
@@ -103,7 +107,10 @@ pub fn vector_f64(number: f64) -> Result<f32, String> {
         return Ok(nearest);
     }
     if nearest.is_infinite() {
-        return Err(format!("{number:e} is too large for a vector: the limit is {:e}", f32::MAX));
+        return Err(format!(
+            "{number:e} is too large for a vector: the limit is {:e}, so it is out of range",
+            f32::MAX
+        ));
     }
     if nearest == 0.0 {
         return Err(format!("{number:e} is too small for a vector: it would become 0"));

@@ -550,7 +550,10 @@ mod tests {
             ("b,1,x", "column \"v1\": \"x\" is no number"),
             ("b,1,", "column \"v1\": \"\" is no number"),
             ("b,nan,1", "column \"v0\": \"nan\" is no finite number"),
-            ("b,1e39,1", "column \"v0\": 1e39 is too large for a vector: the limit is 3.4028235e38"),
+            (
+                "b,1e39,1",
+                "column \"v0\": 1e39 is too large for a vector: the limit is 3.4028235e38, so it is out of range",
+            ),
             ("b,1", "2 cells under a header of 3 columns"),
             ("b,1,2,3", "4 cells under a header of 3 columns"),
             (",1,2", "the id of a vector is empty"),
