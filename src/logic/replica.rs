@@ -350,8 +350,8 @@ pub(crate) fn course_beside(
 ///
 /// Not so if all have followed this very log since it began with its first entry, and have found none: a store remembers
 /// which log it follows, and one that replaced another does not. JetStream uses up a sequence for a write that its disk
-/// refuses, so a log may begin later than any entry that it ever had. What nobody has
-/// applied goes with it, and was not acknowledged, unless all that is here is a backup of the first days.
+/// refuses, so a log may begin later than any entry that it ever had. What nobody has applied goes with it, and was not
+/// acknowledged, unless all that is here is a backup of the first days.
 pub(crate) fn course_over_gap(course: Course, held: &Held, log: Option<LogFacts>, peers: &Peers) -> Course {
     let known = held.applied.max(peers.applied.unwrap_or(0));
     let first = log.filter(|log| log.id == held.log_id).map(|log| log.first_seq);

@@ -413,7 +413,8 @@ impl Replica {
     fn change(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(|status| {
             change(status);
-            // Read in here: of two that change it at once the later one counts, with what is so by then.
+            // Read in here: of two that change it at once the later one counts, with what is so by then. Nobody changes the
+            // status while holding what is locked here.
             let condition = Condition {
                 caught_up: status.caught_up,
                 may_serve: *self.may_serve.borrow(),
